@@ -1,0 +1,165 @@
+"""The weights that a method adds to one layer."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_svdtune.fingerprint import fingerprint, matches
+from keras_svdtune.matrix import MatrixView
+from keras_svdtune.methods.base import LinearMap, Method, Weight
+from keras_svdtune.svd import decompose
+
+
+class Adapter(keras.layers.Layer):
+    """Holds the weights of one method for one matrix, as a sublayer.
+
+    A sublayer has a group of its own in Keras' weights files, which a plain
+    layer ignores: so a plain model loads the file of an adapted one.
+
+    Args:
+        method: `Method`. Its weights become attributes: `adapter.delta`.
+        view: `MatrixView` of the host's kernel.
+        initial_value: function from a weight's name to its first value, or
+            None for zeros. It is called when the variable is initialised.
+        dtype: the host's dtype policy.
+        self_contained: bool. Whether a weights file holds the frozen weights
+            too. Where the host saves its merged kernel, it holds the
+            trainables and a fingerprint of the base.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        view: MatrixView,
+        initial_value: Callable[[str], Any],
+        dtype: Any = None,
+        self_contained: bool = False,
+    ):
+        super().__init__(name="adapter", dtype=dtype)
+        self.method = method
+        self.view = view
+        self.shape = view.shape
+        self._initial_value: Callable[[str], Any] | None = initial_value
+        self.self_contained = self_contained
+        self.base_fingerprint: np.ndarray | None = None
+        # Set while a weights file is read: tells the host what was in it.
+        self.settle: Callable[[bool], None] | None = None
+
+    def build(self, input_shape: Any = None) -> None:
+        for weight in self.method.weights(self.shape):
+            variable = self.add_weight(
+                name=f"{self.method.name}_{weight.name}",
+                shape=weight.shape,
+                initializer=self._initializer(weight),
+                trainable=weight.trainable,
+                # A trainable stays float32 in a bfloat16 model: neither
+                # stored nor cast on access, or small updates are lost.
+                dtype="float32" if weight.trainable else None,
+                autocast=not weight.trainable,
+            )
+            setattr(self, weight.name, variable)
+        self._initial_value = None
+
+    def _initializer(self, weight: Weight) -> Callable[..., Any]:
+        initial_value = self._initial_value
+        assert initial_value is not None
+
+        def initialize(shape: Any, dtype: Any = None) -> Any:
+            value = initial_value(weight.name)
+            if value is None:
+                return ops.zeros(shape, dtype)
+            return ops.cast(ops.convert_to_tensor(value), dtype)
+
+        return initialize
+
+    def call(self, x: Any, base: LinearMap) -> Any:
+        """The adapted product for x (tokens, in), by the method."""
+        return self.method.call(self, x, base)
+
+    def merged(self, matrix: Any) -> Any:
+        """W' (in, out) in float32 for W (in, out)."""
+        return self.method.merged(self, ops.cast(matrix, "float32"))
+
+    def reset(self) -> None:
+        """Sets the trainables so that the layer computes x·W again."""
+        for name, value in self.method.neutral(self).items():
+            getattr(self, name).assign(value)
+
+    def save_own_variables(self, store: Any) -> None:
+        wanted = None if self.self_contained else True
+        for name, variable in self.variables_by_name(wanted).items():
+            store[name] = variable
+        if self.base_fingerprint is not None:
+            store["base_fingerprint"] = self.base_fingerprint
+
+    def load_own_variables(self, store: Any) -> None:
+        settle, self.settle = self.settle, None
+        names = list(store.keys())
+        if settle is not None:
+            settle(bool(names))
+        if not names:  # the file of a plain model
+            self.reset()
+            return
+        wanted = self.variables_by_name(None if self.self_contained else True)
+        missing = sorted(set(wanted) - set(names))
+        if missing:
+            raise ValueError(
+                f"The weights file holds no {', '.join(missing)} for layer "
+                f"'{self.path}', which is adapted by {self.method}. It holds "
+                f"{', '.join(sorted(names))}: enable the method it was saved "
+                "with."
+            )
+        if self.base_fingerprint is not None and not matches(
+            self.base_fingerprint,
+            np.array(store["base_fingerprint"]),
+            self.variable_dtype,
+        ):
+            raise ValueError(
+                f"The weights file was saved from an adapted layer "
+                f"'{self.path}' with another base kernel than this model's, "
+                "and it holds the two merged. Load the base model that it was "
+                "trained from first; or `remove_adapter()` and load the file "
+                "into the plain model, which then is the merged one."
+            )
+        for name, variable in wanted.items():
+            variable.assign(store[name])
+
+    def variables_by_name(
+        self, trainable: bool | None = None
+    ) -> dict[str, Any]:
+        """The variables, by their full names (`svf_delta`)."""
+        return {
+            f"{self.method.name}_{w.name}": getattr(self, w.name)
+            for w in self.method.weights(self.shape)
+            if trainable is None or w.trainable == trainable
+        }
+
+
+@dataclasses.dataclass
+class Plan:
+    """An adapter for one matrix, ready to attach.
+
+    Attributes:
+        method: the method, its settings resolved for this matrix.
+        values: what its weights are at first, by name.
+        base_fingerprint: the fingerprint of W.
+    """
+
+    method: Method
+    values: dict[str, Any]
+    base_fingerprint: np.ndarray
+
+
+def plan(method: Method, matrix: Any, name: str) -> Plan:
+    """Decomposes W = `matrix` (in, out), the kernel of `name`."""
+    needs = method.needs(tuple(matrix.shape))
+    factors = None if needs is None else decompose(matrix, needs, name)
+    return Plan(
+        method.resolved(factors),
+        method.initial_values(factors),
+        fingerprint(ops.convert_to_numpy(matrix)),
+    )

@@ -1,0 +1,73 @@
+"""The methods that KerasHub's Backbone and Task get on import.
+
+Each is a function of this package under the same name, so that
+`gemma.backbone.enable_svf()` and `enable_svf(gemma.backbone)` are the same.
+"""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import keras_hub
+
+from keras_svdtune import enable, files, report
+from keras_svdtune.methods.base import METHODS, Method
+
+
+def enable_function(cls: type[Method]) -> Callable[..., None]:
+    """`enable_<name>(model, <settings of cls>, target_layer_names=None)`."""
+    model, _, targets = inspect.signature(
+        enable.enable_adapter
+    ).parameters.values()
+    settings = inspect.signature(cls).parameters.values()
+    signature = inspect.Signature([model, *settings, targets])
+
+    def enable_method(*args: Any, **kwargs: Any) -> None:
+        arguments = signature.bind(*args, **kwargs).arguments
+        model = arguments.pop("model")
+        targets = arguments.pop("target_layer_names", None)
+        enable.enable_adapter(model, cls(**arguments), targets)
+
+    enable_method.__signature__ = signature  # type: ignore[attr-defined]
+    enable_method.__name__ = enable_method.__qualname__ = f"enable_{cls.name}"
+    enable_method.__doc__ = (
+        f"Enables {cls.title} on a model, as `enable_adapter` does.\n\n"
+        "Takes the settings below; `model` and `target_layer_names` are as "
+        f"for `enable_adapter`.\n\n{inspect.getdoc(cls)}"
+    )
+    return enable_method
+
+
+def functions() -> dict[str, Callable[..., Any]]:
+    """What a Backbone or Task can do, by name."""
+    found: dict[str, Callable[..., Any]] = {
+        f"enable_{name}": enable_function(cls) for name, cls in METHODS.items()
+    }
+    for function in (
+        enable.enable_adapter,
+        enable.merge_adapter,
+        enable.remove_adapter,
+        enable.adapter_disabled,
+        files.save_adapter,
+        files.load_adapter,
+        report.adapter_summary,
+    ):
+        found[function.__name__] = function
+    return found
+
+
+def patch_keras_hub() -> None:
+    """Adds `functions()` to Backbone and Task; overwrites nothing."""
+    for name, function in functions().items():
+        for cls in (keras_hub.models.Backbone, keras_hub.models.Task):
+            existing = getattr(cls, name, None)
+            if existing is None:
+                function._keras_svdtune = True  # type: ignore[attr-defined]
+                setattr(cls, name, function)
+            elif not hasattr(existing, "_keras_svdtune"):
+                warnings.warn(
+                    f"{cls.__name__} has a method `{name}` of its own; it is "
+                    f"left as it is. Call `keras_svdtune.{name}(model, ...)`.",
+                    stacklevel=3,
+                )

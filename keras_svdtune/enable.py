@@ -1,0 +1,273 @@
+"""Enabling, merging, removing and switching off adapters on a model."""
+
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import keras
+import keras_hub
+from keras import ops
+
+from keras_svdtune import attach
+from keras_svdtune.adapter import Plan, plan
+from keras_svdtune.compiled import reset_compiled
+from keras_svdtune.freezing import freeze
+from keras_svdtune.hosts import HOSTS
+from keras_svdtune.methods.base import METHODS, Method, nearest
+from keras_svdtune.progress import progress_bar
+from keras_svdtune.targets import adapted_layers, find_targets
+
+
+@dataclasses.dataclass(frozen=True)
+class _Enabled:
+    """What was done to a model, kept until it is undone."""
+
+    method: Method
+    unfreeze: Callable[[], None]
+
+
+_ENABLED: weakref.WeakKeyDictionary[keras.Model, _Enabled]
+_ENABLED = weakref.WeakKeyDictionary()
+
+
+def enable_adapter(
+    model: keras.Model,
+    method: Method,
+    target_layer_names: Iterable[str] | None = None,
+) -> None:
+    """Adds an adapter to each target layer and freezes everything else.
+
+    The kernels stay as they are: the first step computes what the base model
+    computes, to the bit. All targets are decomposed before the first is
+    touched, so an error or an interrupt leaves the model as it was. Functions
+    that the model, or a Task around it, had compiled are dropped, and an
+    optimizer in use is replaced by a fresh one with the same settings.
+
+    Args:
+        model: a KerasHub Backbone; a Task, which means its backbone; or any
+            built `keras.Model`.
+        method: the method with its settings, such as `SVF()`.
+        target_layer_names: None for every Dense and EinsumDense layer;
+            or a list of layer names (`"query"`) and regular expressions that
+            match a whole layer path (`".*ffw.*"`).
+
+    Raises:
+        ValueError: an adapter is enabled already, a target matches nothing,
+            a layer cannot be adapted, or a kernel holds NaN or infinity.
+
+    Example:
+
+    ```python
+    enable_adapter(gemma, SVF(), target_layer_names=["query", "value"])
+    ```
+    """
+    root = adapted_part(model)
+    method = checked_method(method)
+    layers = targets_for(root, method, target_layer_names)
+    plans = {}
+    with progress_bar(f"{method.title}: decomposing", len(layers)) as step:
+        for path, layer in layers.items():
+            step(path)
+            plans[path] = plan(method, attach.matrix_of(layer), path)
+    attach_plans(root, method, layers, plans)
+
+
+def attach_plans(
+    root: keras.Model,
+    method: Method,
+    layers: dict[str, Any],
+    plans: dict[str, Plan],
+) -> None:
+    """Attaches what `enable_adapter` has prepared, to all layers or none."""
+    unfreeze = freeze(root)
+    try:
+        for path, layer in layers.items():
+            # pop: once an array is a variable, it is held once, not twice.
+            attach.attach_plan(layer, plans.pop(path))
+    except BaseException:
+        for layer in layers.values():
+            if hasattr(layer, "adapter"):
+                attach.detach(layer)
+        unfreeze()
+        raise
+    _ENABLED[root] = _Enabled(method, unfreeze)
+    reset_compiled(layers.values())
+
+
+def merge_adapter(model: keras.Model) -> None:
+    """Folds every adapter into its kernel: W becomes W'.
+
+    The layers are plain Keras layers again, with the outputs of the adapted
+    ones (1e-5 relative in float32), no overhead, and what was trainable before
+    the adapter was enabled is trainable again.
+
+    Args:
+        model: a model with an adapter.
+
+    Raises:
+        ValueError: the model has no adapter.
+    """
+    _give_back(model, attach.merge)
+
+
+def remove_adapter(model: keras.Model) -> None:
+    """Takes every adapter away: the base model again, bit for bit.
+
+    Args:
+        model: a model with an adapter. What it learned is lost unless
+            `save_adapter` wrote it to a file.
+
+    Raises:
+        ValueError: the model has no adapter.
+    """
+    _give_back(model, attach.detach)
+
+
+def _give_back(model: keras.Model, end: Callable[[Any], None]) -> None:
+    root = adapted_part(model)
+    layers = require_adapted(root)
+    for layer in layers.values():
+        end(layer)
+    for owner in [m for m in _ENABLED if m in root._flatten_layers()]:
+        _ENABLED.pop(owner).unfreeze()
+    reset_compiled(layers.values())
+
+
+@contextlib.contextmanager
+def adapter_disabled(model: keras.Model) -> Iterator[None]:
+    """Within it the model computes what the base computes, to the bit.
+
+    The trainables are set to values that change nothing, and back at the
+    end; so functions that were compiled stay valid. What is trained within is
+    refused at the end, since it could not be kept.
+
+    Args:
+        model: a model with an adapter.
+
+    Example:
+
+    ```python
+    with adapter_disabled(gemma):
+        before = gemma.generate("Hello")
+    ```
+
+    Raises:
+        ValueError: the model has no adapter.
+        RuntimeError: the trainables changed within.
+    """
+    adapters = [x.adapter for x in require_adapted(model).values()]
+    pairs = [
+        (v, ops.convert_to_numpy(v.value).copy())
+        for adapter in adapters
+        for v in adapter.variables_by_name(trainable=True).values()
+    ]
+    for adapter in adapters:
+        adapter.reset()
+    neutral = [ops.convert_to_numpy(v.value).copy() for v, _ in pairs]
+    try:
+        yield
+    finally:
+        changed = any(
+            not (ops.convert_to_numpy(v.value) == n).all()
+            for (v, _), n in zip(pairs, neutral, strict=True)
+        )
+        for variable, value in pairs:
+            variable.assign(value)
+    if changed:
+        raise RuntimeError(
+            "The adapter was trained or loaded while it was disabled. It has "
+            "its earlier values again; train outside `adapter_disabled()`."
+        )
+
+
+def adapted_part(model: Any) -> keras.Model:
+    """The backbone of a Task; any other model itself."""
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            "Expected a keras.Model, a keras_hub Backbone or a Task. "
+            f"Received: {model!r} (of type {type(model).__name__})"
+        )
+    return model.backbone if isinstance(model, keras_hub.models.Task) else model
+
+
+def require_adapted(model: keras.Model) -> dict[str, Any]:
+    """The adapted layers by path, or an error if there are none."""
+    layers = adapted_layers(adapted_part(model))
+    if not layers:
+        raise ValueError(
+            f"Model '{model.name}' has no adapter. Enable one first, e.g. with "
+            "`enable_svf()`."
+        )
+    return layers
+
+
+def enabled_method(model: keras.Model) -> Method:
+    """The method that is enabled on `model`, with the user's settings."""
+    root = adapted_part(model)
+    if root in _ENABLED:
+        return _ENABLED[root].method
+    return next(iter(require_adapted(root).values())).adapter.method
+
+
+def checked_method(method: Any) -> Method:
+    """`method`, or an error that says how to write one."""
+    if isinstance(method, Method):
+        return method
+    known = [cls.title for cls in METHODS.values()]
+    if isinstance(method, type) and issubclass(method, Method):
+        raise ValueError(
+            f"Expected a method with its settings, `{method.__name__}(...)`. "
+            f"Received the class: {method.__name__}"
+        )
+    raise ValueError(
+        "`method` must be a config object such as `SVF()`. "
+        f"Received: {method!r}. {nearest(str(method), known)}"
+    )
+
+
+def targets_for(
+    root: keras.Model,
+    method: Method,
+    target_layer_names: Iterable[str] | None,
+) -> dict[str, Any]:
+    """The target layers, each fit for `method`; touches nothing."""
+    if adapted_layers(root):
+        raise ValueError(
+            f"Model '{root.name}' already has an adapter "
+            f"({enabled_method(root)}). Call `merge_adapter()` or "
+            "`remove_adapter()` first."
+        )
+    layers = find_targets(root, target_layer_names)
+    for path, layer in layers.items():
+        check_layer(path, layer, method)
+    return layers
+
+
+def check_layer(path: str, layer: Any, method: Method) -> None:
+    """Raises a ValueError that names the layer if `method` cannot adapt it."""
+    if type(layer) not in HOSTS:
+        problem = f"is a {type(layer).__name__}, which cannot be adapted"
+    elif layer.lora_enabled:
+        problem = "has Keras LoRA enabled; load the model without it"
+    elif layer.quantization_mode is not None:
+        problem = f"is quantized ({layer.quantization_mode})"
+    elif layer.kernel_constraint is not None:
+        problem = (
+            "has a kernel constraint, which an adapter cannot respect; build "
+            "it without `kernel_constraint`"
+        )
+    else:
+        shape = HOSTS[type(layer)].matrix_view(layer).shape
+        try:
+            method.needs(shape)
+            method.weights(shape)
+        except ValueError as error:
+            raise ValueError(
+                f"Layer '{path}', a matrix of {shape[0]} x {shape[1]}: {error}"
+            ) from None
+        return
+    raise ValueError(
+        f"Layer '{path}' {problem}, or leave it out of `target_layer_names`."
+    )

@@ -1,0 +1,144 @@
+"""What a method is: a config, the weights it asks for, and two formulas.
+
+A method adapts a frozen linear map x·W. It is a frozen dataclass of settings
+that says, for a matrix of a given shape,
+
+- `needs`: which part of the singular value decomposition of W it uses;
+- `weights`: which weights it adds, trainable and frozen;
+- `initial_values`: what the weights are at first, so that nothing changes;
+- `call`: the adapted product, from x and the frozen map;
+- `merged`: the matrix that would give the same product at once.
+
+It never sees a layer, an einsum or a batch axis: `x` is always (tokens, in).
+To add a method, copy `svf.py`, the shortest one, and decorate the class with
+`@register`; the `enable_*` method, the layers and the demo follow from it.
+"""
+
+import dataclasses
+import difflib
+from typing import Any, ClassVar, Protocol
+
+from keras import ops
+
+from keras_svdtune.svd import Factors, Needs
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One weight that a method adds to a layer.
+
+    Attributes:
+        name: str. The variable is called `<method>_<name>`.
+        shape: tuple of int.
+        trainable: bool. Trainable weights are float32 whatever the dtype
+            policy; frozen ones take the layer's variable dtype.
+        saved: bool. Whether an adapter file holds it, as trainables always
+            do; what is not saved is computed again from W on loading.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    trainable: bool = False
+    saved: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "saved", self.saved or self.trainable)
+
+
+class LinearMap(Protocol):
+    """The frozen map x·W of a layer, computed as the layer computes it."""
+
+    def __call__(self, x: Any) -> Any:
+        """x (tokens, in) -> x·W (tokens, out), tokens as in the input."""
+
+    def rows(self, x: Any) -> Any:
+        """The same for any number of rows: (k, in) -> (k, out)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Base class of the methods.
+
+    Attributes:
+        name: str, the method's short name: `"svf"`.
+        title: str, the method's name in print: `"SVF"`. Layers are called
+            after it: `SVFDense`.
+        suggested_learning_rate: float, a rate for Adam to start from.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    suggested_learning_rate: ClassVar[float]
+    # The settings without a default, as an example writes them.
+    example: ClassVar[str] = ""
+
+    def needs(self, shape: tuple[int, int]) -> Needs | None:
+        """What must be known of W (in, out); None if nothing."""
+        raise NotImplementedError
+
+    def resolved(self, factors: Factors | None) -> "Method":
+        """The method for one matrix, with what its factors decide."""
+        return self
+
+    def weights(self, shape: tuple[int, int]) -> list[Weight]:
+        """The weights for W (in, out)."""
+        raise NotImplementedError
+
+    def initial_values(self, factors: Factors | None) -> dict[str, Any]:
+        """Arrays for the weights, by name. A weight left out is zero."""
+        raise NotImplementedError
+
+    def call(self, weights: Any, x: Any, base: LinearMap) -> Any:
+        """The adapted product.
+
+        Args:
+            weights: holds the weights as attributes, and the matrix's
+                `shape` (in, out).
+            x: (tokens, in), in the layer's compute dtype.
+            base: the frozen map x -> x·W.
+
+        Returns:
+            (tokens, out). With the initial weights, `base(x)` to the bit.
+        """
+        raise NotImplementedError
+
+    def merged(self, weights: Any, matrix: Any) -> Any:
+        """W' (in, out) in float32, with `call(weights, x, base) == x·W'`.
+
+        Args:
+            weights: as in `call`.
+            matrix: W (in, out), float32.
+        """
+        raise NotImplementedError
+
+    def neutral(self, weights: Any) -> dict[str, Any]:
+        """Values of trainables, by name, with which `call` is `base` again.
+
+        Zero for every one of them, unless a method says otherwise.
+        """
+        return {
+            w.name: ops.zeros(w.shape)
+            for w in self.weights(weights.shape)
+            if w.trainable
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """The settings as plain values, for files and configs."""
+        return dataclasses.asdict(self)
+
+
+METHODS: dict[str, type[Method]] = {}
+
+
+def register(cls: type[Method]) -> type[Method]:
+    """Class decorator: makes a method known under its name."""
+    METHODS[cls.name] = cls
+    return cls
+
+
+def nearest(wanted: str, known: list[str]) -> str:
+    """The end of an error message: what the user may have meant."""
+    close = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
+    if close:
+        return f"Did you mean {' or '.join(repr(x) for x in close)}?"
+    return f"There are: {', '.join(repr(x) for x in sorted(set(known))[:12])}."

@@ -1,0 +1,209 @@
+"""What an adapter costs: a table, and a dry run before there is one."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+import numpy as np
+import rich.console
+import rich.table
+
+from keras_svdtune import attach, svd
+from keras_svdtune.enable import (
+    adapted_part,
+    checked_method,
+    enabled_method,
+    require_adapted,
+    targets_for,
+)
+from keras_svdtune.methods.base import Method
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCost:
+    """What a method adds to one layer.
+
+    Attributes:
+        path: str, the layer.
+        matrix: (in, out), its kernel as a matrix.
+        trainable: int, trainable parameters.
+        frozen: int, frozen parameters beside the kernel.
+        bytes: int, of both.
+    """
+
+    path: str
+    matrix: tuple[int, int]
+    trainable: int
+    frozen: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a method adds to a model. `print()` shows it as a table.
+
+    Attributes:
+        method: `Method`.
+        layers: one `LayerCost` for each adapted layer.
+        model_parameters: int, parameters of the model without the adapter.
+        decomposition_seconds: float or None, about how long enabling will
+            take on this machine; None once it is enabled.
+    """
+
+    method: Method
+    layers: tuple[LayerCost, ...]
+    model_parameters: int
+    decomposition_seconds: float | None = None
+
+    @property
+    def trainable(self) -> int:
+        """Trainable parameters."""
+        return sum(x.trainable for x in self.layers)
+
+    @property
+    def frozen(self) -> int:
+        """Frozen parameters beside the kernels."""
+        return sum(x.frozen for x in self.layers)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of both."""
+        return sum(x.bytes for x in self.layers)
+
+    def print(self, console: rich.console.Console | None = None) -> None:
+        """Prints the table, layers of equal name and shape in one row."""
+        (console or rich.console.Console()).print(self.table())
+
+    def table(self) -> rich.table.Table:
+        """The table, for `rich`."""
+        seconds = self.decomposition_seconds
+        table = rich.table.Table(
+            title=f"{self.method}",
+            caption=(
+                f"{self.trainable / max(self.model_parameters, 1):.4%} of "
+                f"{self.model_parameters:,} parameters are trained. Suggested "
+                f"learning rate: {self.method.suggested_learning_rate:g}"
+                + (f". Enabling takes about {seconds:.1f} s" if seconds else "")
+            ),
+            title_style="bold",
+            show_footer=True,
+        )
+        table.add_column("layer", "total", style="cyan", overflow="fold")
+        for name, footer in (
+            ("matrix", ""),
+            ("layers", f"{len(self.layers):,}"),
+            ("trainable", f"{self.trainable:,}"),
+            ("extra frozen", f"{self.frozen:,}"),
+            ("MiB", f"{self.bytes / 2**20:.2f}"),
+        ):
+            style = "bold green" if name == "trainable" else None
+            table.add_column(name, footer, justify="right", style=style)
+        for (name, shape), group in self._groups().items():
+            table.add_row(
+                name,
+                f"{shape[0]} x {shape[1]}",
+                f"{len(group):,}",
+                f"{sum(x.trainable for x in group):,}",
+                f"{sum(x.frozen for x in group):,}",
+                f"{sum(x.bytes for x in group) / 2**20:.2f}",
+            )
+        return table
+
+    def _groups(self) -> dict[tuple[str, tuple[int, int]], list[LayerCost]]:
+        groups: dict[tuple[str, tuple[int, int]], list[LayerCost]] = {}
+        for layer in self.layers:
+            name = layer.path.rsplit("/", 1)[-1]
+            groups.setdefault((name, layer.matrix), []).append(layer)
+        return groups
+
+
+def adapter_summary(model: keras.Model) -> Cost:
+    """Prints what the enabled adapter adds to `model`, and returns it.
+
+    Args:
+        model: a model with an adapter.
+
+    Returns:
+        `Cost`.
+
+    Raises:
+        ValueError: the model has no adapter.
+    """
+    root = adapted_part(model)
+    layers = require_adapted(root)
+    costs = tuple(
+        _cost(path, layer.adapter.method, layer)
+        for path, layer in layers.items()
+    )
+    extra = sum(x.trainable + x.frozen for x in costs)
+    cost = Cost(enabled_method(root), costs, root.count_params() - extra)
+    cost.print()
+    return cost
+
+
+def estimate(
+    model: keras.Model,
+    method: Method,
+    target_layer_names: Iterable[str] | None = None,
+) -> Cost:
+    """A dry run of `enable_adapter`: what it would cost. Touches nothing.
+
+    Parameters and bytes are exact. The seconds are the operations of the
+    decompositions at the speed of one that is timed on the spot.
+
+    Args:
+        model, method, target_layer_names: as for `enable_adapter`.
+
+    Returns:
+        `Cost`.
+
+    Raises:
+        ValueError: as `enable_adapter`, save for NaN and infinity in a kernel.
+
+    Example:
+
+    ```python
+    estimate(gemma, SVF()).print()
+    ```
+    """
+    root = adapted_part(model)
+    method = checked_method(method)
+    layers = targets_for(root, method, target_layer_names)
+    costs = tuple(_cost(path, method, x) for path, x in layers.items())
+    work = sum(_operations(method, x.matrix) for x in costs)
+    seconds = work * _seconds_per_operation() if work else None
+    return Cost(method, costs, root.count_params(), seconds)
+
+
+def _cost(path: str, method: Method, layer: Any) -> LayerCost:
+    view = attach.view_of(layer)
+    weights = method.weights(view.shape)
+    trainable = sum(math.prod(w.shape) for w in weights if w.trainable)
+    frozen = sum(math.prod(w.shape) for w in weights if not w.trainable)
+    size = keras.backend.standardize_dtype(layer.variable_dtype)
+    itemsize = {"float32": 4, "float64": 8}.get(size, 2)
+    return LayerCost(
+        path, view.shape, trainable, frozen, 4 * trainable + itemsize * frozen
+    )
+
+
+def _operations(method: Method, shape: tuple[int, int]) -> float:
+    """About how many floating-point operations one decomposition takes."""
+    if method.needs(shape) is None:
+        return 0.0
+    n = min(shape)
+    return 4.0 * n * n * max(shape) + 9.0 * n**3
+
+
+def _seconds_per_operation(n: int = 512) -> float:
+    """Times one small decomposition on this machine."""
+    needs = svd.Needs("small_side")
+    matrix = np.random.default_rng(0).standard_normal((n, n), "float32")
+    tensor = keras.ops.convert_to_tensor(matrix)
+    svd.decompose(tensor, needs)  # warm up: threads, compilation on a GPU
+    start = time.perf_counter()
+    svd.decompose(tensor, needs)
+    return (time.perf_counter() - start) / (13.0 * n**3)

@@ -1,0 +1,219 @@
+"""The decomposition behind a method.
+
+One place turns a matrix W (in, out) into W = U diag(s) Vᵀ, or into as much
+of it as a method needs, and decides how:
+
+- **Where.** On a GPU the work stays there, in float32 at full matmul
+  precision through `keras.ops`. On a CPU, and for a TPU (whose compiler
+  needs minutes for one full decomposition of one shape), it is done on the
+  host in float64 by LAPACK. There all backends get the same basis to the last
+  bit, so that an adapter trained with one loads into another.
+- **How.** An orthonormal basis of the smaller side comes from the Gram matrix
+  (`eigh`), 3-5 times faster than `svd`. A few large components come from
+  a seeded randomised range finder, small ones from a true SVD.
+
+Signs are canonical: the entry of largest magnitude of each u is positive.
+Nothing here is ever differentiated: gradients of an SVD are NaN where
+singular values are equal.
+
+Reference: Halko, Martinsson, Tropp, "Finding structure with randomness",
+https://arxiv.org/abs/0909.4061 (the range finder).
+"""
+
+import contextlib
+import dataclasses
+import types
+import warnings
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import keras
+import numpy as np
+from keras import ops
+
+# NumPy under the names of keras.ops: the same algorithms run on both.
+_HOST = types.SimpleNamespace(
+    **{
+        name: getattr(np.linalg, name, None) or getattr(np, name)
+        for name in (
+            *("eigh", "qr", "svd"),
+            *("absolute", "argmax", "expand_dims", "flip", "matmul"),
+            *("maximum", "sqrt", "take_along_axis", "transpose", "where"),
+        )
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What a method needs to know of W = U diag(s) Vᵀ, n = min(in, out).
+
+    Attributes:
+        part: `"small_side"`, an orthonormal basis of the smaller side: V
+            (n, n) where out <= in, else U (n, n). `"top"` or `"bottom"`,
+            the `rank` largest or smallest components of both sides.
+        rank: int, how many components; or float in (0, 1], the smallest
+            number that holds that share of the sum of s². None for
+            `"small_side"`.
+        n_iter: int or None. Power iterations of the randomised algorithm for
+            `"top"`; None is exact.
+        seed: int. Seed of the randomised algorithm.
+    """
+
+    part: Literal["small_side", "top", "bottom"]
+    rank: int | float | None = None
+    n_iter: int | None = None
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """Components of W = U diag(s) Vᵀ as float32 NumPy arrays, s descending.
+
+    Attributes:
+        u: (in, k), or None where the method has no need of it.
+        s: (k,).
+        v: (out, k), or None.
+    """
+
+    u: np.ndarray | None
+    s: np.ndarray
+    v: np.ndarray | None
+
+
+def decompose(matrix: Any, needs: Needs, name: str = "matrix") -> Factors:
+    """Decomposes one matrix.
+
+    Args:
+        matrix: (in, out), a tensor of any floating dtype.
+        needs: `Needs`. Which part of the decomposition.
+        name: str. What to call the matrix in an error.
+
+    Returns:
+        `Factors`, finite, with canonical signs.
+
+    Raises:
+        ValueError: the matrix holds NaN or infinity, or its rank does not
+            fit.
+    """
+    if not bool(ops.all(ops.isfinite(matrix))):
+        raise ValueError(
+            f"The kernel of '{name}' holds NaN or infinity, and such a matrix "
+            "has no singular values. Load its weights again, or leave the "
+            "layer out of `target_layer_names`."
+        )
+    if not on_host():
+        try:
+            with full_precision():
+                factors = _run(ops.cast(matrix, "float32"), needs, ops)
+        except Exception as error:
+            # A solver that did not converge, or no memory left for it.
+            reason = f"{type(error).__name__}: {error}"
+        else:
+            if _finite(factors):
+                return factors
+            reason = "it returned values that are not finite"
+        warnings.warn(
+            f"The {keras.backend.backend()} backend could not decompose the "
+            f"kernel of '{name}' on its device ({reason}); LAPACK does it on "
+            "the host instead.",
+            stacklevel=2,
+        )
+    host = ops.convert_to_numpy(ops.cast(matrix, "float32"))
+    return _run(host.astype("float64"), needs, _HOST)
+
+
+def on_host() -> bool:
+    """Whether matrices are decomposed by LAPACK on the host's CPU."""
+    match keras.backend.backend():
+        case "jax":
+            import jax
+
+            return jax.default_backend() in ("cpu", "tpu")
+        case "torch":
+            import torch
+
+            return not torch.cuda.is_available()
+        case "tensorflow":
+            import tensorflow as tf
+
+            return not tf.config.list_physical_devices("GPU")
+        case _:
+            return True
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Float32 products in float32: TPUs default to bfloat16, GPUs to tf32."""
+    match keras.backend.backend():
+        case "jax":
+            import jax
+
+            with jax.default_matmul_precision("highest"):
+                yield
+        case "torch":
+            import torch
+
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+            try:
+                yield
+            finally:
+                torch.set_float32_matmul_precision(before)
+        case "tensorflow":
+            import tensorflow as tf
+
+            config = tf.config.experimental
+            enabled = config.tensor_float_32_execution_enabled()
+            config.enable_tensor_float_32_execution(False)
+            try:
+                yield
+            finally:
+                config.enable_tensor_float_32_execution(enabled)
+        case _:
+            yield
+
+
+def _run(w: Any, needs: Needs, xp: Any) -> Factors:
+    u, s, v = small_side(w, xp)
+    return Factors(_to_float32(u), _to_float32(s), _to_float32(v))
+
+
+def small_side(w: Any, xp: Any) -> tuple[Any, Any, Any]:
+    """An orthonormal basis of the smaller side, by the Gram matrix.
+
+    With G = WᵀW = V diag(s²) Vᵀ where out <= in, else G = WWᵀ. The basis is
+    orthogonal by construction, so W·V·Vᵀ = W however accurate the small
+    singular values are.
+
+    Args:
+        w: (in, out).
+        xp: `keras.ops` or its NumPy stand-in.
+
+    Returns:
+        (u, s, v): one of u and v is (n, n), the other is None.
+    """
+    tall = w.shape[1] <= w.shape[0]
+    wt = xp.transpose(w)
+    gram = xp.matmul(wt, w) if tall else xp.matmul(w, wt)
+    values, basis = xp.eigh(gram)
+    s = xp.sqrt(xp.maximum(xp.flip(values), 0.0))
+    basis = xp.flip(basis, axis=1)
+    u = xp.matmul(w, basis) if tall else basis
+    basis = basis * signs(u, xp)
+    return (None, s, basis) if tall else (basis, s, None)
+
+
+def signs(u: Any, xp: Any) -> Any:
+    """(k,) of ±1 that make each column's entry of largest magnitude > 0."""
+    rows = xp.expand_dims(xp.argmax(xp.absolute(u), axis=0), 0)
+    return xp.where(xp.take_along_axis(u, rows, axis=0)[0] < 0, -1.0, 1.0)
+
+
+def _to_float32(x: Any) -> Any:
+    return None if x is None else ops.convert_to_numpy(x).astype("float32")
+
+
+def _finite(factors: Factors) -> bool:
+    arrays = (factors.u, factors.s, factors.v)
+    return all(x is None or bool(np.isfinite(x).all()) for x in arrays)
