@@ -36,9 +36,9 @@ class DeclaredLayer(AdapterHost):
         self.method = self.method_class(**settings)
 
     def build(self, input_shape: Any) -> None:
-        super().build(input_shape)
+        super().build(input_shape)  # type: ignore[misc]
         self._set_kernel()
-        freeze_own_variables(self)  # type: ignore[arg-type]
+        freeze_own_variables(self)
         ready = functools.cache(self._plan)
         attach.attach(
             self, self.method, lambda name: ready().values.get(name), type(self)
