@@ -26,27 +26,73 @@ from keras_svdtune.enable import (
     remove_adapter,
 )
 from keras_svdtune.files import load_adapter, save_adapter
-from keras_svdtune.methods import METHODS, SVF, Method
+from keras_svdtune.methods import (
+    METHODS,
+    SVF,
+    SVFT,
+    DoRA,
+    LoRA,
+    LoRAXS,
+    Method,
+    MiLoRA,
+    PiSSA,
+)
 from keras_svdtune.report import Cost, LayerCost, adapter_summary, estimate
 
 __version__ = "0.1.0"
 
 enable_svf = _backbone.enable_function(SVF)
+enable_svft = _backbone.enable_function(SVFT)
+enable_pissa = _backbone.enable_function(PiSSA)
+enable_milora = _backbone.enable_function(MiLoRA)
+enable_lora_xs = _backbone.enable_function(LoRAXS)
+enable_dora = _backbone.enable_function(DoRA)
+
 SVFDense, SVFEinsumDense = _layers.layer_classes(SVF)
+SVFTDense, SVFTEinsumDense = _layers.layer_classes(SVFT)
+PiSSADense, PiSSAEinsumDense = _layers.layer_classes(PiSSA)
+MiLoRADense, MiLoRAEinsumDense = _layers.layer_classes(MiLoRA)
+LoRAXSDense, LoRAXSEinsumDense = _layers.layer_classes(LoRAXS)
+LoRADense, LoRAEinsumDense = _layers.layer_classes(LoRA)
+DoRADense, DoRAEinsumDense = _layers.layer_classes(DoRA)
+
 _backbone.patch_keras_hub()
 
 __all__ = [
     "METHODS",
     "SVF",
+    "SVFT",
     "Cost",
+    "DoRA",
+    "DoRADense",
+    "DoRAEinsumDense",
     "LayerCost",
+    "LoRA",
+    "LoRADense",
+    "LoRAEinsumDense",
+    "LoRAXS",
+    "LoRAXSDense",
+    "LoRAXSEinsumDense",
     "Method",
+    "MiLoRA",
+    "MiLoRADense",
+    "MiLoRAEinsumDense",
+    "PiSSA",
+    "PiSSADense",
+    "PiSSAEinsumDense",
     "SVFDense",
     "SVFEinsumDense",
+    "SVFTDense",
+    "SVFTEinsumDense",
     "adapter_disabled",
     "adapter_summary",
     "enable_adapter",
+    "enable_dora",
+    "enable_lora_xs",
+    "enable_milora",
+    "enable_pissa",
     "enable_svf",
+    "enable_svft",
     "estimate",
     "load_adapter",
     "merge_adapter",

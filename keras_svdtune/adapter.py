@@ -1,6 +1,7 @@
 """The weights that a method adds to one layer."""
 
 import dataclasses
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -58,8 +59,8 @@ class Adapter(keras.layers.Layer):
                 trainable=weight.trainable,
                 # A trainable stays float32 in a bfloat16 model: neither
                 # stored nor cast on access, or small updates are lost.
-                dtype="float32" if weight.trainable else None,
-                autocast=not weight.trainable,
+                dtype=weight.dtype,
+                autocast=weight.dtype is None,
             )
             setattr(self, weight.name, variable)
         self._initial_value = None
@@ -156,10 +157,14 @@ class Plan:
 
 def plan(method: Method, matrix: Any, name: str) -> Plan:
     """Decomposes W = `matrix` (in, out), the kernel of `name`."""
-    needs = method.needs(tuple(matrix.shape))
+    shape = tuple(matrix.shape)
+    needs = method.needs(shape)
     factors = None if needs is None else decompose(matrix, needs, name)
-    return Plan(
-        method.resolved(factors),
-        method.initial_values(factors),
-        fingerprint(ops.convert_to_numpy(matrix)),
-    )
+    if factors is not None and isinstance(getattr(method, "rank", 0), float):
+        method = dataclasses.replace(method, rank=len(factors.s))  # type: ignore[call-arg]
+    # RandomState, since NumPy promises that its stream never changes: what is
+    # drawn here is drawn again when an adapter file is loaded.
+    seed = zlib.crc32(name.encode()) + getattr(method, "seed", 0)
+    random = np.random.RandomState(seed % 2**32)
+    values = method.initial_values(matrix, factors, random)
+    return Plan(method, values, fingerprint(ops.convert_to_numpy(matrix)))

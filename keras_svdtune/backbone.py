@@ -42,7 +42,9 @@ def enable_function(cls: type[Method]) -> Callable[..., None]:
 def functions() -> dict[str, Callable[..., Any]]:
     """What a Backbone or Task can do, by name."""
     found: dict[str, Callable[..., Any]] = {
-        f"enable_{name}": enable_function(cls) for name, cls in METHODS.items()
+        f"enable_{name}": enable_function(cls)
+        for name, cls in METHODS.items()
+        if cls.has_enable
     }
     for function in (
         enable.enable_adapter,

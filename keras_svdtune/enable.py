@@ -261,8 +261,7 @@ def check_layer(path: str, layer: Any, method: Method) -> None:
     else:
         shape = HOSTS[type(layer)].matrix_view(layer).shape
         try:
-            method.needs(shape)
-            method.weights(shape)
+            method.check(shape)
         except ValueError as error:
             raise ValueError(
                 f"Layer '{path}', a matrix of {shape[0]} x {shape[1]}: {error}"

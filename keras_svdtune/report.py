@@ -32,6 +32,7 @@ class LayerCost:
         trainable: int, trainable parameters.
         frozen: int, frozen parameters beside the kernel.
         bytes: int, of both.
+        rank: int or None, the rank of the method there, where it has one.
     """
 
     path: str
@@ -39,6 +40,7 @@ class LayerCost:
     trainable: int
     frozen: int
     bytes: int
+    rank: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,22 +174,46 @@ def estimate(
     root = adapted_part(model)
     method = checked_method(method)
     layers = targets_for(root, method, target_layer_names)
-    costs = tuple(_cost(path, method, x) for path, x in layers.items())
+    costs = tuple(
+        _cost(path, _with_rank(method, x, path), x)
+        for path, x in layers.items()
+    )
     work = sum(_operations(method, x.matrix) for x in costs)
     seconds = work * _seconds_per_operation() if work else None
     return Cost(method, costs, root.count_params(), seconds)
 
 
 def _cost(path: str, method: Method, layer: Any) -> LayerCost:
-    view = attach.view_of(layer)
-    weights = method.weights(view.shape)
-    trainable = sum(math.prod(w.shape) for w in weights if w.trainable)
-    frozen = sum(math.prod(w.shape) for w in weights if not w.trainable)
-    size = keras.backend.standardize_dtype(layer.variable_dtype)
-    itemsize = {"float32": 4, "float64": 8}.get(size, 2)
+    shape = attach.view_of(layer).shape
+    weights = [
+        (math.prod(w.shape), w.trainable, w.dtype or layer.variable_dtype)
+        for w in method.weights(shape)
+    ]
     return LayerCost(
-        path, view.shape, trainable, frozen, 4 * trainable + itemsize * frozen
+        path,
+        shape,
+        sum(n for n, trainable, _ in weights if trainable),
+        sum(n for n, trainable, _ in weights if not trainable),
+        sum(n * _bytes_of(dtype) for n, _, dtype in weights),
+        rank=getattr(method, "rank", None),
     )
+
+
+def _bytes_of(dtype: str) -> int:
+    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+
+
+def _with_rank(method: Method, layer: Any, path: str) -> Method:
+    """`method` with an integer rank for this layer, if its rank is energy."""
+    energy = getattr(method, "rank", None)
+    if not isinstance(energy, float):
+        return method
+    matrix = attach.matrix_of(layer)
+    needs = method.needs(tuple(matrix.shape))
+    assert needs is not None
+    s = svd.decompose(matrix, svd.Needs("small_side"), path).s
+    rank = svd.rank_of_energy(s, energy, needs.part)
+    return dataclasses.replace(method, rank=rank)  # type: ignore[call-arg]
 
 
 def _operations(method: Method, shape: tuple[int, int]) -> float:

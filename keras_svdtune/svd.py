@@ -175,7 +175,12 @@ def full_precision() -> Iterator[None]:
 
 
 def _run(w: Any, needs: Needs, xp: Any) -> Factors:
-    u, s, v = small_side(w, xp)
+    if needs.part == "small_side":
+        u, s, v = small_side(w, xp)
+    elif needs.n_iter is None or isinstance(needs.rank, float):
+        u, s, v = components(w, needs, xp)
+    else:
+        u, s, v = randomised_top(w, needs, xp)
     return Factors(_to_float32(u), _to_float32(s), _to_float32(v))
 
 
@@ -202,6 +207,90 @@ def small_side(w: Any, xp: Any) -> tuple[Any, Any, Any]:
     u = xp.matmul(w, basis) if tall else basis
     basis = basis * signs(u, xp)
     return (None, s, basis) if tall else (basis, s, None)
+
+
+def components(w: Any, needs: Needs, xp: Any) -> tuple[Any, Any, Any]:
+    """The largest or smallest components, to full accuracy.
+
+    In float64 the Gram matrix gives them too, and the other side follows
+    from W·v = s·u; only where s has sunk below 1e-4 of the largest, so that
+    u would lose its orthogonality, is a full SVD needed.
+
+    Args:
+        w: (in, out).
+        needs: part `"top"` or `"bottom"`, and how many.
+        xp: `keras.ops` or its NumPy stand-in.
+
+    Returns:
+        (u, s, v) of shapes (in, k), (k,), (out, k), s descending.
+    """
+    if xp is _HOST:
+        u, s, v = small_side(w, xp)
+        part = _wanted(s, needs)
+        if s[part][-1] > 1e-4 * s[0]:
+            if u is None:
+                v = v[:, part]
+                return xp.matmul(w, v) / s[part], s[part], v
+            u = u[:, part]
+            return u, s[part], xp.matmul(xp.transpose(w), u) / s[part]
+    u, s, vt = xp.svd(w, full_matrices=False)
+    part = _wanted(_to_float32(s), needs)
+    u, s, v = u[:, part], s[part], xp.transpose(vt)[:, part]
+    sign = signs(u, xp)
+    return u * sign, s, v * sign
+
+
+def randomised_top(w: Any, needs: Needs, xp: Any) -> tuple[Any, Any, Any]:
+    """The largest components by a seeded randomised range finder.
+
+    Ten extra directions and `needs.n_iter` power iterations, each
+    orthonormalised, so that small components are not lost to rounding.
+
+    Args, Returns:
+        As for `components`.
+    """
+    assert isinstance(needs.rank, int) and needs.n_iter is not None
+    k = min(needs.rank + 10, *w.shape)
+    sketch = np.random.RandomState(needs.seed).standard_normal((w.shape[1], k))
+    wt = xp.transpose(w)
+    y = xp.matmul(w, _like(sketch, xp))
+    for _ in range(needs.n_iter):
+        z = xp.qr(xp.matmul(wt, xp.qr(y)[0]))[0]
+        y = xp.matmul(w, z)
+    q = xp.qr(y)[0]
+    u, s, vt = xp.svd(xp.matmul(xp.transpose(q), w), full_matrices=False)
+    u = xp.matmul(q, u)[:, : needs.rank]
+    sign = signs(u, xp)
+    v = xp.transpose(vt)[:, : needs.rank]
+    return u * sign, s[: needs.rank], v * sign
+
+
+def rank_of_energy(s: np.ndarray, energy: float, part: str) -> int:
+    """The smallest number of components with that share of the sum of s².
+
+    Args:
+        s: (n,) singular values, descending.
+        energy: float in (0, 1].
+        part: `"top"`, counted from the largest; `"bottom"`, from the
+            smallest.
+    """
+    squares = np.asarray(s, "float64") ** 2
+    total = np.cumsum(squares if part == "top" else squares[::-1])
+    # A hair below: the last of n rounded sums may fall short of itself.
+    enough = total >= energy * total[-1] * (1 - 1e-12)
+    return int(np.argmax(enough)) + 1
+
+
+def _wanted(s: Any, needs: Needs) -> slice:
+    rank = needs.rank
+    if isinstance(rank, float):
+        rank = rank_of_energy(s, rank, needs.part)
+    assert rank is not None
+    return slice(0, rank) if needs.part == "top" else slice(len(s) - rank, None)
+
+
+def _like(array: np.ndarray, xp: Any) -> Any:
+    return array if xp is _HOST else ops.convert_to_tensor(array, "float32")
 
 
 def signs(u: Any, xp: Any) -> Any:

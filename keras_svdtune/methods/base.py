@@ -18,6 +18,7 @@ import dataclasses
 import difflib
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 from keras import ops
 
 from keras_svdtune.svd import Factors, Needs
@@ -34,15 +35,19 @@ class Weight:
             policy; frozen ones take the layer's variable dtype.
         saved: bool. Whether an adapter file holds it, as trainables always
             do; what is not saved is computed again from W on loading.
+        dtype: str or None, the dtype of a frozen weight, if not the layer's.
     """
 
     name: str
     shape: tuple[int, ...]
     trainable: bool = False
     saved: bool = False
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "saved", self.saved or self.trainable)
+        if self.trainable:
+            object.__setattr__(self, "saved", True)
+            object.__setattr__(self, "dtype", "float32")
 
 
 class LinearMap(Protocol):
@@ -71,21 +76,36 @@ class Method:
     suggested_learning_rate: ClassVar[float]
     # The settings without a default, as an example writes them.
     example: ClassVar[str] = ""
+    # Whether there is an `enable_<name>`; not where Keras has one already.
+    has_enable: ClassVar[bool] = True
 
     def needs(self, shape: tuple[int, int]) -> Needs | None:
         """What must be known of W (in, out); None if nothing."""
         raise NotImplementedError
 
-    def resolved(self, factors: Factors | None) -> "Method":
-        """The method for one matrix, with what its factors decide."""
-        return self
+    def check(self, shape: tuple[int, int]) -> None:
+        """Raises a ValueError if a setting does not fit W (in, out)."""
+        rank = getattr(self, "rank", None)
+        if rank is not None:
+            check_rank(rank, shape)
 
     def weights(self, shape: tuple[int, int]) -> list[Weight]:
-        """The weights for W (in, out)."""
+        """The weights for W (in, out). A `rank` is an integer here."""
         raise NotImplementedError
 
-    def initial_values(self, factors: Factors | None) -> dict[str, Any]:
-        """Arrays for the weights, by name. A weight left out is zero."""
+    def initial_values(
+        self,
+        matrix: Any,
+        factors: Factors | None,
+        random: np.random.RandomState,
+    ) -> dict[str, Any]:
+        """First values of the weights, by name. A weight left out is zero.
+
+        Args:
+            matrix: W (in, out), float32.
+            factors: what `needs` asked for.
+            random: a generator seeded by the method and the layer.
+        """
         raise NotImplementedError
 
     def call(self, weights: Any, x: Any, base: LinearMap) -> Any:
@@ -125,6 +145,20 @@ class Method:
     def settings(self) -> dict[str, Any]:
         """The settings as plain values, for files and configs."""
         return dataclasses.asdict(self)
+
+
+def check_rank(rank: Any, shape: tuple[int, int]) -> None:
+    """Raises a ValueError unless `rank` is a rank of W (in, out)."""
+    n = min(shape)
+    if isinstance(rank, float) and 0.0 < rank <= 1.0:
+        return
+    if isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= n:
+        return
+    raise ValueError(
+        f"`rank` must be an integer from 1 to min(in, out) = {n}, or a float "
+        "in (0, 1] for that share of the squared singular values. "
+        f"Received: rank={rank!r}"
+    )
 
 
 METHODS: dict[str, type[Method]] = {}

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
 from keras import ops
 
 from keras_svdtune.methods.base import LinearMap, Method, Weight, register
@@ -60,7 +61,12 @@ class SVF(Method):
         n = min(shape)
         return [Weight("basis", (n, n)), Weight("delta", (n,), trainable=True)]
 
-    def initial_values(self, factors: Factors | None) -> dict[str, Any]:
+    def initial_values(
+        self,
+        matrix: Any,
+        factors: Factors | None,
+        random: np.random.RandomState,
+    ) -> dict[str, Any]:
         assert factors is not None
         return {"basis": factors.v if factors.u is None else factors.u}
 

@@ -1,0 +1,132 @@
+"""PiSSA: a low-rank adapter that starts from the largest components."""
+
+import dataclasses
+from typing import Any, Literal
+
+import numpy as np
+from keras import ops
+
+from keras_svdtune.methods.base import LinearMap, Method, Weight, register
+from keras_svdtune.methods.low_rank import branch, scale_of
+from keras_svdtune.svd import Factors, Needs
+
+
+@dataclasses.dataclass(frozen=True)
+class SpectralLoRA(Method):
+    """A low-rank adapter A·B that starts as a part of W itself.
+
+    With W = U diag(s) Vᵀ and k = alpha / rank, A₀ = U_r·√(s_r/k) and
+    B₀ = √(s_r/k)·V_rᵀ are those of r components. In the papers W is replaced
+    by W - k·A₀·B₀ and A, B train from A₀, B₀. Here W stays as it is, and the
+    changes of A and B train, from zero:
+
+        y = x·W + k·(x·A·B - x·A₀·B₀),      A = A₀ + ΔA,  B = B₀ + ΔB
+          = x·W + k·(x·ΔA·B + x·A₀·ΔB)
+
+    The last form is what is computed. Its gradients are those of A and B, it
+    is exactly x·W at first, and it never subtracts two large and nearly
+    equal products, which in bfloat16 would leave little but rounding.
+    (Weight decay draws A towards A₀, not towards zero.)
+    """
+
+    part = "top"
+
+    rank: int | float
+    alpha: float | None = None
+
+    def needs(self, shape: tuple[int, int]) -> Needs:
+        part: Literal["top", "bottom"] = self.part  # type: ignore[assignment]
+        return Needs(part, self.rank)
+
+    def weights(self, shape: tuple[int, int]) -> list[Weight]:
+        rows, columns = shape
+        rank = int(self.rank)
+        return [
+            Weight("delta_a", (rows, rank), trainable=True),
+            Weight("delta_b", (rank, columns), trainable=True),
+            # Saved: a file then gives the same function whatever computed it.
+            Weight("a0", (rows, rank), saved=True),
+            Weight("b0", (rank, columns), saved=True),
+        ]
+
+    def initial_values(
+        self,
+        matrix: Any,
+        factors: Factors | None,
+        random: np.random.RandomState,
+    ) -> dict[str, Any]:
+        assert factors is not None
+        assert factors.u is not None and factors.v is not None
+        root = np.sqrt(factors.s / scale_of(self.alpha, self.rank))
+        return {"a0": factors.u * root, "b0": root[:, None] * factors.v.T}
+
+    def call(self, weights: Any, x: Any, base: LinearMap) -> Any:
+        a = [weights.delta_a, ops.cast(weights.a0, "float32")]
+        b = [
+            weights.delta_b + ops.cast(weights.b0, "float32"),
+            weights.delta_b,
+        ]
+        scale = scale_of(self.alpha, self.rank)
+        # One product of rank 2r rather than two of rank r.
+        return base(x) + branch(
+            x, ops.concatenate(a, axis=1), ops.concatenate(b, axis=0), scale
+        )
+
+    def merged(self, weights: Any, matrix: Any) -> Any:
+        a0 = ops.cast(weights.a0, "float32")
+        b = ops.cast(weights.b0, "float32") + weights.delta_b
+        change = ops.matmul(weights.delta_a, b)
+        change = change + ops.matmul(a0, weights.delta_b)
+        return matrix + scale_of(self.alpha, self.rank) * change
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class PiSSA(SpectralLoRA):
+    """Principal singular values and vectors adaptation.
+
+    A and B start from the r largest components of W = U diag(s) Vᵀ:
+
+        y = x·W + (alpha / rank)·(x·A·B - x·A₀·B₀),
+        A₀ = U_r·√s_r (in, r),  B₀ = √s_r·V_rᵀ (r, out)
+
+    W is never changed: PEFT replaces it by the residual, so that switching
+    the adapter off there does not give the base model back.
+
+    Trainable: r·(in + out) a matrix, and as many frozen. A component with
+    s = 0 has A₀ = B₀ = 0, no gradient, and stays as it is.
+
+    `suggested_learning_rate` is 5e-5, between the authors' 2e-5 (7B models,
+    rank 128) and the optima of the sweep https://arxiv.org/abs/2602.04998,
+    2 to 10 times below LoRA's.
+
+    Args:
+        rank: int from 1 to min(in, out); or float in (0, 1], for each
+            layer the smallest rank that holds this share of the squared
+            singular values.
+        alpha: float or None. The scale is alpha / rank; None means rank,
+            a scale of 1, as the authors advise.
+        n_iter: int or None. Power iterations of a randomised SVD, which is
+            faster on large matrices; 4 are usual, 16 close to exact. None
+            is exact.
+        seed: int. Seed of the randomised SVD.
+
+    Example:
+
+    ```python
+    gemma.backbone.enable_pissa(rank=16)
+    ```
+
+    Reference: Meng, Wang, Zhang 2024, https://arxiv.org/abs/2404.02948.
+    """
+
+    name = "pissa"
+    title = "PiSSA"
+    suggested_learning_rate = 5e-5
+    example = ", rank=8"
+
+    n_iter: int | None = None
+    seed: int = 0
+
+    def needs(self, shape: tuple[int, int]) -> Needs:
+        return Needs("top", self.rank, self.n_iter, self.seed)

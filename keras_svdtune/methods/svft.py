@@ -1,0 +1,231 @@
+"""SVFT: a sparse trainable matrix between U and Vᵀ."""
+
+import dataclasses
+import warnings
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_svdtune.methods.base import (
+    LinearMap,
+    Method,
+    Weight,
+    nearest,
+    register,
+)
+from keras_svdtune.svd import Factors, Needs
+
+PATTERNS = ("plain", "banded", "random", "top_k")
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class SVFT(Method):
+    """Singular vectors guided fine-tuning.
+
+    With W = U diag(s) Vᵀ of shape (in, out) and n = min(in, out), a sparse
+    matrix M (n, n) with a fixed pattern trains between the singular vectors:
+
+        y = x·U (diag(s) + M) Vᵀ = x·W + x·U·M·Vᵀ,        M = 0 at first
+
+    As for SVF, only the singular vectors of the smaller side are kept, n²
+    numbers, because x·U = ((x·W)·V) / s and Vᵀ = (Uᵀ·W) / s:
+
+        out <= in:  h = x·W,  y = h + (h·V)·(M / s, by rows)·Vᵀ
+        in < out:   y = (x + (x·U)·(M / s, by columns)·Uᵀ)·W
+
+    | pattern | trains | parameters, with d off-diagonals |
+    |---|---|---|
+    | `"plain"` | the diagonal | n |
+    | `"banded"` | d diagonals on each side of it too | n(2d+1) - d(d+1) |
+    | `"random"` | distinct random entries | as many as banded |
+    | `"top_k"` | the entries with the largest \\|uᵢᵀvⱼ\\| | as many as banded |
+
+    u and v have equal lengths only where W is square: elsewhere top_k is
+    banded, and a warning says so. W is never truncated. A component whose
+    s is below 1e-6 of the largest does not train: x·U cannot be had from
+    x·W there.
+
+    `suggested_learning_rate` is 5e-2 for plain, the authors' (5e-2 to 8e-2),
+    and 5e-3 for the other patterns, the middle of theirs (1e-3 to 5e-2). Not
+    swept.
+
+    Args:
+        pattern: `"banded"` (the authors' advice), `"plain"`, `"random"` or
+            `"top_k"`.
+        off_diagonals: int, d above; less than n. Of no effect on plain.
+        seed: int. Seed of the random entries.
+
+    Example:
+
+    ```python
+    gemma.backbone.enable_svft(pattern="banded", off_diagonals=2)
+    ```
+
+    Reference: Lingam et al. 2024, https://arxiv.org/abs/2405.19597. Its code
+    starts M from noise behind a trained gate, draws random entries with
+    repetition, and ranks U·V for top_k; this is the form of the paper.
+    """
+
+    name = "svft"
+    title = "SVFT"
+
+    pattern: str = "banded"
+    off_diagonals: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.pattern not in PATTERNS:
+            raise ValueError(
+                f"`pattern` must be one of {', '.join(map(repr, PATTERNS))}. "
+                f"Received: pattern={self.pattern!r}. "
+                f"{nearest(str(self.pattern), list(PATTERNS))}"
+            )
+        d = self.off_diagonals
+        if not isinstance(d, int) or isinstance(d, bool) or d < 0:
+            raise ValueError(
+                "`off_diagonals` must be an integer, 0 or more. "
+                f"Received: off_diagonals={d!r}"
+            )
+
+    @property
+    def suggested_learning_rate(self) -> float:  # type: ignore[override]
+        return 5e-2 if self.pattern == "plain" else 5e-3
+
+    def check(self, shape: tuple[int, int]) -> None:
+        if self._width() >= min(shape):
+            raise ValueError(
+                f"`off_diagonals` must be less than min(in, out) = "
+                f"{min(shape)}. Received: off_diagonals={self.off_diagonals}"
+            )
+
+    def needs(self, shape: tuple[int, int]) -> Needs:
+        if self._pattern(shape) == "top_k":  # both sides, to align them
+            return Needs("top", min(shape))
+        return Needs("small_side")
+
+    def weights(self, shape: tuple[int, int]) -> list[Weight]:
+        n, d = min(shape), self._width()
+        count = n * (2 * d + 1) - d * (d + 1)
+        found = [
+            Weight("basis", (n, n)),
+            # 1 / s, in float32: bfloat16 would distort M.
+            Weight("inverse_s", (n,), dtype="float32"),
+            Weight("m", (count,), trainable=True),
+        ]
+        if self._pattern(shape) in ("random", "top_k"):
+            # Where the entries of m stand in M, as row·n + column.
+            found.append(Weight("positions", (count,), dtype="int32"))
+        return found
+
+    def initial_values(
+        self,
+        matrix: Any,
+        factors: Factors | None,
+        random: np.random.RandomState,
+    ) -> dict[str, Any]:
+        assert factors is not None
+        rows, columns = shape = tuple(matrix.shape)
+        s, n = factors.s, min(shape)
+        alive = s > 1e-6 * s[0]
+        values = {
+            "basis": factors.v if columns <= rows else factors.u,
+            "inverse_s": np.where(alive, 1.0 / np.where(alive, s, 1.0), 0.0),
+        }
+        count = self.weights(shape)[2].shape[0]
+        pattern = self._pattern(shape)
+        if pattern == "random":
+            values["positions"] = _distinct(n * n, count, random)
+        elif pattern == "top_k":
+            assert factors.u is not None and factors.v is not None
+            alignment = np.abs(factors.u.T @ factors.v).ravel()
+            largest = np.argsort(-alignment, kind="stable")[:count]
+            values["positions"] = np.sort(largest)
+        elif self.pattern == "top_k":
+            _say_once_that_top_k_is_banded()
+        return values
+
+    def call(self, weights: Any, x: Any, base: LinearMap) -> Any:
+        rows, columns = weights.shape
+        if columns <= rows:
+            h = base(x)
+            return h + self._change(weights, h, weights.basis)
+        return base(x + self._change(weights, x, weights.basis))
+
+    def merged(self, weights: Any, matrix: Any) -> Any:
+        rows, columns = weights.shape
+        basis = ops.cast(weights.basis, "float32")
+        if columns <= rows:
+            return matrix + self._change(weights, matrix, basis)
+        identity = ops.eye(rows)
+        return matrix + ops.matmul(
+            self._change(weights, identity, basis), matrix
+        )
+
+    def _change(self, weights: Any, h: Any, basis: Any) -> Any:
+        """(h·basis)·N·basisᵀ for h (tokens, n), N = M scaled by 1 / s."""
+        rows, columns = weights.shape
+        by_rows = columns <= rows
+        components = ops.matmul(h, basis)
+        if self._pattern(weights.shape) in ("random", "top_k"):
+            # Dense, for this one product: it is faster than to gather
+            # (tokens, entries) and add them up again by columns.
+            n = min(rows, columns)
+            index = ops.expand_dims(weights.positions, 1)
+            m = ops.scatter(index, weights.m, (n * n,))
+            s = ops.reshape(weights.inverse_s, (n, 1) if by_rows else (1, n))
+            m = ops.cast(ops.reshape(m, (n, n)) * s, h.dtype)
+            mixed = ops.matmul(components, m)
+        else:
+            mixed = self._banded(weights, components, by_rows)
+        return ops.matmul(ops.cast(mixed, h.dtype), ops.transpose(basis))
+
+    def _banded(self, weights: Any, components: Any, by_rows: bool) -> Any:
+        """components·N for banded N: 2d+1 shifts and elementwise products."""
+        n, d = weights.basis.shape[0], self._width()
+        components = ops.cast(components, "float32")
+        inverse_s = ops.convert_to_tensor(weights.inverse_s)
+        if by_rows:
+            components = components * inverse_s
+        total, start = None, 0
+        for k in range(-d, d + 1):  # column j takes component j - k
+            diagonal = weights.m[start : start + n - abs(k)]
+            start += n - abs(k)
+            first, last = max(-k, 0), n - max(k, 0)
+            part = components[:, first:last] * diagonal
+            part = ops.pad(part, ((0, 0), (max(k, 0), max(-k, 0))))
+            total = part if total is None else total + part
+        return total if by_rows else total * inverse_s
+
+    def _width(self) -> int:
+        return 0 if self.pattern == "plain" else self.off_diagonals
+
+    def _pattern(self, shape: tuple[int, int]) -> str:
+        """The pattern for W (in, out): top_k needs a square one."""
+        square = shape[0] == shape[1]
+        return (
+            "banded" if self.pattern == "top_k" and not square else self.pattern
+        )
+
+
+def _distinct(n: int, count: int, random: np.random.RandomState) -> np.ndarray:
+    """`count` distinct integers below n, sorted."""
+    chosen = np.unique(random.randint(0, n, count))
+    while len(chosen) < count:
+        more = random.randint(0, n, count - len(chosen))
+        chosen = np.unique(np.concatenate([chosen, more]))
+    return chosen
+
+
+_said: set[str] = set()
+
+
+def _say_once_that_top_k_is_banded() -> None:
+    if "top_k" not in _said:
+        _said.add("top_k")
+        warnings.warn(
+            "SVFT's top_k pattern is defined for square matrices only; the "
+            "others get the banded pattern with as many parameters.",
+            stacklevel=2,
+        )
