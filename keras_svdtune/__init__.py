@@ -19,6 +19,7 @@ Backbone and Task. The same functions take any `keras.Model`.
 
 from keras_svdtune import backbone as _backbone
 from keras_svdtune import layers as _layers
+from keras_svdtune.callbacks import RankAllocator
 from keras_svdtune.enable import (
     adapter_disabled,
     enable_adapter,
@@ -30,6 +31,7 @@ from keras_svdtune.methods import (
     METHODS,
     SVF,
     SVFT,
+    AdaLoRA,
     DoRA,
     LoRA,
     LoRAXS,
@@ -46,6 +48,7 @@ enable_svft = _backbone.enable_function(SVFT)
 enable_pissa = _backbone.enable_function(PiSSA)
 enable_milora = _backbone.enable_function(MiLoRA)
 enable_lora_xs = _backbone.enable_function(LoRAXS)
+enable_adalora = _backbone.enable_function(AdaLoRA)
 enable_dora = _backbone.enable_function(DoRA)
 
 SVFDense, SVFEinsumDense = _layers.layer_classes(SVF)
@@ -54,6 +57,7 @@ PiSSADense, PiSSAEinsumDense = _layers.layer_classes(PiSSA)
 MiLoRADense, MiLoRAEinsumDense = _layers.layer_classes(MiLoRA)
 LoRAXSDense, LoRAXSEinsumDense = _layers.layer_classes(LoRAXS)
 LoRADense, LoRAEinsumDense = _layers.layer_classes(LoRA)
+AdaLoRADense, AdaLoRAEinsumDense = _layers.layer_classes(AdaLoRA)
 DoRADense, DoRAEinsumDense = _layers.layer_classes(DoRA)
 
 _backbone.patch_keras_hub()
@@ -62,6 +66,9 @@ __all__ = [
     "METHODS",
     "SVF",
     "SVFT",
+    "AdaLoRA",
+    "AdaLoRADense",
+    "AdaLoRAEinsumDense",
     "Cost",
     "DoRA",
     "DoRADense",
@@ -80,12 +87,14 @@ __all__ = [
     "PiSSA",
     "PiSSADense",
     "PiSSAEinsumDense",
+    "RankAllocator",
     "SVFDense",
     "SVFEinsumDense",
     "SVFTDense",
     "SVFTEinsumDense",
     "adapter_disabled",
     "adapter_summary",
+    "enable_adalora",
     "enable_adapter",
     "enable_dora",
     "enable_lora_xs",

@@ -46,6 +46,8 @@ class Adapter(keras.layers.Layer):
         self.shape = view.shape
         self._initial_value: Callable[[str], Any] | None = initial_value
         self.self_contained = self_contained
+        # One part in how many adapters of the model, for regularisers.
+        self.share = 1.0
         self.base_fingerprint: np.ndarray | None = None
         # Set while a weights file is read: tells the host what was in it.
         self.settle: Callable[[bool], None] | None = None
@@ -56,7 +58,8 @@ class Adapter(keras.layers.Layer):
                 name=f"{self.method.name}_{weight.name}",
                 shape=weight.shape,
                 initializer=self._initializer(weight),
-                trainable=weight.trainable,
+                trainable=weight.trainable or weight.overwritten,
+                overwrite_with_gradient=weight.overwritten,
                 # A trainable stays float32 in a bfloat16 model: neither
                 # stored nor cast on access, or small updates are lost.
                 dtype=weight.dtype,
@@ -91,8 +94,7 @@ class Adapter(keras.layers.Layer):
             getattr(self, name).assign(value)
 
     def save_own_variables(self, store: Any) -> None:
-        wanted = None if self.self_contained else True
-        for name, variable in self.variables_by_name(wanted).items():
+        for name, variable in self._stored().items():
             store[name] = variable
         if self.base_fingerprint is not None:
             store["base_fingerprint"] = self.base_fingerprint
@@ -105,7 +107,7 @@ class Adapter(keras.layers.Layer):
         if not names:  # the file of a plain model
             self.reset()
             return
-        wanted = self.variables_by_name(None if self.self_contained else True)
+        wanted = self._stored()
         missing = sorted(set(wanted) - set(names))
         if missing:
             raise ValueError(
@@ -128,6 +130,14 @@ class Adapter(keras.layers.Layer):
             )
         for name, variable in wanted.items():
             variable.assign(store[name])
+
+    def _stored(self) -> dict[str, Any]:
+        """The variables that a full save holds."""
+        return {
+            f"{self.method.name}_{w.name}": getattr(self, w.name)
+            for w in self.method.weights(self.shape)
+            if self.self_contained or w.saved or w.overwritten
+        }
 
     def variables_by_name(
         self, trainable: bool | None = None

@@ -86,6 +86,7 @@ def attach_plans(
         for path, layer in layers.items():
             # pop: once an array is a variable, it is held once, not twice.
             attach.attach_plan(layer, plans.pop(path))
+            layer.adapter.share = 1.0 / len(layers)
     except BaseException:
         for layer in layers.values():
             if hasattr(layer, "adapter"):

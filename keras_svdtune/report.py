@@ -97,6 +97,7 @@ class Cost:
         for name, footer in (
             ("matrix", ""),
             ("layers", f"{len(self.layers):,}"),
+            ("rank", ""),
             ("trainable", f"{self.trainable:,}"),
             ("extra frozen", f"{self.frozen:,}"),
             ("MiB", f"{self.bytes / 2**20:.2f}"),
@@ -108,6 +109,7 @@ class Cost:
                 name,
                 f"{shape[0]} x {shape[1]}",
                 f"{len(group):,}",
+                _range([x.rank for x in group]),
                 f"{sum(x.trainable for x in group):,}",
                 f"{sum(x.frozen for x in group):,}",
                 f"{sum(x.bytes for x in group) / 2**20:.2f}",
@@ -120,6 +122,14 @@ class Cost:
             name = layer.path.rsplit("/", 1)[-1]
             groups.setdefault((name, layer.matrix), []).append(layer)
         return groups
+
+
+def _range(ranks: list[int | None]) -> str:
+    known = [rank for rank in ranks if rank is not None]
+    if not known:
+        return ""
+    low, high = min(known), max(known)
+    return f"{low}" if low == high else f"{low}-{high}"
 
 
 def adapter_summary(model: keras.Model) -> Cost:
@@ -195,7 +205,7 @@ def _cost(path: str, method: Method, layer: Any) -> LayerCost:
         sum(n for n, trainable, _ in weights if trainable),
         sum(n for n, trainable, _ in weights if not trainable),
         sum(n * _bytes_of(dtype) for n, _, dtype in weights),
-        rank=getattr(method, "rank", None),
+        rank=method.current_rank(getattr(layer, "adapter", None)),
     )
 
 

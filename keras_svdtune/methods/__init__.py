@@ -1,5 +1,6 @@
 """The methods, one file each. `base.py` says what a method is."""
 
+from keras_svdtune.methods.adalora import AdaLoRA
 from keras_svdtune.methods.base import METHODS, Method, Weight, register
 from keras_svdtune.methods.dora import DoRA
 from keras_svdtune.methods.lora import LoRA
@@ -13,6 +14,7 @@ __all__ = [
     "METHODS",
     "SVF",
     "SVFT",
+    "AdaLoRA",
     "DoRA",
     "LoRA",
     "LoRAXS",

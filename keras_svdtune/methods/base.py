@@ -36,6 +36,8 @@ class Weight:
         saved: bool. Whether an adapter file holds it, as trainables always
             do; what is not saved is computed again from W on loading.
         dtype: str or None, the dtype of a frozen weight, if not the layer's.
+        overwritten: bool. Whether the backward pass computes the weight's
+            next value, which Keras' optimizers then assign; float32.
     """
 
     name: str
@@ -43,10 +45,12 @@ class Weight:
     trainable: bool = False
     saved: bool = False
     dtype: str | None = None
+    overwritten: bool = False
 
     def __post_init__(self) -> None:
         if self.trainable:
             object.__setattr__(self, "saved", True)
+        if self.trainable or self.overwritten:
             object.__setattr__(self, "dtype", "float32")
 
 
@@ -141,6 +145,10 @@ class Method:
             for w in self.weights(weights.shape)
             if w.trainable
         }
+
+    def current_rank(self, weights: Any) -> int | None:
+        """The rank of one adapter now, for methods that have a rank."""
+        return getattr(self, "rank", None)
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain values, for files and configs."""
