@@ -249,8 +249,16 @@ def targets_for(
 def check_layer(path: str, layer: Any, method: Method) -> None:
     """Raises a ValueError that names the layer if `method` cannot adapt it."""
     if type(layer) not in HOSTS:
-        problem = f"is a {type(layer).__name__}, which cannot be adapted"
-    elif layer.lora_enabled:
+        raise ValueError(
+            f"Layer '{path}' is a {type(layer).__name__}, which cannot be "
+            "adapted. Leave it out of `target_layer_names`."
+        )
+    check_fit(path, layer, method)
+
+
+def check_fit(path: str, layer: Any, method: Method) -> None:
+    """Raises a ValueError if the settings of layer and method do not fit."""
+    if layer.lora_enabled:
         problem = "has Keras LoRA enabled; load the model without it"
     elif layer.quantization_mode is not None:
         problem = f"is quantized ({layer.quantization_mode})"
@@ -260,7 +268,7 @@ def check_layer(path: str, layer: Any, method: Method) -> None:
             "it without `kernel_constraint`"
         )
     else:
-        shape = HOSTS[type(layer)].matrix_view(layer).shape
+        shape = attach.view_of(layer).shape
         try:
             method.check(shape)
         except ValueError as error:

@@ -13,6 +13,7 @@ import keras
 
 from keras_svdtune import attach
 from keras_svdtune.adapter import Plan, plan
+from keras_svdtune.enable import check_fit
 from keras_svdtune.freezing import freeze_own_variables
 from keras_svdtune.hosts import HOSTS, AdapterHost
 from keras_svdtune.methods.base import Method
@@ -39,7 +40,11 @@ class DeclaredLayer(AdapterHost):
         super().build(input_shape)  # type: ignore[misc]
         self._set_kernel()
         freeze_own_variables(self)
+        check_fit(self.name, self, self.method)  # type: ignore[attr-defined]
         ready = functools.cache(self._plan)
+        if isinstance(getattr(self.method, "rank", None), float):
+            # The share of the energy becomes the rank that this kernel needs.
+            self.method = ready().method
         attach.attach(
             self, self.method, lambda name: ready().values.get(name), type(self)
         )

@@ -187,10 +187,11 @@ class AdaLoRA(Method):
             # Not w itself: torch would hand on the input as it is.
             return w * 1.0, grad
 
+        # Tensors: TensorFlow wants no variable inside a custom gradient.
         return sensed(
-            ops.convert_to_tensor(getattr(weights, name)),
-            ops.convert_to_tensor(getattr(weights, f"{name}_sensitivity")),
-            ops.convert_to_tensor(getattr(weights, f"{name}_variation")),
+            getattr(weights, name) * 1.0,
+            getattr(weights, f"{name}_sensitivity") * 1.0,
+            getattr(weights, f"{name}_variation") * 1.0,
         )
 
 

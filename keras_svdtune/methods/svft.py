@@ -211,6 +211,9 @@ class SVFT(Method):
 
 def _distinct(n: int, count: int, random: np.random.RandomState) -> np.ndarray:
     """`count` distinct integers below n, sorted."""
+    if 2 * count > n:  # fewer are left out; the last ones are hard to hit
+        left_out = _distinct(n, n - count, random)
+        return np.setdiff1d(np.arange(n), left_out)
     chosen = np.unique(random.randint(0, n, count))
     while len(chosen) < count:
         more = random.randint(0, n, count - len(chosen))
