@@ -17,7 +17,7 @@ from keras_svdtune.freezing import freeze
 from keras_svdtune.hosts import HOSTS
 from keras_svdtune.methods.base import METHODS, Method, nearest
 from keras_svdtune.progress import progress_bar
-from keras_svdtune.targets import adapted_layers, find_targets
+from keras_svdtune.targets import adapted_layers, all_layers, find_targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +129,19 @@ def remove_adapter(model: keras.Model) -> None:
 def _give_back(model: keras.Model, end: Callable[[Any], None]) -> None:
     root = adapted_part(model)
     layers = require_adapted(root)
+    inside = {id(x) for x in all_layers(root)}
+    ours = [id(x) for x in layers.values()]
+    for owner in list(_ENABLED):
+        if id(owner) not in inside and any(
+            id(x) in ours for x in adapted_layers(owner).values()
+        ):
+            raise ValueError(
+                f"The adapter was enabled on '{owner.name}', which holds "
+                f"'{root.name}' and more. Call this on '{owner.name}'."
+            )
     for layer in layers.values():
         end(layer)
-    for owner in [m for m in _ENABLED if m in root._flatten_layers()]:
+    for owner in [m for m in _ENABLED if id(m) in inside]:
         _ENABLED.pop(owner).unfreeze()
     reset_compiled(layers.values())
 

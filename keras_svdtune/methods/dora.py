@@ -123,9 +123,9 @@ class DoRA(Method):
         # Rounding must not take a squared norm below zero.
         c = ops.stop_gradient(ops.maximum(c, -squared_norms))
         norms = ops.sqrt(squared_norms + c)
-        # A column without a direction stays as it is.
+        # A column without a direction is zero, and passes no gradient on.
         alive = norms > 0.0
         safe = ops.where(alive, norms, 1.0)
         growth = c / (ops.sqrt(squared_norms) + safe)
         excess = (weights.magnitude_change - growth) / safe
-        return ops.where(alive, excess, 0.0)
+        return ops.where(alive, excess, -1.0)
