@@ -171,7 +171,10 @@ def plan(method: Method, matrix: Any, name: str) -> Plan:
     needs = method.needs(shape)
     factors = None if needs is None else decompose(matrix, needs, name)
     if factors is not None and isinstance(getattr(method, "rank", 0), float):
-        method = dataclasses.replace(method, rank=len(factors.s))  # type: ignore[call-arg]
+        found: dict[str, Any] = {"rank": len(factors.s)}
+        if hasattr(method, "n_iter"):
+            found["n_iter"] = None  # the energy takes an exact decomposition
+        method = dataclasses.replace(method, **found)
     # RandomState, since NumPy promises that its stream never changes: what is
     # drawn here is drawn again when an adapter file is loaded.
     seed = zlib.crc32(name.encode()) + getattr(method, "seed", 0)

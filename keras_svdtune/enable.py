@@ -39,8 +39,9 @@ def enable_adapter(
 ) -> None:
     """Adds an adapter to each target layer and freezes everything else.
 
-    The kernels stay as they are: the first step computes what the base model
-    computes, to the bit. All targets are decomposed before the first is
+    The kernels stay as they are: before training every layer computes what it
+    did, to the bit. (XLA may compile the ops around it into other loops, and
+    round those differently: 1e-6 relative on real models.) All targets are decomposed before the first is
     touched, so an error or an interrupt leaves the model as it was. Functions
     that the model, or a Task around it, had compiled are dropped, and an
     optimizer in use is replaced by a fresh one with the same settings.

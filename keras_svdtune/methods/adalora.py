@@ -75,6 +75,7 @@ class AdaLoRA(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         refuse_energy(self)
         if self.initial_rank is not None and self.initial_rank < self.rank:
             raise ValueError(

@@ -83,15 +83,37 @@ class Method:
     # Whether there is an `enable_<name>`; not where Keras has one already.
     has_enable: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        """Raises a ValueError if a setting fits no matrix at all."""
+        alpha = getattr(self, "alpha", None)
+        if alpha is not None and not (
+            isinstance(alpha, (int, float))
+            and not isinstance(alpha, bool)
+            and 0.0 < alpha < float("inf")
+        ):
+            raise ValueError(
+                "`alpha` must be a positive number, or None for a scale of 1. "
+                f"Received: alpha={alpha!r}"
+            )
+        n_iter = getattr(self, "n_iter", None)
+        if n_iter is not None and (
+            not isinstance(n_iter, int)
+            or isinstance(n_iter, bool)
+            or n_iter < 0
+        ):
+            raise ValueError(
+                "`n_iter` must be an integer, 0 or more, or None for an exact "
+                f"decomposition. Received: n_iter={n_iter!r}"
+            )
+
     def needs(self, shape: tuple[int, int]) -> Needs | None:
         """What must be known of W (in, out); None if nothing."""
         raise NotImplementedError
 
     def check(self, shape: tuple[int, int]) -> None:
         """Raises a ValueError if a setting does not fit W (in, out)."""
-        rank = getattr(self, "rank", None)
-        if rank is not None:
-            check_rank(rank, shape)
+        if hasattr(self, "rank"):
+            check_rank(self.rank, shape)
 
     def weights(self, shape: tuple[int, int]) -> list[Weight]:
         """The weights for W (in, out). A `rank` is an integer here."""

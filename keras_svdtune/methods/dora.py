@@ -28,9 +28,7 @@ class DoRA(Method):
         ‖w_j + k·A·b_j‖² = ‖w_j‖² + 2k·(AᵀW)_j·b_j + k²·b_jᵀ(AᵀA)·b_j
 
     What trains is m - ‖W‖, so that the start is exactly W. A column of zeros
-    has no direction and stays zero. (The layer's first output is that of the
-    plain layer to the bit; XLA on a CPU may still round the next op, a rotary
-    embedding, differently when it compiles both into one loop: 7e-7.)
+    has no direction and stays zero.
 
     Trainable: r·(in + out) + out a matrix; frozen: out.
 
@@ -63,6 +61,7 @@ class DoRA(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         refuse_energy(self)
 
     def needs(self, shape: tuple[int, int]) -> None:

@@ -56,6 +56,7 @@ class LoRA(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         refuse_energy(self)
 
     def needs(self, shape: tuple[int, int]) -> None:
