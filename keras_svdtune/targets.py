@@ -71,7 +71,10 @@ def find_targets(
 def adapted_layers(model: keras.Model) -> dict[str, Any]:
     """The layers of `model` that hold an adapter, by path."""
     return layers_by_path(
-        layer for layer in all_layers(model) if isinstance(layer, AdapterHost)
+        layer
+        for layer in all_layers(model)
+        # A declared layer that is not built yet has no adapter either.
+        if isinstance(layer, AdapterHost) and layer.built
     )
 
 

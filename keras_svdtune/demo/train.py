@@ -1,0 +1,190 @@
+"""One run: measure, train, measure again, save, reload, merge."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from keras_svdtune.demo import chat, fit, pirate, show
+from keras_svdtune.methods import METHODS, Method
+
+# Not in the corpus.
+PROMPTS = (
+    "Where is the treasure?",
+    "What is the sun?",
+    "Are you happy, my friend?",
+)
+HELD_OUT = 64  # pairs that measure the loss
+ANSWERED = 16  # of their questions are answered for the dialect score
+# A run of two minutes wants larger rates than `suggested_learning_rate`.
+RATES = {"svf": 5e-2}
+LENGTH = 40  # tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What is trained on, and what is measured."""
+
+    style: chat.ChatFormat
+    train: chat.Arrays
+    test: chat.Arrays
+    questions: list[str]
+    ceiling: float  # dialect score of the held-out answers themselves
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """How a model does: on held-out pairs, and in its own words."""
+
+    loss: float
+    dialect: float
+    answers: list[str]  # to PROMPTS, then to held-out questions
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came out of one run."""
+
+    model: str
+    method: str
+    learning_rate: float
+    trainable: int
+    file: Path
+    file_bytes: int
+    seconds_per_step: float
+    losses: list[float]  # of each step
+    ceiling: float  # dialect score of the data
+    before: Measured
+    after: Measured
+    reloaded: list[str]
+    merged: list[str]
+
+
+def make_data(task: Any, name: str, pairs: int, seed: int) -> Data:
+    """Makes the data of a run for one model.
+
+    Args:
+        task: a `keras_hub.models.CausalLM`.
+        name: str, the model's name.
+        pairs: int, how many pairs to train on, at most.
+        seed: int.
+
+    Returns:
+        `Data`.
+
+    Raises:
+        ValueError: the model takes more than text.
+    """
+    if set(task.input) != {"token_ids", "padding_mask"}:
+        raise ValueError(
+            "The demo can train models that take text and nothing else. "
+            f"{type(task).__name__} '{name}' takes {sorted(task.input)}."
+        )
+    style = chat.format_for(task, name)
+    train, test = pirate.split(pirate.pirate_pairs(seed), HELD_OUT, seed)
+    questions = list(dict.fromkeys(pair.question for pair in test))
+    return Data(
+        style=style,
+        train=chat.encode(task, style, train[:pairs], LENGTH),
+        test=chat.encode(task, style, test, LENGTH),
+        questions=[*PROMPTS, *questions[:ANSWERED]],
+        ceiling=pirate.dialect_score([pair.answer for pair in test]),
+    )
+
+
+def make_method(name: str, rank: int = 8) -> Method:
+    """A method by its short name, with `rank` where it has no default."""
+    cls = METHODS[name]
+    settings = inspect.signature(cls).parameters
+    if "rank" in settings and settings["rank"].default is inspect._empty:
+        return cls(rank=rank)  # type: ignore[call-arg]
+    return cls()
+
+
+def run(
+    load: Callable[[], Any],
+    name: str,
+    method: Method,
+    *,
+    steps: int,
+    pairs: int,
+    learning_rate: float | None = None,
+    folder: Path,
+    seed: int = 0,
+    before: Measured | None = None,
+) -> Result:
+    """Trains one method on one model, from the base to the merged model.
+
+    Args:
+        load: loads the base model. Called twice: the second model is what the
+            adapter file is loaded into.
+        name: str, the model's name.
+        method: what to train.
+        steps: int, training steps.
+        pairs: int, training pairs.
+        learning_rate: float. Defaults to the method's entry in `RATES`, or
+            to what it suggests.
+        folder: where the adapter file goes.
+        seed: int.
+        before: the base model's `Measured`, if it is known already.
+
+    Returns:
+        `Result`.
+    """
+    suggested = RATES.get(method.name, method.suggested_learning_rate)
+    rate = learning_rate or suggested
+    task = load()
+    data = make_data(task, name, pairs, seed)
+    fit.prepare(task, rate, steps)
+    if before is None:
+        show.step("Measuring the base model")
+        before = measure(task, data)
+
+    show.step(f"Enabling {method}")
+    task.backbone.enable_adapter(method)
+    cost = task.backbone.adapter_summary()
+    fit.prepare(task, rate, steps)
+    show.step(
+        f"Training on {len(data.train)} pairs: {steps} steps of {fit.BATCH}, "
+        f"learning rate {rate:g}"
+    )
+    losses, seconds = fit.train(task, data.train, steps, seed)
+    show.step("Measuring the trained model")
+    after = measure(task, data)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}-{method.name}.safetensors"
+    task.backbone.save_adapter(file)
+    del task
+
+    show.step(f"Loading {file.name} into a new model, then merging it")
+    fresh = load()
+    fresh.backbone.load_adapter(file)
+    fit.prepare(fresh, rate, steps)
+    reloaded = chat.answers(fresh, data.style, data.questions)
+    fresh.backbone.merge_adapter()
+    fit.prepare(fresh, rate, steps)
+    merged = chat.answers(fresh, data.style, data.questions)
+    return Result(
+        model=name,
+        method=method.name,
+        learning_rate=rate,
+        trainable=cost.trainable,
+        file=file,
+        file_bytes=file.stat().st_size,
+        seconds_per_step=seconds,
+        losses=losses,
+        ceiling=data.ceiling,
+        before=before,
+        after=after,
+        reloaded=reloaded,
+        merged=merged,
+    )
+
+
+def measure(task: Any, data: Data) -> Measured:
+    """The held-out loss, and the dialect of the model's own answers."""
+    loss = fit.evaluate(task, data.test)
+    said = chat.answers(task, data.style, data.questions)
+    return Measured(loss, pirate.dialect_score(said), said)

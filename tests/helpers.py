@@ -1,0 +1,433 @@
+"""What several test files share: tiny models, gradients, comparisons."""
+
+import contextlib
+import dataclasses
+
+import keras
+import keras_hub
+import numpy as np
+from keras import ops
+
+import keras_svdtune
+from keras_svdtune.hosts import AdapterHost
+
+POLICIES = ("float32", "bfloat16", "mixed_bfloat16")
+
+# Settings to test for a method beside, or instead of, its defaults.
+VARIANTS = {
+    "svft": [
+        {"pattern": "banded"},
+        {"pattern": "plain"},
+        {"pattern": "random", "off_diagonals": 1},
+        {"pattern": "top_k", "off_diagonals": 1},
+    ],
+    "pissa": [
+        {"rank": 4},
+        {"rank": 4, "alpha": 8.0, "n_iter": 4},
+        {"rank": 0.5},
+    ],
+    "milora": [{"rank": 4, "alpha": 2.0}],
+    "lora_xs": [{"rank": 4}, {"rank": 3, "alpha": 6.0, "n_iter": 4}],
+    "lora": [{"rank": 4, "alpha": 8.0}],
+    "dora": [{"rank": 4, "alpha": 8.0}],
+}
+
+
+def default_method(name):
+    """The method with its defaults, and rank 4 where it wants a rank."""
+    cls = keras_svdtune.METHODS[name]
+    wanted = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    assert set(wanted) <= {"rank"}, f"{name} has no default for {wanted}"
+    return cls(**dict.fromkeys(wanted, 4))
+
+
+def default_methods():
+    """One config for every method there is."""
+    return [default_method(name) for name in keras_svdtune.METHODS]
+
+
+def all_methods():
+    """Configs for every method there is, several for some."""
+    return [
+        keras_svdtune.METHODS[name](**settings)
+        for name in keras_svdtune.METHODS
+        for settings in VARIANTS.get(name, [default_method(name).settings()])
+    ]
+
+
+def method_id(method):
+    """A short name for a config in pytest's output."""
+    cls = type(method)
+    changed = [
+        f"{f.name}={getattr(method, f.name)}"
+        for f in dataclasses.fields(cls)
+        if getattr(method, f.name) != f.default
+    ]
+    return "-".join([method.name, *changed])
+
+
+class Counter(keras.layers.Layer):
+    """Counts how often Python runs its `call`, that is, how often a model
+    that holds it is traced (or run eagerly)."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.calls = 0
+
+    def call(self, x):
+        self.calls += 1
+        return x
+
+
+# Layers of every kind that a method can live in: name -> (input shape without
+# batch, function that makes the layer).
+# Every weight gets a random value afterwards; zeros compile faster.
+HOSTS = {
+    "dense_tall": (
+        (5, 8),
+        lambda **k: keras.layers.Dense(6, activation="tanh", **k),
+    ),
+    "dense_wide": ((6,), lambda **k: keras.layers.Dense(9, **k)),
+    "dense_square": (
+        (3, 2, 6),
+        lambda **k: keras.layers.Dense(6, use_bias=False, **k),
+    ),
+    "einsum_query": (
+        (5, 8),
+        lambda **k: keras.layers.EinsumDense(
+            "btd,ndh->btnh", (None, 2, 3), bias_axes="nh", **k
+        ),
+    ),
+    "einsum_output": (
+        (5, 2, 3),
+        lambda **k: keras.layers.EinsumDense(
+            "btnh,nhd->btd", (None, 8), bias_axes="d", **k
+        ),
+    ),
+    "einsum_ffw": (
+        (5, 6),
+        lambda **k: keras.layers.EinsumDense(
+            "btd,df->btf", (None, 10), activation="gelu", **k
+        ),
+    ),
+    "einsum_ellipsis": (
+        (2, 3, 7),
+        lambda **k: keras.layers.EinsumDense(
+            "...x,xy->...y", 6, bias_axes="y", **k
+        ),
+    ),
+}
+
+
+def hosts_model(dtype="float32", names=tuple(HOSTS)):
+    """A model with a branch for every kind of host, and a Counter.
+
+    Each branch ends in a LayerNormalization, which no adapter adapts.
+    """
+    inputs, outputs = {}, {}
+    for name in names:
+        shape, make = HOSTS[name]
+        x = keras.Input(shape, name=f"{name}_input")
+        y = Counter(name=f"{name}_counter", dtype=dtype)(x)
+        y = make(name=name, dtype=dtype, kernel_initializer="zeros")(y)
+        y = keras.layers.LayerNormalization(name=f"{name}_norm", dtype=dtype)(y)
+        # Keras casts no output; numpy knows no bfloat16.
+        y = keras.layers.Identity(name=f"{name}_output", dtype="float32")(
+            ops.cast(y, "float32")
+        )
+        inputs[name], outputs[name] = x, y
+    model = keras.Model(list(inputs.values()), outputs, name="hosts")
+    randomise(model)
+    return model
+
+
+def hosts_data(names=tuple(HOSTS), batch=4, seed=0):
+    """Inputs for `hosts_model`, a list."""
+    rng = np.random.default_rng(seed)
+    return [
+        rng.standard_normal((batch, *HOSTS[name][0])).astype("float32")
+        for name in names
+    ]
+
+
+def randomise(model, seed=0):
+    """Random values for every weight, biases and scales too."""
+    rng = np.random.default_rng(seed)
+    for variable in model.weights:
+        if "float" not in variable.dtype or "seed" in variable.name:
+            continue
+        shape = tuple(variable.shape)
+        value = rng.standard_normal(shape) / np.sqrt(max(shape[:1] + (1,)))
+        if variable.name in ("gamma", "scale"):
+            value = 1.0 + 0.1 * value
+        variable.assign(value.astype("float32"))
+
+
+def adapted(model):
+    """The adapted layers of a model, by path."""
+    return {
+        layer.path: layer
+        for layer in flat(model)
+        if isinstance(layer, AdapterHost)
+    }
+
+
+def flat(model):
+    """Every layer inside a model."""
+    return list(model._flatten_layers(include_self=False))
+
+
+def trainables(model):
+    """Name -> value of every trainable of every adapter."""
+    return {
+        v.path: numpy(v)
+        for layer in adapted(model).values()
+        for v in layer.adapter.variables_by_name(trainable=True).values()
+    }
+
+
+def perturb(model, seed=1, size=0.3):
+    """Moves every trainable of every adapter away from where it starts."""
+    rng = np.random.default_rng(seed)
+    layers = adapted(model)
+    assert layers
+    for layer in layers.values():
+        for v in layer.adapter.variables_by_name(trainable=True).values():
+            step = size * rng.standard_normal(tuple(v.shape))
+            v.assign(numpy(v) + step.astype("float32"))
+
+
+def numpy(x):
+    """A NumPy array of a tensor or variable, float32 if it was bfloat16."""
+    if isinstance(x, np.ndarray):
+        return x
+    x = getattr(x, "value", x)
+    if keras.backend.standardize_dtype(x.dtype) == "bfloat16":
+        x = ops.cast(x, "float32")
+    return ops.convert_to_numpy(x).copy()
+
+
+def values(model):
+    """Path -> value of all weights, in order."""
+    return [(v.path, numpy(v)) for v in model.weights]
+
+
+def assert_same(found, expected, what=""):
+    """Bit-identical arrays, nested lists or dicts of them."""
+    if isinstance(expected, dict):
+        assert set(found) == set(expected), what
+        for key in expected:
+            assert_same(found[key], expected[key], f"{what} {key}")
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected), what
+        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+            assert_same(a, b, f"{what} {i}")
+    elif isinstance(expected, str):
+        assert found == expected, what
+    else:
+        a, b = numpy(found), numpy(expected)
+        assert a.dtype == b.dtype and a.shape == b.shape, what
+        assert np.array_equal(a, b, equal_nan=True), (
+            f"{what}: {np.mean(a != b):.1%} differ, by at most "
+            f"{np.max(np.abs(a.astype('float64') - b))}"
+        )
+
+
+def assert_differ(found, expected, what=""):
+    """Every array is somewhere clearly different."""
+    if isinstance(expected, dict):
+        for key in expected:
+            assert_differ(found[key], expected[key], f"{what} {key}")
+    else:
+        assert error(found, expected) > 1e-3, what
+
+
+def error(found, expected):
+    """The largest difference, relative to the largest value expected."""
+    a, b = numpy(found).astype("float64"), numpy(expected).astype("float64")
+    assert a.shape == b.shape, f"{a.shape} against {b.shape}"
+    return float(np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-30))
+
+
+def assert_close(found, expected, tolerance, what=""):
+    """Equal within `tolerance`, relative to the largest value expected."""
+    if isinstance(expected, dict):
+        assert set(found) == set(expected), what
+        for key in expected:
+            assert_close(found[key], expected[key], tolerance, f"{what} {key}")
+    else:
+        assert np.all(np.isfinite(numpy(found))), what
+        off = error(found, expected)
+        assert off <= tolerance, f"{what}: off by {off:.2e} > {tolerance:.0e}"
+
+
+def gradients(loss, variables):
+    """d loss() / d variables as NumPy arrays, on any backend."""
+    variables = list(variables)
+    match keras.backend.backend():
+        case "jax":
+            import jax
+
+            def function(values):
+                pairs = list(zip(variables, values, strict=True))
+                with keras.StatelessScope(state_mapping=pairs):
+                    return loss()
+
+            found = jax.grad(function)([v.value for v in variables])
+        case "tensorflow":
+            import tensorflow as tf
+
+            with tf.GradientTape() as tape:
+                tape.watch([v.value for v in variables])
+                value = loss()
+            found = tape.gradient(value, [v.value for v in variables])
+        case "torch":
+            import torch
+
+            found = torch.autograd.grad(loss(), [v.value for v in variables])
+        case other:
+            raise NotImplementedError(other)
+    return [numpy(ops.convert_to_tensor(g)) for g in found]
+
+
+def compiles():
+    """Whether this backend compiles the steps of a model."""
+    return keras.backend.backend() in ("jax", "tensorflow")
+
+
+@contextlib.contextmanager
+def must_stay(model, data, compiled=True):
+    """Within it nothing about the model may change: not its classes, weights,
+    what trains, nor what it computes."""
+    before = picture(model, data, compiled)
+    yield
+    assert_same(picture(model, data, compiled), before, "the model")
+
+
+def picture(model, data, compiled=True):
+    """All that an enable which failed must leave as it was."""
+    layers = flat(model)
+    compiled = {"predict": predict(model, data)} if compiled else {}
+    return compiled | {
+        "classes": [type(x).__name__ + str(id(type(x))) for x in layers],
+        "paths": [v.path for v in model.weights],
+        "trainable": [v.path for v in model.trainable_weights],
+        "flags": [str(x.trainable) for x in [model, *layers]],
+        "weights": [numpy(v) for v in model.weights],
+        "eager": eager(model, data),
+    }
+
+
+def predict(model, data):
+    """The model's outputs through `predict`."""
+    return model.predict(data, verbose=0)
+
+
+def eager(model, data):
+    """The model's outputs by a plain call."""
+    found = model(data, training=False)
+    return _map(numpy, found)
+
+
+def _map(function, x):
+    if isinstance(x, dict):
+        return {k: _map(function, v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_map(function, v) for v in x]
+    return function(x)
+
+
+def tiny_gemma(dtype="float32", **settings):
+    """A GemmaBackbone of two layers, with random weights."""
+    sizes = dict(
+        vocabulary_size=32,
+        num_layers=2,
+        num_query_heads=2,
+        num_key_value_heads=1,
+        hidden_dim=8,
+        intermediate_dim=16,
+        head_dim=4,
+    )
+    model = keras_hub.models.GemmaBackbone(dtype=dtype, **(sizes | settings))
+    randomise(model)
+    return model
+
+
+def tiny_bert(dtype="float32", num_layers=2):
+    """A BertBackbone, whose pooler sits in no list and attention does."""
+    model = keras_hub.models.BertBackbone(
+        vocabulary_size=32,
+        num_layers=num_layers,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=16,
+        max_sequence_length=8,
+        dtype=dtype,
+    )
+    randomise(model)
+    return model
+
+
+def tiny_albert(dtype="float32"):
+    """An AlbertBackbone: one block, held in a list, called twice."""
+    model = keras_hub.models.AlbertBackbone(
+        vocabulary_size=32,
+        num_layers=2,
+        num_heads=2,
+        embedding_dim=8,
+        hidden_dim=8,
+        intermediate_dim=16,
+        max_sequence_length=8,
+        dtype=dtype,
+    )
+    randomise(model)
+    return model
+
+
+def tokens(segments=False, batch=2, length=6, seed=0):
+    """Inputs for the backbones above."""
+    rng = np.random.default_rng(seed)
+    data = {
+        "token_ids": rng.integers(1, 32, (batch, length)).astype("int32"),
+        "padding_mask": np.ones((batch, length), "int32"),
+    }
+    if segments:
+        data["segment_ids"] = np.zeros((batch, length), "int32")
+    return data
+
+
+# Name -> (function that makes a backbone, its inputs).
+BACKBONES = {
+    "gemma": (tiny_gemma, tokens()),
+    "bert": (tiny_bert, tokens(segments=True)),
+    "albert": (tiny_albert, tokens(segments=True)),
+}
+
+
+def small_model(dtype="float32", compiled=False):
+    """Two Dense layers, a tall and a wide one, with random weights."""
+    model = keras.Sequential(
+        [
+            keras.layers.Input((6,)),
+            keras.layers.Dense(4, activation="relu", name="first", dtype=dtype),
+            keras.layers.Dense(5, name="second", dtype=dtype),
+        ],
+        name="small",
+    )
+    randomise(model)
+    if compiled:
+        model.compile(keras.optimizers.Adam(1e-2), "mse")
+    return model
+
+
+def small_data(rows=8, seed=0):
+    """x and y for `small_model`."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((rows, 6)).astype("float32")
+    y = rng.standard_normal((rows, 5)).astype("float32")
+    return x, y

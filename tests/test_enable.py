@@ -1,0 +1,511 @@
+"""Which layers are adapted, what is refused, and that a refusal or an
+interrupt leaves the model as it was."""
+
+import subprocess
+import sys
+import warnings
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from helpers import (
+    BACKBONES,
+    adapted,
+    assert_same,
+    default_methods,
+    eager,
+    method_id,
+    must_stay,
+    numpy,
+    perturb,
+    predict,
+    small_data,
+    small_model,
+    tiny_albert,
+    tiny_bert,
+    tiny_gemma,
+    tokens,
+)
+
+import keras_svdtune
+from keras_svdtune import SVF, LoRA, PiSSA, attach, enable
+from keras_svdtune.backbone import patch_keras_hub
+
+X, Y = small_data()
+
+
+# Targets.
+
+
+def names(model):
+    return sorted({layer.name for layer in adapted(model).values()})
+
+
+def test_none_is_every_matrix():
+    gemma = tiny_gemma()
+    gemma.enable_svf()
+    assert names(gemma) == [
+        "attention_output",
+        "ffw_gating",
+        "ffw_gating_2",
+        "ffw_linear",
+        "key",
+        "query",
+        "value",
+    ]
+    assert len(adapted(gemma)) == 14
+    # Not the embedding, which is the output head too.
+    assert type(gemma.token_embedding) is not keras.layers.Dense
+    assert not hasattr(gemma.token_embedding, "adapter")
+
+
+@pytest.mark.parametrize(
+    "targets, count",
+    [
+        (["query", "value"], 4),
+        (("query",), 2),
+        ([".*attention/(query|key)"], 4),
+        (["decoder_block_1/.*"], 7),
+        ([".*ffw.*", "query"], 8),
+        (["query", ".*/query"], 2),
+        (["decoder_block_0/attention/query"], 1),
+    ],
+)
+def test_names_and_regular_expressions(targets, count):
+    gemma = tiny_gemma()
+    gemma.enable_svf(target_layer_names=targets)
+    assert len(adapted(gemma)) == count
+
+
+@pytest.mark.parametrize(
+    "targets, nearest",
+    [
+        (["qery"], "'query'"),
+        (["query", "valeu"], "'value'"),
+        (["decoder_block_0/attention/querry"], "attention/query'"),
+        (["attention/query"], "0/attention/query'"),  # not a whole path
+        (["query", "("], "regular expression"),
+        ([], "is empty"),
+        ("query", "write ['query']"),
+        (["token_embedding"], "matches no layer"),
+    ],
+)
+def test_targets_that_match_nothing(targets, nearest):
+    gemma = tiny_gemma()
+    stays = must_stay(gemma, tokens(), compiled=False)
+    with stays, pytest.raises(ValueError) as caught:
+        gemma.enable_svf(target_layer_names=targets)
+    assert nearest in str(caught.value)
+
+
+def test_a_layer_called_twice_is_adapted_once():
+    albert = tiny_albert()
+    plain = albert.count_params()
+    albert.enable_svf()
+    layers = list(adapted(albert).values())
+    assert len({id(x) for x in layers}) == len(layers)
+    extra = sum(
+        int(np.prod(v.shape)) for x in layers for v in x.adapter.weights
+    )
+    assert albert.count_params() == plain + extra
+    data = tokens(segments=True)
+    before = predict(albert, data)
+    query = next(x for p, x in adapted(albert).items() if "query" in p)
+    query.adapter.delta.assign(np.ones(query.adapter.delta.shape))
+    assert not np.array_equal(
+        predict(albert, data)["sequence_output"], before["sequence_output"]
+    )
+
+
+def test_shared_layer_of_a_functional_model():
+    shared = keras.layers.Dense(6, name="shared")
+    x = keras.Input((6,))
+    model = keras.Model(x, keras.layers.Dense(3)(shared(shared(x))))
+    keras_svdtune.enable_svf(model, ["shared"])
+    assert list(adapted(model)) == ["shared"]
+
+
+def test_nested_models():
+    inner = small_model()
+    x = keras.Input((6,))
+    outer = keras.Model(x, keras.layers.Dense(2, name="head")(inner(x)))
+    before = predict(outer, X)
+    keras_svdtune.enable_svf(outer)
+    assert names(outer) == ["first", "head", "second"]
+    assert_same(predict(outer, X), before)
+    keras_svdtune.remove_adapter(outer)
+    assert not adapted(inner)
+
+
+class WithUnbuilt(keras.Model):
+    """Holds a Dense that its call never reaches."""
+
+    def __init__(self):
+        super().__init__()
+        self.used = keras.layers.Dense(4, name="used")
+        self.unused = keras.layers.Dense(3, name="unused")
+
+    def call(self, x):
+        return self.used(x)
+
+
+def test_unbuilt_layers_are_skipped():
+    model = WithUnbuilt()
+    before = predict(model, X)
+    keras_svdtune.enable_svf(model)
+    assert names(model) == ["used"]
+    assert_same(predict(model, X), before)
+    keras_svdtune.remove_adapter(model)
+    with pytest.raises(ValueError, match="'unused' matches no layer"):
+        keras_svdtune.enable_svf(model, ["unused"])
+
+
+def test_a_kernel_that_is_no_matrix_is_left_out():
+    x = keras.Input((3, 4))
+    y = keras.layers.EinsumDense("beh,ehd->bed", (3, 4), name="bank")(x)
+    model = keras.Model(x, keras.layers.Dense(4, name="head")(y))
+    with pytest.warns(UserWarning, match="'bank'"):
+        keras_svdtune.enable_svf(model)
+    assert names(model) == ["head"]
+    keras_svdtune.remove_adapter(model)
+    data = np.ones((2, 3, 4), "float32")
+    with (
+        must_stay(model, data),
+        pytest.raises(ValueError, match="Layer 'bank'.*batch of matrices"),
+    ):
+        keras_svdtune.enable_svf(model, ["bank"])
+
+
+def test_a_subclass_of_dense_is_left_alone():
+    class Twice(keras.layers.Dense):
+        def call(self, x, training=None):
+            return 2.0 * super().call(x)
+
+    x = keras.Input((6,))
+    model = keras.Model(x, keras.layers.Dense(2)(Twice(3, name="twice")(x)))
+    keras_svdtune.enable_svf(model)
+    assert type(model.get_layer("twice")) is Twice
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_way_to_say_it(name):
+    make, data = BACKBONES[name]
+    results = []
+    for say in (
+        lambda m: m.enable_svf(),
+        lambda m: m.enable_adapter(SVF()),
+        lambda m: keras_svdtune.enable_svf(m),
+        lambda m: keras_svdtune.enable_adapter(m, SVF()),
+    ):
+        keras.backend.clear_session(free_memory=False)
+        model = make()
+        say(model)
+        perturb(model)
+        results.append(eager(model, data))
+    for other in results[1:]:
+        assert_same(other, results[0])
+
+
+def test_on_a_task():
+    task = keras_hub.models.GemmaCausalLM(
+        backbone=tiny_gemma(), preprocessor=None
+    )
+    task.enable_svf(["query"])
+    assert names(task.backbone) == ["query"]
+    with task.adapter_disabled():
+        pass
+    task.remove_adapter()
+    assert not adapted(task)
+    task.backbone.enable_svf(["query"])
+    task.merge_adapter()
+    assert not adapted(task)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_frozen_model_trains_its_adapter(trainable):
+    model = small_model(compiled=True)
+    model.trainable = trainable
+    before = [v.path for v in model.trainable_weights]
+    assert bool(before) is trainable
+    keras_svdtune.enable_svf(model)
+    assert len(model.trainable_weights) == 2
+    losses = model.fit(X, Y, epochs=5, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    keras_svdtune.remove_adapter(model)
+    assert model.trainable is trainable
+    assert [v.path for v in model.trainable_weights] == before
+
+
+def test_batch_normalization_is_not_frozen():
+    """A frozen one computes something else: by its moving statistics."""
+    x = keras.Input((6,))
+    y = keras.layers.BatchNormalization(name="norm")(keras.layers.Dense(4)(x))
+    model = keras.Model(x, y)
+    before = numpy(model(X, training=True))
+    keras_svdtune.enable_svf(model)
+    assert_same(numpy(model(X, training=True)), before)
+
+
+# Bad input.
+
+
+def refused(model, message, method=None, targets=None, data=X):
+    with must_stay(model, data), pytest.raises(ValueError) as caught:
+        keras_svdtune.enable_adapter(model, method or SVF(), targets)
+    for part in message if isinstance(message, tuple) else (message,):
+        assert part in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize("method", default_methods(), ids=method_id)
+def test_a_second_enable(method):
+    model = small_model()
+    keras_svdtune.enable_svf(model, ["first"])
+    refused(
+        model,
+        ("'small' already has an adapter (SVF())", "`merge_adapter()`"),
+        method,
+    )
+
+
+def test_an_unbuilt_model():
+    model = keras.Sequential([keras.layers.Dense(3)], name="raw")
+    with pytest.raises(ValueError, match="'raw' is not built yet.*Call it on"):
+        keras_svdtune.enable_svf(model)
+    assert not model.built and not model.weights
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_not_finite(bad):
+    model = small_model()
+    kernel = numpy(model.get_layer("second").kernel)
+    kernel[1, 2] = bad
+    model.get_layer("second").kernel.assign(kernel)
+    refused(model, ("second' holds NaN or infinity", "Load its weights"))
+
+
+def test_a_kernel_constraint():
+    model = keras.Sequential(
+        [
+            keras.layers.Input((6,)),
+            keras.layers.Dense(3, kernel_constraint="non_neg", name="limited"),
+        ]
+    )
+    refused(model, ("limited' has a kernel constraint", "build it"))
+
+
+def test_keras_lora():
+    model = small_model()
+    model.get_layer("first").enable_lora(2)
+    refused(model, ("first' has Keras LoRA enabled", "load the model"))
+    keras_svdtune.enable_svf(model, ["second"])  # beside it there is room
+
+
+def test_keras_hub_lora():
+    gemma = tiny_gemma()
+    gemma.enable_lora(2)
+    refused(
+        gemma,
+        ("attention/query' has Keras LoRA enabled", "target_layer_names"),
+        data=tokens(),
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantized():
+    model = small_model()
+    model.quantize("int8")
+    refused(model, ("first' is quantized (int8)", "leave it out"))
+
+
+@pytest.mark.parametrize("rank", [0, -1, 5, 2.5, 0.0, True, "8", None])
+def test_a_rank_that_does_not_fit(rank):
+    try:
+        method = PiSSA(rank=rank)
+    except ValueError as error:
+        assert repr(rank) in str(error)  # refused at once
+        return
+    message = ("first', a matrix of 6 x 4", f"rank={rank!r}")
+    refused(small_model(), message, method)
+
+
+@pytest.mark.parametrize("method", default_methods(), ids=method_id)
+def test_a_class_for_an_instance(method):
+    cls = type(method)
+    model = small_model()
+    with must_stay(model, X), pytest.raises(ValueError) as caught:
+        keras_svdtune.enable_adapter(model, cls)
+    assert f"`{cls.__name__}(...)`" in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["svf", None, 8, {"rank": 8}])
+def test_no_method(method):
+    model = small_model()
+    with must_stay(model, X), pytest.raises(ValueError) as caught:
+        keras_svdtune.enable_adapter(model, method)
+    assert "`SVF()`" in str(caught.value)
+    assert repr(method) in str(caught.value)
+
+
+@pytest.mark.parametrize("model", [None, "gemma", keras.layers.Dense(3)])
+def test_no_model(model):
+    with pytest.raises(ValueError, match="Expected a keras.Model"):
+        keras_svdtune.enable_svf(model)
+
+
+def test_nothing_to_adapt():
+    x = keras.Input((6,))
+    model = keras.Model(x, keras.layers.LayerNormalization()(x), name="none")
+    refused(model, "'none' has no Dense or EinsumDense layer")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        keras_svdtune.merge_adapter,
+        keras_svdtune.remove_adapter,
+        keras_svdtune.adapter_summary,
+        lambda m: keras_svdtune.adapter_disabled(m).__enter__(),
+        lambda m: keras_svdtune.save_adapter(m, "a.safetensors"),
+    ],
+)
+def test_no_adapter(call):
+    model = small_model()
+    with must_stay(model, X), pytest.raises(ValueError) as caught:
+        call(model)
+    assert "'small' has no adapter" in str(caught.value)
+    assert "enable_svf()" in str(caught.value)
+
+
+# Interrupted.
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("where", ["decomposing", "attaching"])
+@pytest.mark.parametrize("method", [SVF(), LoRA(2)], ids=method_id)
+def test_interrupt_leaves_the_model_as_it_was(
+    where, error, method, monkeypatch
+):
+    gemma, data = tiny_gemma(), tokens()
+    gemma.get_layer("decoder_block_0").attention.trainable = False
+    module, name = {
+        "decomposing": (enable, "plan"),
+        "attaching": (attach, "Adapter"),
+    }[where]
+    original, calls = getattr(module, name), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 6:
+            raise error
+        return original(*args, **kwargs)
+
+    with must_stay(gemma, data, compiled=False):
+        monkeypatch.setattr(module, name, interrupted)
+        with pytest.raises(error):
+            gemma.enable_adapter(method)
+        assert len(calls) == 6
+        monkeypatch.undo()
+    gemma.enable_adapter(method)  # and nothing hinders the next try
+    assert len(adapted(gemma)) == 14
+
+
+@pytest.mark.parametrize("nth", range(1, 8))
+def test_interrupt_at_any_weight(nth, monkeypatch):
+    """Also while a layer is half converted."""
+    model, calls = small_model(), []
+    original = keras_svdtune.adapter.Adapter.add_weight
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(args)
+        if len(calls) == nth:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    with must_stay(model, X):
+        monkeypatch.setattr(
+            keras_svdtune.adapter.Adapter, "add_weight", interrupted
+        )
+        if nth <= 4:  # two layers of two weights
+            with pytest.raises(KeyboardInterrupt):
+                keras_svdtune.enable_svf(model)
+        else:
+            keras_svdtune.enable_svf(model)
+            assert len(calls) == 4
+            keras_svdtune.remove_adapter(model)
+        monkeypatch.undo()
+
+
+# What importing does.
+
+SNAPSHOT = """
+import sys
+import keras, keras_hub
+
+def pictures():
+    found = {}
+    for owner in (
+        keras.Model, keras.layers.Layer, keras.layers.Dense,
+        keras.layers.EinsumDense, keras_hub.models.Backbone,
+        keras_hub.models.Task, keras_hub.models.CausalLM, keras, keras_hub,
+        keras.ops, keras.layers, keras.saving, keras.config,
+    ):
+        for name, value in vars(owner).items():
+            found[owner.__name__, name] = id(value)
+    return found
+
+before, modules = pictures(), set(sys.modules)
+import keras_svdtune
+after = pictures()
+changed = [k for k in before if after.get(k) != before[k]]
+changed = [k for k in changed if k[1] not in ("__doc__", "__abstractmethods__")]
+assert not changed, changed
+added = {k for k in after if k not in before}
+assert {k[0] for k in added} <= {"Backbone", "Task"}, added
+assert ("Backbone", "enable_svf") in added
+backends = {"jax", "jaxlib", "tensorflow", "torch"}
+new = {m for m in set(sys.modules) - modules if m.split(".")[0] in backends}
+print("new backend modules:", sorted(new))
+assert not new, sorted(new)
+"""
+
+
+def test_import_overwrites_nothing_and_imports_no_backend():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SNAPSHOT],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_method_of_keras_hub_is_left_alone(monkeypatch):
+    """A later KerasHub may have an `enable_svf` of its own."""
+    cls = keras_hub.models.Backbone
+
+    def own(self):
+        pass
+
+    others = {k: v for k, v in vars(cls).items() if k != "enable_svf"}
+    monkeypatch.setattr(cls, "enable_svf", own)
+    with pytest.warns(UserWarning, match="`enable_svf` of its own") as caught:
+        patch_keras_hub()
+    assert len(caught) == 1
+    assert cls.enable_svf is own
+    assert others == {k: v for k, v in vars(cls).items() if k != "enable_svf"}
+
+
+def test_every_method_has_its_functions():
+    for name, cls in keras_svdtune.METHODS.items():
+        if not cls.has_enable:
+            continue
+        for owner in (keras_hub.models.Backbone, keras_hub.models.Task):
+            assert callable(getattr(owner, f"enable_{name}"))
+        assert callable(getattr(keras_svdtune, f"enable_{name}"))
+        assert getattr(keras_svdtune, cls.__name__) is cls
+
+
+def test_bert_is_silent():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny_bert().enable_svf()

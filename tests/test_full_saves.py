@@ -1,0 +1,542 @@
+"""Full saves of adapted models load in plain Keras and KerasHub as the merged
+model; adapted ones take them up where they were; hand-built ones keep apart
+what belongs to the base and to the adapter."""
+
+import contextlib
+import dataclasses
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from helpers import (
+    BACKBONES,
+    adapted,
+    assert_close,
+    assert_differ,
+    assert_same,
+    default_methods,
+    flat,
+    method_id,
+    must_stay,
+    numpy,
+    perturb,
+    randomise,
+    small_data,
+    small_model,
+    tiny_gemma,
+    tokens,
+    trainables,
+    values,
+)
+from helpers import eager as outputs
+
+import keras_svdtune
+from keras_svdtune.hosts import AdapterHost
+
+X, Y = small_data()
+
+one_of_each = pytest.mark.parametrize(
+    "method", default_methods(), ids=method_id
+)
+
+
+def fresh(make, seed=0):
+    """A new model, its weights drawn with another seed."""
+    keras.backend.clear_session(free_memory=False)
+    model = make()
+    if seed:
+        randomise(model, seed)
+    return model
+
+
+def save(model, path, kind):
+    if kind == "preset":
+        model.save_to_preset(str(path / "preset"))
+    else:
+        path = path / f"model.{kind}"
+        model.save(path) if kind == "keras" else model.save_weights(path)
+
+
+def load_plain(make, path, kind):
+    """A model that never had an adapter."""
+    match kind:
+        case "preset":
+            return keras_hub.models.Backbone.from_preset(str(path / "preset"))
+        case "keras":
+            return keras.saving.load_model(path / "model.keras")
+        case "weights.h5":
+            model = fresh(make, seed=5)
+            model.load_weights(path / "model.weights.h5")
+            return model
+
+
+def assert_plain(model):
+    assert not any(isinstance(x, AdapterHost) for x in flat(model))
+    assert not any("svf" in v.path for v in model.weights)
+
+
+@pytest.mark.parametrize("kind", ["keras", "weights.h5", "preset"])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_backbone_loads_in_plain_keras_hub(name, kind, tmp_path):
+    make, data = BACKBONES[name]
+    model = make()
+    base = outputs(model, data)
+    model.enable_svf()
+    perturb(model)
+    expected = outputs(model, data)
+    assert_differ(expected, base)
+    learned = values(model)
+    save(model, tmp_path, kind)
+    # Saving changed nothing.
+    assert_same(values(model), learned)
+    assert_same(outputs(model, data), expected)
+
+    plain = load_plain(make, tmp_path, kind)
+    assert_plain(plain)
+    assert_close(outputs(plain, data), expected, 1e-4)
+    # To the bit it is what merging gives.
+    model.merge_adapter()
+    assert_same([v for _, v in values(plain)], [v for _, v in values(model)])
+    assert_same(
+        [v.path for v in plain.weights], [v.path for v in model.weights]
+    )
+
+
+@one_of_each
+def test_every_method_saves_merged(method, tmp_path):
+    model = small_model()
+    keras_svdtune.enable_adapter(model, _fit_rank(method))
+    perturb(model)
+    save(model, tmp_path, "keras")
+    expected = outputs(model, X)
+    plain = load_plain(small_model, tmp_path, "keras")
+    assert_plain(plain)
+    assert_close(outputs(plain, X), expected, 1e-5)
+
+
+def _fit_rank(method):
+    """The smallest matrices here are 6 x 4 and 4 x 5."""
+    if not hasattr(method, "rank"):
+        return method
+    return dataclasses.replace(method, rank=2)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_adapted_model_loads_a_plain_file(name, tmp_path):
+    """The file's kernels, the adapter at its start on their own basis."""
+    make, data = BACKBONES[name]
+    plain = fresh(make, seed=7)
+    expected = outputs(plain, data)
+    plain.save_weights(tmp_path / "model.weights.h5")
+    model = fresh(make)
+    model.enable_svf()
+    perturb(model)
+    model.load_weights(tmp_path / "model.weights.h5")
+    assert len(adapted(model)) > 3
+    assert_same(outputs(model, data), expected)
+    # The basis is that of the new kernels: as if enabled on them.
+    plain.enable_svf()
+    for model_ in (model, plain):
+        perturb(model_)
+    assert_same(outputs(model, data), outputs(plain, data))
+    model.remove_adapter()
+    plain.remove_adapter()
+    assert_same([v for _, v in values(model)], [v for _, v in values(plain)])
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_adapted_model_loads_an_adapted_file(name, tmp_path):
+    make, data = BACKBONES[name]
+    model = fresh(make)
+    model.enable_svf()
+    perturb(model)
+    model.save_weights(tmp_path / "model.weights.h5")
+    again = fresh(make)
+    base = [v for _, v in values(again)]
+    again.enable_svf()
+    again.load_weights(tmp_path / "model.weights.h5")
+    assert_same(trainables(again), trainables(model))
+    assert_same(outputs(again, data), outputs(model, data))
+    again.remove_adapter()
+    assert_same([v for _, v in values(again)], base)
+
+
+@one_of_each
+def test_training_goes_on_after_a_reload(method, tmp_path):
+    """With its optimizer: three epochs in one go, or in two runs."""
+    method = _fit_rank(method)
+
+    def compiled():
+        model = fresh(small_model)
+        keras_svdtune.enable_adapter(model, method)
+        model.compile(keras.optimizers.Adam(0.02), "mse")
+        return model
+
+    def fit(model, epochs):
+        history = model.fit(X, Y, epochs=epochs, shuffle=False, verbose=0)
+        return history.history["loss"]
+
+    whole = compiled()
+    expected = fit(whole, 4)
+    first = compiled()
+    found = fit(first, 2)
+    first.save_weights(tmp_path / "model.weights.h5")
+    second = compiled()
+    # The file holds the optimizer's variables, for one that has them.
+    second.optimizer.build(second.trainable_variables)
+    second.load_weights(tmp_path / "model.weights.h5")
+    found += fit(second, 2)
+    np.testing.assert_array_equal(found, expected)
+    assert_same(trainables(second), trainables(whole))
+
+
+def test_backup_and_restore(tmp_path):
+    """A run that is killed and started again gives the same losses."""
+
+    class Killed(Exception):
+        pass
+
+    class Kill(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:
+                raise Killed
+
+    def run(*callbacks, backup):
+        model = fresh(small_model)
+        keras_svdtune.enable_svf(model)
+        model.compile(keras.optimizers.Adam(0.02), "mse")
+        losses = []
+
+        class Losses(keras.callbacks.Callback):
+            def on_epoch_end(self, epoch, logs=None):
+                losses.append((epoch, logs["loss"]))
+
+        kept = keras.callbacks.BackupAndRestore(tmp_path / backup)
+        with contextlib.suppress(Killed):
+            model.fit(
+                X,
+                Y,
+                epochs=4,
+                shuffle=False,
+                verbose=0,
+                callbacks=[kept, Losses(), *callbacks],
+            )
+        return losses
+
+    expected = run(backup="whole")
+    assert len(expected) == 4
+    first = run(Kill(), backup="parts")
+    second = run(backup="parts")
+    assert [e for e, _ in first + second] == [0, 1, 2, 3]
+    assert first + second == expected
+
+
+def test_wrong_base_is_an_error(tmp_path):
+    model = fresh(small_model)
+    keras_svdtune.enable_svf(model)
+    perturb(model)
+    model.save_weights(tmp_path / "model.weights.h5")
+    other = fresh(small_model, seed=3)
+    keras_svdtune.enable_svf(other)
+    with pytest.raises(ValueError) as caught:
+        other.load_weights(tmp_path / "model.weights.h5")
+    assert "first" in str(caught.value) or "second" in str(caught.value)
+    assert "base" in str(caught.value)
+
+
+def test_wrong_method_is_an_error(tmp_path):
+    model = fresh(small_model)
+    keras_svdtune.enable_svf(model)
+    model.save_weights(tmp_path / "model.weights.h5")
+    other = fresh(small_model)
+    keras_svdtune.enable_pissa(other, 2)
+    with pytest.raises(ValueError, match="holds no pissa_a0.*svf_delta"):
+        other.load_weights(tmp_path / "model.weights.h5")
+
+
+def test_a_functional_model_saves_as_plain_layers(tmp_path):
+    def make():
+        x = keras.Input((3, 6))
+        y = keras.layers.Dense(8, activation="gelu", name="dense")(x)
+        y = keras.layers.EinsumDense(
+            "btd,ndh->btnh", (None, 2, 4), bias_axes="nh", name="einsum"
+        )(y)
+        model = keras.Model(x, y)
+        randomise(model)
+        return model
+
+    data = np.random.default_rng(0).standard_normal((2, 3, 6)).astype("float32")
+    model = make()
+    keras_svdtune.enable_svf(model)
+    perturb(model)
+    expected = outputs(model, data)
+    model.save(tmp_path / "model.keras")
+    config = model.to_json()
+    assert "svf" not in config.lower()
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert type(loaded.get_layer("dense")) is keras.layers.Dense
+    assert type(loaded.get_layer("einsum")) is keras.layers.EinsumDense
+    assert_close(outputs(loaded, data), expected, 1e-5)
+
+
+# Hand-built models with declared layers.
+
+
+def settings_of(method):
+    return _fit_rank(method).settings()
+
+
+def layer_classes(method):
+    cls = type(method)
+    stem = "".join(c for c in cls.title if c.isalnum())
+    return (
+        getattr(keras_svdtune, f"{stem}Dense"),
+        getattr(keras_svdtune, f"{stem}EinsumDense"),
+    )
+
+
+def functional(method):
+    dense, einsum = layer_classes(method)
+    settings = settings_of(method)
+    x = keras.Input((3, 6))
+    y = dense(8, activation="tanh", name="dense", **settings)(x)
+    y = einsum(
+        "btd,ndh->btnh", (None, 2, 3), bias_axes="h", name="einsum", **settings
+    )(y)
+    return keras.Model(x, y)
+
+
+def sequential(method):
+    dense, einsum = layer_classes(method)
+    settings = settings_of(method)
+    return keras.Sequential(
+        [
+            keras.layers.Input((3, 6)),
+            dense(8, activation="tanh", **settings),
+            einsum("abc,cd->abd", (None, 5), **settings),
+        ]
+    )
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Subclassed(keras.Model):
+    def __init__(self, method=None, **kwargs):
+        super().__init__(**kwargs)
+        self.method = method or keras_svdtune.SVF()
+        dense, einsum = layer_classes(self.method)
+        settings = settings_of(self.method)
+        self.blocks = [
+            dense(6, **settings),
+            einsum("abc,cd->abd", (None, 4), **settings),
+        ]
+
+    def build(self, input_shape):
+        for block in self.blocks:
+            block.build(input_shape)
+            input_shape = block.compute_output_shape(input_shape)
+
+    def call(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def get_config(self):
+        return super().get_config() | {
+            "method": {
+                "name": self.method.name,
+                "settings": self.method.settings(),
+            }
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        method = config.pop("method")
+        method = keras_svdtune.METHODS[method["name"]](**method["settings"])
+        return cls(method, **config)
+
+
+def subclassed(method):
+    model = Subclassed(method)
+    model.build((None, 3, 6))
+    return model
+
+
+BUILDS = [functional, sequential, subclassed]
+Z = np.random.default_rng(1).standard_normal((4, 3, 6)).astype("float32")
+
+
+@pytest.mark.parametrize("kind", ["keras", "weights.h5"])
+@pytest.mark.parametrize("build", BUILDS, ids=lambda f: f.__name__)
+@one_of_each
+def test_declared_layers_round_trip(method, build, kind, tmp_path):
+    if build is not functional and method.name not in ("svf", "pissa"):
+        pytest.skip("the model's class makes no difference to a method")
+    model = fresh(lambda: build(method))
+    perturb(model)
+    base = [numpy(x._kernel) for x in flat(model) if isinstance(x, AdapterHost)]
+    expected = outputs(model, Z)
+    save(model, tmp_path, kind)
+    if kind == "keras":
+        loaded = keras.saving.load_model(tmp_path / "model.keras")
+    else:
+        keras.utils.set_random_seed(77)
+        loaded = fresh(lambda: build(method))
+        assert_differ(outputs(loaded, Z), expected)
+        loaded.load_weights(tmp_path / "model.weights.h5")
+    layers = [x for x in flat(loaded) if isinstance(x, AdapterHost)]
+    assert len(layers) == 2
+    assert [type(x) for x in layers] == [
+        type(x) for x in flat(model) if isinstance(x, AdapterHost)
+    ]
+    # Base and adapter apart: nothing was merged.
+    assert_same([numpy(x._kernel) for x in layers], base)
+    assert_same(outputs(loaded, Z), expected)
+    assert len(loaded.trainable_weights) == len(model.trainable_weights)
+    with keras_svdtune.adapter_disabled(loaded):
+        assert_differ(outputs(loaded, Z), expected)
+
+
+@one_of_each
+def test_declared_layers_train_the_adapter_only(method):
+    model = fresh(lambda: functional(method))
+    model.compile(keras.optimizers.Adam(0.02), "mse")
+    before = dict(values(model))
+    targets = outputs(model, Z) + 0.3
+    losses = model.fit(Z, targets, epochs=6, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    trained = {k for k, v in values(model) if not np.array_equal(v, before[k])}
+    assert trained >= set(trainables(model))
+    assert not any(k.endswith(("kernel", "bias")) for k in trained)
+
+
+@one_of_each
+def test_from_layer(method):
+    dense, einsum = layer_classes(method)
+    settings = settings_of(method)
+    plain_dense = keras.layers.Dense(8, activation="gelu", name="dense")
+    plain_einsum = keras.layers.EinsumDense(
+        "btd,ndh->btnh", (None, 2, 3), bias_axes="nh", name="einsum"
+    )
+    for plain, cls in ((plain_dense, dense), (plain_einsum, einsum)):
+        expected_class = type(plain)
+        with pytest.raises(ValueError, match="takes a built"):
+            cls.from_layer(plain, **settings)
+        plain.build((None, 3, 6))
+        for v in plain.weights:
+            v.assign(np.random.default_rng(2).standard_normal(v.shape))
+        expected = numpy(plain(Z))
+        before = [numpy(v) for v in plain.weights]
+        layer = cls.from_layer(plain, **settings)
+        assert type(layer) is cls and layer.name == plain.name
+        assert_same(numpy(layer(Z)), expected)
+        assert layer.trainable_weights
+        for v in layer.adapter.variables_by_name(trainable=True).values():
+            v.assign(v + 0.3)
+        assert_differ(numpy(layer(Z)), expected)
+        # The plain one is another layer, and as it was.
+        assert type(plain) is expected_class
+        assert_same([numpy(v) for v in plain.weights], before)
+        assert_same(numpy(plain(Z)), expected)
+        assert_same(numpy(layer._kernel), numpy(plain._kernel))
+    with pytest.raises(ValueError, match="takes a built"):
+        dense.from_layer(plain_einsum, **settings)
+
+
+def test_from_layer_has_the_basis_of_the_copied_kernel():
+    model = small_model()
+    plain = model.get_layer("first")
+    layer = keras_svdtune.SVFDense.from_layer(plain)
+    keras_svdtune.enable_svf(model, ["first"])
+    assert_same(numpy(layer.adapter.basis), numpy(plain.adapter.basis))
+
+
+class Attributes(keras.Model):
+    """Holds its layers in attributes, whose names are those in its files."""
+
+    def __init__(self, dense, einsum, **settings):
+        super().__init__()
+        self.dense = dense(8, activation="tanh", name="dense", **settings)
+        self.einsum = einsum(
+            "btd,ndh->btnh",
+            (None, 2, 3),
+            bias_axes="h",
+            name="einsum",
+            **settings,
+        )
+
+    def call(self, x):
+        return self.einsum(self.dense(x))
+
+
+def attributes(*args, **settings):
+    model = Attributes(*args, **settings)
+    model(Z)
+    return model
+
+
+@pytest.mark.parametrize("name", ["svf", "svft", "pissa"])
+def test_declared_layers_load_a_plain_file(name, tmp_path):
+    """The weights of the same model with plain layers.
+
+    Where a model holds its layers in a list (so does a Functional one), a
+    weights file calls them by their class, and no plain file fits.
+    """
+    method = _fit_rank(next(m for m in default_methods() if m.name == name))
+    plain_classes = (keras.layers.Dense, keras.layers.EinsumDense)
+    source = fresh(lambda: attributes(*plain_classes))
+    randomise(source, seed=4)
+    source.save_weights(tmp_path / "model.weights.h5")
+    classes = layer_classes(method)
+    model = fresh(lambda: attributes(*classes, **method.settings()))
+    perturb(model)
+    model.load_weights(tmp_path / "model.weights.h5")
+    assert_same(outputs(model, Z), outputs(source, Z))
+    keras_svdtune.enable_adapter(source, method)
+    for adapted_model in (model, source):
+        perturb(adapted_model)
+    assert_same(outputs(model, Z), outputs(source, Z))
+    # And the other way round: a plain one ignores the adapter beside.
+    model.save_weights(tmp_path / "declared.weights.h5")
+    with keras_svdtune.adapter_disabled(model):
+        expected = outputs(model, Z)
+    plain = fresh(lambda: attributes(*plain_classes))
+    plain.load_weights(tmp_path / "declared.weights.h5")
+    assert_same(outputs(plain, Z), expected)
+
+
+def test_declared_layers_that_are_not_built():
+    model = keras.Sequential([keras_svdtune.SVFDense(3)], name="raw")
+    for call in (
+        keras_svdtune.adapter_summary,
+        keras_svdtune.merge_adapter,
+        keras_svdtune.enable_svf,
+        lambda m: keras_svdtune.save_adapter(m, "a.safetensors"),
+    ):
+        with pytest.raises(ValueError, match="'raw'"):
+            call(model)
+
+
+def test_gemma_in_bfloat16(tmp_path):
+    model = fresh(lambda: tiny_gemma("bfloat16"))
+    model.enable_svf()
+    perturb(model, size=0.5)
+    model.save_weights(tmp_path / "model.weights.h5")
+    plain = fresh(lambda: tiny_gemma("bfloat16"))
+    plain.load_weights(tmp_path / "model.weights.h5")
+    model_ = fresh(lambda: tiny_gemma("bfloat16"))
+    model_.enable_svf()
+    model_.load_weights(tmp_path / "model.weights.h5")
+    assert_same(outputs(model_, tokens()), outputs(model, tokens()))
+    model.merge_adapter()
+    assert_same([v for _, v in values(plain)], [v for _, v in values(model)])
+
+
+def test_a_failed_load_leaves_an_adapted_backbone_usable(tmp_path):
+    model = fresh(small_model)
+    keras_svdtune.enable_svf(model)
+    model.save_weights(tmp_path / "model.weights.h5")
+    (tmp_path / "bad.weights.h5").write_bytes(b"not a weights file")
+    with must_stay(model, X), pytest.raises(Exception):  # noqa: B017
+        model.load_weights(tmp_path / "bad.weights.h5")
+    model.load_weights(tmp_path / "model.weights.h5")

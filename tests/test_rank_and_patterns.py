@@ -1,0 +1,583 @@
+"""Ranks as a share of the energy, decompositions, bad settings, bad kernels."""
+
+import keras
+import numpy as np
+import pytest
+import rich.console
+from helpers import (
+    adapted,
+    all_methods,
+    assert_same,
+    eager,
+    gradients,
+    method_id,
+    must_stay,
+    numpy,
+    perturb,
+    trainables,
+    values,
+)
+from keras import ops
+
+import keras_svdtune
+from keras_svdtune import (
+    SVFT,
+    AdaLoRA,
+    DoRA,
+    LoRA,
+    LoRAXS,
+    MiLoRA,
+    PiSSA,
+    report,
+    svd,
+)
+from keras_svdtune.enable import enabled_method
+
+ENERGY = [
+    PiSSA(rank=0.9),
+    PiSSA(rank=0.5, alpha=3.0),
+    PiSSA(rank=1.0),
+    MiLoRA(rank=0.05),
+    MiLoRA(rank=0.5),
+    LoRAXS(rank=0.9),
+    LoRAXS(rank=0.7, n_iter=2),
+]
+by_energy = pytest.mark.parametrize("method", ENERGY, ids=method_id)
+
+
+def matrix(rows, columns, spectrum, seed=0):
+    """A matrix (in, out) in float32 with these singular values."""
+    rng = np.random.default_rng(seed)
+    n = min(rows, columns)
+    u = np.linalg.qr(rng.standard_normal((rows, n)))[0]
+    v = np.linalg.qr(rng.standard_normal((columns, n)))[0]
+    return ((u * spectrum(np.arange(n))) @ v.T).astype("float32")
+
+
+def model_of(**kernels):
+    """A layer for each kernel (in, out), side by side; `heads` is a query
+    projection of two heads."""
+    inputs, outputs = [], []
+    for name, kernel in kernels.items():
+        x = keras.Input((3, kernel.shape[0]))
+        if name == "heads":
+            layer = keras.layers.EinsumDense(
+                "btd,ndh->btnh",
+                (None, 2, kernel.shape[1] // 2),
+                bias_axes="nh",
+                name=name,
+            )
+        else:
+            layer = keras.layers.Dense(kernel.shape[1], name=name)
+        outputs.append(layer(x))
+        inputs.append(x)
+        if name == "heads":
+            kernel = kernel.reshape(len(kernel), 2, -1).transpose(1, 0, 2)
+        layer._kernel.assign(kernel)
+    return keras.Model(inputs, outputs, name="side_by_side")
+
+
+def one_program(function):
+    """function(), in JAX without compiling each small op on its own."""
+    if keras.backend.backend() != "jax":
+        return function()
+    import jax
+
+    # A new function each time: jit keeps what it knows.
+    return jax.jit(lambda: function())()
+
+
+def data_for(kernels, rows=4):
+    rng = np.random.default_rng(3)
+    return [
+        rng.standard_normal((rows, 3, len(k))).astype("float32")
+        for k in kernels.values()
+    ]
+
+
+KERNELS = {
+    "steep": matrix(24, 16, lambda i: 0.6**i),
+    "slow": matrix(16, 24, lambda i: 1 / (1 + i), seed=1),
+    "flat": matrix(20, 20, lambda i: 2.0 - 0.05 * i, seed=2),
+    "heads": matrix(18, 12, lambda i: 0.8**i, seed=3),
+}
+
+
+def expected_ranks(method):
+    """By NumPy: the smallest r with that share of the squares."""
+    ranks = {}
+    for name, kernel in KERNELS.items():
+        s = np.linalg.svd(kernel.astype("float64"), compute_uv=False)
+        squares = np.sort(s**2) if method.name == "milora" else s**2
+        shares = np.cumsum(squares) / np.sum(squares)
+        wanted = method.rank * (1 - 1e-9)
+        ranks[name] = next(
+            r for r in range(1, len(s) + 1) if shares[r - 1] >= wanted
+        )
+    return ranks
+
+
+@pytest.fixture(autouse=True)
+def no_timing(monkeypatch):
+    """`estimate` decomposes a matrix to time it; not needed here."""
+    monkeypatch.setattr(report, "_seconds_per_operation", lambda: 1e-9)
+
+
+# Energy.
+
+
+@by_energy
+def test_energy_rank(method):
+    model = model_of(**KERNELS)
+    expected = expected_ranks(method)
+    before = values(model)
+    estimated = keras_svdtune.estimate(model, method)
+    assert not adapted(model)
+    assert_same(values(model), before)
+    keras_svdtune.enable_adapter(model, method)
+    summary = keras_svdtune.adapter_summary(model)
+
+    layers = {x.name: x.adapter for x in adapted(model).values()}
+    assert {name: x.method.rank for name, x in layers.items()} == expected
+    for name, adapter in layers.items():
+        rows, columns = KERNELS[name].shape
+        r = expected[name]
+        shapes = {
+            w.name: tuple(getattr(adapter, w.name).shape)
+            for w in adapter.method.weights(adapter.shape)
+        }
+        if method.name == "lora_xs":
+            assert shapes == {"v": (columns, r), "r": (r, r)}
+        else:
+            assert shapes == {
+                **dict.fromkeys(("delta_a", "a0"), (rows, r)),
+                **dict.fromkeys(("delta_b", "b0"), (r, columns)),
+            }
+    # Both reports say the same, and what was built.
+    for cost in (estimated, summary):
+        assert {x.path: x.rank for x in cost.layers} == expected
+        assert cost.method == method
+    assert estimated.layers == summary.layers
+    built = sum(x.size for x in trainables(model).values())
+    assert estimated.trainable == summary.trainable == built
+    assert enabled_method(model) == method  # as the user wrote it
+
+
+def test_the_tables_show_the_ranks():
+    """To a user, who sees the printed table only."""
+    model, method = model_of(**KERNELS), PiSSA(rank=0.9)
+    expected = expected_ranks(method)
+    assert len(set(expected.values())) == len(expected)
+    estimated = keras_svdtune.estimate(model, method)
+    keras_svdtune.enable_adapter(model, method)
+    for cost in (estimated, keras_svdtune.adapter_summary(model)):
+        console = rich.console.Console(width=200, record=True, quiet=False)
+        with console.capture() as captured:
+            cost.print(console)
+        rows = {
+            name: [word for word in line.replace("│", " ").split()]
+            for line in captured.get().splitlines()
+            for name in KERNELS
+            if f" {name} " in line
+        }
+        assert set(rows) == set(KERNELS)
+        for name, words in rows.items():
+            sizes = [str(x) for x in KERNELS[name].shape]
+            rest = [w for w in words if w not in (*sizes, "x", name)]
+            assert str(expected[name]) in rest, (name, expected[name], words)
+
+
+def test_energy_ranks_of_equal_singular_values():
+    """Where rounding decides, the dry run must decide like the enabling."""
+    kernels = {}
+    for seed in range(10):  # as keras.initializers.Orthogonal(0.3) makes them
+        normal = np.random.default_rng(seed).standard_normal((16, 16))
+        kernel = np.linalg.qr(normal)[0].astype("float32") * np.float32(0.3)
+        kernels[f"layer_{seed}"] = kernel
+    for method in (MiLoRA(rank=0.25), MiLoRA(rank=0.5), LoRAXS(rank=0.75)):
+        keras.backend.clear_session(free_memory=False)
+        model = model_of(**kernels)
+        estimated = keras_svdtune.estimate(model, method)
+        keras_svdtune.enable_adapter(model, method)
+        found = [x.adapter.method.rank for x in adapted(model).values()]
+        assert found == [x.rank for x in estimated.layers]
+        assert set(found) <= {16 * method.rank, 16 * method.rank + 1}
+
+
+@by_energy
+def test_file_with_energy_ranks(method, tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    model = model_of(**KERNELS)
+    keras_svdtune.enable_adapter(model, method)
+    perturb(model)
+    expected = values(model)  # equal weights, frozen ones too: equal outputs
+    ranks = [x.adapter.method.rank for x in adapted(model).values()]
+    keras_svdtune.save_adapter(model, path)
+
+    keras.backend.clear_session(free_memory=False)
+    fresh = model_of(**KERNELS)
+    keras_svdtune.load_adapter(fresh, path)
+    assert [x.adapter.method.rank for x in adapted(fresh).values()] == ranks
+    assert_same(values(fresh), expected)
+    assert enabled_method(fresh) == method
+    # And into a model that has the same method already.
+    keras.backend.clear_session(free_memory=False)
+    ready = model_of(**KERNELS)
+    keras_svdtune.enable_adapter(ready, method)
+    keras_svdtune.load_adapter(ready, path)
+    assert_same(values(ready), expected)
+
+
+def test_declared_layers_by_energy():
+    """A layer that is built for a kernel takes the rank that it needs."""
+    plain = keras.layers.Dense(16)
+    plain.build((None, 24))
+    plain.kernel.assign(KERNELS["steep"])
+    x = np.random.default_rng(0).standard_normal((3, 24)).astype("float32")
+    for name, cls in (
+        ("PiSSADense", PiSSA),
+        ("MiLoRADense", MiLoRA),
+        ("LoRAXSDense", LoRAXS),
+    ):
+        method = cls(rank=0.6)
+        layer = getattr(keras_svdtune, name).from_layer(plain, rank=0.6)
+        weights = layer.adapter.method.weights(layer.adapter.shape)
+        rank = expected_ranks(method)["steep"]
+        assert layer.adapter.method.rank == rank
+        for w in weights:
+            value = getattr(layer.adapter, w.name)
+            assert tuple(value.shape) == w.shape and rank in w.shape
+        assert_same(layer(x), plain(x), name)
+        again = type(layer).from_config(layer.get_config())
+        again.build((None, 24))
+        again.set_weights([numpy(v) for v in layer.weights])
+        assert_same(again(x), layer(x), name)
+
+
+# Decompositions.
+
+
+def sines(a, b):
+    """Sines of the principal angles between two column spaces."""
+    a, b = (np.linalg.qr(x.astype("float64"))[0] for x in (a, b))
+    return np.linalg.svd(a - b @ (b.T @ a), compute_uv=False)
+
+
+def test_randomised_pissa():
+    kernel = matrix(120, 80, lambda i: 0.9**i)
+    u, s, vt = np.linalg.svd(kernel.astype("float64"), full_matrices=False)
+    rank = 8
+
+    def start(**settings):
+        np.random.seed(len(settings))  # the global generator has no say
+        keras.backend.clear_session(free_memory=False)
+        model = model_of(layer=kernel)
+        keras_svdtune.enable_pissa(model, rank, **settings)
+        (layer,) = adapted(model).values()
+        return numpy(layer.adapter.a0), numpy(layer.adapter.b0)
+
+    found = start(n_iter=4)
+    assert_same(start(n_iter=4, seed=0), found)
+    assert not np.array_equal(start(n_iter=4, seed=1)[0], found[0])
+    off = {
+        n: max(sines(start(n_iter=n)[0], u[:, :rank])) for n in (0, 1, 4, 16)
+    }
+    assert off[0] > 5 * off[1] > 25 * off[4] > 25 * off[16]
+    assert off[4] < 1e-3 and off[16] < 1e-6
+    a0, b0 = found
+    assert max(sines(b0.T, vt[:rank].T)) < 1e-3
+    np.testing.assert_allclose(np.sum(a0**2, axis=0), s[:rank], rtol=1e-5)
+    exact = np.concatenate([x.ravel() for x in start()])
+    close = np.concatenate([x.ravel() for x in found])
+    # Signs are the same rule's, so the factors themselves agree.
+    np.testing.assert_allclose(close, exact, atol=2e-4)
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60), (48, 48)])
+@pytest.mark.parametrize("condition", [1e3, 1e5, 1e7])
+def test_bottom_components_are_the_true_ones(condition, shape):
+    """A rounded Gram matrix loses what lies below 1e-4 of the largest."""
+    rank, n = 6, min(shape)
+    kernel = matrix(*shape, lambda i: condition ** (-i / (n - 1)))
+    w = kernel.astype("float64")
+    found = svd.decompose(
+        ops.convert_to_tensor(kernel), MiLoRA(rank=rank).needs(shape)
+    )
+    u, s, v = found.u, found.s, found.v
+    assert u.shape == (shape[0], rank) and v.shape == (shape[1], rank)
+    true_u, true_s, true_vt = np.linalg.svd(w, full_matrices=False)
+    np.testing.assert_allclose(s, true_s[-rank:], rtol=1e-4)
+    assert max(sines(u, true_u[:, -rank:])) < 1e-5
+    assert max(sines(v, true_vt[-rank:].T)) < 1e-5
+    u, s, v = (x.astype("float64") for x in (u, s, v))
+    # The vectors are float32: each product may be off by its rounding.
+    eps = 3e-7 * true_s[0]
+    assert np.linalg.norm(w @ v - u * s, axis=0).max() < eps
+    assert np.linalg.norm(w.T @ u - v * s, axis=0).max() < eps
+    for basis in (u, v):
+        assert np.abs(basis.T @ basis - np.eye(rank)).max() < 1e-6
+    # What is taken away of W is what it is small in: s₋ᵣ, not more.
+    rest = w - (u * s) @ v.T
+    kept = np.linalg.svd(rest, compute_uv=False)
+    np.testing.assert_allclose(kept[: n - rank], true_s[:-rank], atol=eps)
+    assert kept[n - rank] < eps
+
+
+# Bad settings.
+
+# Those that do not fit a layer: the error names it.
+UNFIT = [
+    *(
+        (cls(rank=rank), "`rank` must be an integer from 1 to min.* = 5")
+        for cls in (PiSSA, MiLoRA, LoRAXS, LoRA, DoRA, AdaLoRA)
+        for rank in (6, 0, -1, True)
+    ),
+    *(
+        (cls(rank=rank), r"a float in \(0, 1\]")
+        for cls in (PiSSA, MiLoRA, LoRAXS)
+        for rank in (0.0, -0.5, 1.5, float("nan"), None, "4")
+    ),
+    *(
+        (SVFT(pattern, width), "`off_diagonals` must be less than .* = 5")
+        for pattern in ("banded", "random", "top_k")
+        for width in (5, 80)
+    ),
+]
+# Those that fit nothing.
+WRONG = [
+    *(
+        (cls, {"rank": 0.9}, "must be an integer. Received: rank=0.9")
+        for cls in (LoRA, DoRA, AdaLoRA)
+    ),
+    *(
+        (cls, {"rank": 2, "alpha": alpha}, "`alpha` must be a positive")
+        for cls in (PiSSA, MiLoRA, LoRAXS, LoRA, DoRA, AdaLoRA)
+        for alpha in (0, -1.0, float("nan"), float("inf"), True, "8")
+    ),
+    *(
+        (cls, {"rank": 2, "n_iter": n_iter}, "`n_iter` must be")
+        for cls in (PiSSA, LoRAXS)
+        for n_iter in (-1, 2.5, True)
+    ),
+    *(
+        (SVFT, {"off_diagonals": width}, "`off_diagonals` must be an integer")
+        for width in (-1, True, 1.5, None, "2")
+    ),
+    (SVFT, {"pattern": "band"}, "Did you mean 'banded'"),
+    (SVFT, {"pattern": "topk"}, "Did you mean 'top_k'"),
+    (SVFT, {"pattern": "Plain"}, "Did you mean 'plain'"),
+    (SVFT, {"pattern": "zigzag"}, "There are: 'banded', 'plain'"),
+    (SVFT, {"pattern": None}, "`pattern` must be one of"),
+]
+
+
+@pytest.fixture(scope="module")
+def wide_and_narrow():
+    """Some settings fit the second layer and not the first."""
+    keras.backend.clear_session(free_memory=False)
+    kernels = {
+        "narrow": matrix(5, 12, lambda i: 1.0 / (1 + i)),
+        "wide": matrix(14, 13, lambda i: 1.0 / (1 + i)),
+    }
+    model = model_of(**kernels)
+    model.get_layer("wide").trainable = False
+    return model, data_for(kernels)
+
+
+def test_what_does_not_fit_a_layer(wide_and_narrow):
+    model, data = wide_and_narrow
+    with must_stay(model, data):
+        for method, message in UNFIT:
+            for function in (
+                keras_svdtune.enable_adapter,
+                keras_svdtune.estimate,
+            ):
+                with pytest.raises(ValueError, match=message) as caught:
+                    function(model, method)
+                text = str(caught.value)
+                settings = method.settings()
+                key = "rank" if "rank" in settings else "off_diagonals"
+                assert f"Received: {key}={settings[key]!r}" in text
+                assert "Layer 'narrow', a matrix of 5 x 12: " in text
+
+
+def test_what_fits_nothing(wide_and_narrow):
+    model, data = wide_and_narrow
+    functions = {
+        cls: getattr(keras_svdtune, f"enable_{cls.name}", None)
+        for cls, *_ in WRONG
+    }
+    with must_stay(model, data):
+        for cls, settings, message in WRONG:
+            with pytest.raises(ValueError, match=message):
+                cls(**settings)
+            if functions[cls] is not None:
+                with pytest.raises(ValueError, match=message):
+                    functions[cls](model, **settings)
+
+
+def test_the_widest_that_fit(wide_and_narrow):
+    """One less than what is refused, for each setting."""
+    model, _ = wide_and_narrow
+    kernels = {x.name: numpy(x._kernel) for x in model.layers if x.weights}
+    methods = [cls(rank=5) for cls in (PiSSA, MiLoRA, LoRAXS, LoRA, DoRA)]
+    methods += [SVFT(p, 4) for p in ("banded", "random", "top_k")]
+    methods += [PiSSA(rank=5, n_iter=0), AdaLoRA(rank=5, initial_rank=5)]
+    for method in methods:
+        keras_svdtune.enable_adapter(model, method, ["narrow"])
+        (layer,) = adapted(model).values()
+        perturb(model)
+        merged = numpy(one_program(layer.merged_kernel))
+        assert np.isfinite(merged).all()
+        assert np.abs(merged - kernels["narrow"]).max() > 1e-3
+        keras_svdtune.remove_adapter(model)
+
+
+@pytest.mark.parametrize(
+    "method, message", [UNFIT[0], UNFIT[-1]], ids=["rank", "off_diagonals"]
+)
+def test_declared_layers_refuse_what_does_not_fit(method, message):
+    name = {"pissa": "PiSSADense", "svft": "SVFTDense"}[method.name]
+    cls = getattr(keras_svdtune, name)
+    layer = cls(12, name="narrow", **method.settings())
+    with pytest.raises(ValueError, match=f"'narrow'.*{message}"):
+        layer.build((None, 5))
+
+
+# Bad kernels.
+
+POOR = {
+    "zero": np.zeros((8, 8), "float32"),
+    "tiny": matrix(8, 8, lambda i: 1e-18 / (1.0 + i), seed=2),
+    "one": np.outer(np.arange(1, 7), np.ones(8)).astype("float32") / 6,
+    "heads": matrix(8, 8, lambda i: np.where(i < 2, 1.0 - 0.5 * i, 0.0)),
+}
+POOR["heads"][:, 3] = 0.0  # a column of zeros in a matrix that has others
+POOR_METHODS = [
+    *all_methods(),
+    PiSSA(rank=1.0),
+    MiLoRA(rank=0.5),
+    LoRAXS(rank=1.0),
+    SVFT("random", 4),
+    AdaLoRA(rank=2, initial_rank=4),
+]
+
+
+@pytest.fixture(scope="module")
+def poor():
+    keras.backend.clear_session(free_memory=False)
+    model = model_of(**POOR)
+    rng = np.random.default_rng(5)
+    for name in POOR:
+        layer = model.get_layer(name)
+        bias = rng.standard_normal(tuple(layer.bias.shape))
+        layer.bias.assign(bias.astype("float32"))
+    return model, data_for(POOR)
+
+
+@pytest.mark.parametrize("method", POOR_METHODS, ids=method_id)
+def test_kernels_of_zeros_and_of_low_rank(method, poor):
+    """Nothing is NaN, not at the start and not when it has trained."""
+    model, data = poor
+    base = eager(model, data)
+    rng = np.random.default_rng(6)
+    targets = [rng.standard_normal(y.shape).astype("float32") for y in base]
+    keras_svdtune.enable_adapter(model, method)
+    try:
+        outputs, _ = _outputs_and_kernels(model, data)
+        for found, expected in zip(outputs, base, strict=True):
+            np.testing.assert_allclose(found, expected, atol=1e-6)
+        variables = [
+            v
+            for layer in adapted(model).values()
+            for v in layer.adapter.variables_by_name(trainable=True).values()
+        ]
+
+        def loss():
+            pairs = zip(model(data), targets, strict=True)
+            return sum(
+                ops.mean(ops.square(ops.subtract(y, t))) for y, t in pairs
+            )
+
+        optimizer = keras.optimizers.Adam(method.suggested_learning_rate)
+        for _ in range(3):
+            found = gradients(lambda: one_program(loss), variables)
+            assert all(np.isfinite(g).all() for g in found)
+            assert any(g.any() for g in found)
+            optimizer.apply(
+                [ops.convert_to_tensor(g) for g in found], variables
+            )
+        outputs, kernels = _outputs_and_kernels(model, data)
+        assert all(np.isfinite(x).all() for x in [*outputs, *kernels])
+
+        def total(outputs):
+            pairs = zip(outputs, targets, strict=True)
+            return sum(np.mean((y - t) ** 2) for y, t in pairs)
+
+        if method != MiLoRA(rank=4, alpha=2.0):  # all its components are zero
+            assert total(outputs) < total(base)
+        perturb(model)
+        _check_merged(model, data)
+        keras_svdtune.adapter_summary(model)
+    finally:
+        keras_svdtune.remove_adapter(model)
+    assert_same(eager(model, data), base)
+
+
+def _outputs_and_kernels(model, data):
+    def function():
+        with keras.StatelessScope():
+            layers = [model.get_layer(name) for name in POOR]
+            return model(data), [x.merged_kernel() for x in layers]
+
+    outputs, kernels = one_program(function)
+    return [numpy(x) for x in outputs], [numpy(x) for x in kernels]
+
+
+def _check_merged(model, data):
+    """Far from the start too, each layer computes what its merged kernel
+    computes."""
+    outputs, kernels = _outputs_and_kernels(model, data)
+    for name, x, y, kernel in zip(POOR, data, outputs, kernels, strict=True):
+        layer = model.get_layer(name)
+        assert np.isfinite(y).all(), name
+        equation = getattr(layer, "equation", "btd,de->bte")
+        expected = np.einsum(
+            equation, x.astype("float64"), kernel.astype("float64")
+        )
+        expected = expected + numpy(layer.bias).astype("float64")
+        off = np.abs(y - expected).max()
+        assert off < 2e-5 * max(np.abs(expected).max(), 1.0), (name, off)
+
+
+def test_what_zeros_mean_for_each_method(poor):
+    """The components that do not train, as the docstrings say."""
+    model, _ = poor
+
+    def merged(method, name):
+        keras_svdtune.enable_adapter(model, method, [name])
+        try:
+            perturb(model)
+            layer = model.get_layer(name)
+            kernel = numpy(one_program(layer.merged_kernel))
+            return POOR[name].astype("float64"), kernel.astype("float64")
+        finally:
+            keras_svdtune.remove_adapter(model)
+
+    # These only mix what is there: zero stays zero, and rank 1 stays rank 1.
+    for method in (
+        keras_svdtune.SVF(),
+        SVFT("banded", 2),
+        SVFT("random", 1),
+        LoRAXS(rank=4),
+    ):
+        assert not merged(method, "zero")[1].any(), method
+        w, kernel = merged(method, "one")
+        if method.name == "svf":  # a single number times W
+            ratio = np.sum(kernel * w) / np.sum(w * w)
+            np.testing.assert_allclose(kernel, ratio * w, atol=1e-6)
+        s = np.linalg.svd(kernel, compute_uv=False)
+        assert s[1] < 1e-5 * s[0], method
+    # LoRA and its like have directions of their own.
+    for method in (LoRA(rank=2), PiSSA(rank=2), MiLoRA(rank=2)):
+        assert merged(method, "zero")[1].any(), method

