@@ -41,8 +41,9 @@ def enable_adapter(
 
     The kernels stay as they are: before training every layer computes what it
     did, to the bit. (XLA may compile the ops around it into other loops, and
-    round those differently: 1e-6 relative on real models.) All targets are decomposed before the first is
-    touched, so an error or an interrupt leaves the model as it was. Functions
+    round those differently: 1e-6 relative on real models.) All targets are
+    decomposed before the first is touched, so an error or an interrupt leaves
+    the model as it was. Functions
     that the model, or a Task around it, had compiled are dropped, and an
     optimizer in use is replaced by a fresh one with the same settings.
 

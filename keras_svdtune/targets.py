@@ -69,12 +69,11 @@ def find_targets(
 
 
 def adapted_layers(model: keras.Model) -> dict[str, Any]:
-    """The layers of `model` that hold an adapter, by path."""
+    """The built layers of `model` that hold an adapter, by path."""
     return layers_by_path(
         layer
         for layer in all_layers(model)
-        # A declared layer that is not built yet has no adapter either.
-        if isinstance(layer, AdapterHost) and layer.built
+        if layer.built and isinstance(layer, AdapterHost)
     )
 
 

@@ -4,6 +4,7 @@ import os
 
 # Before any backend is imported. The tests are small: no device is needed.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import keras
 import pytest
