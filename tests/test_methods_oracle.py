@@ -26,7 +26,7 @@ from helpers import (
 from keras import ops
 
 import keras_svdtune
-from keras_svdtune import DoRA, MiLoRA, PiSSA
+from keras_svdtune import DoRA, MiLoRA, PiSSA, enable
 from keras_svdtune.methods import svft as svft_file
 
 NAMES = ("dense_tall", "dense_wide", "dense_square", "einsum_query")
@@ -37,6 +37,13 @@ SETTINGS = [
     keras_svdtune.AdaLoRA(rank=2, initial_rank=4, alpha=8.0),
 ]
 every_method = pytest.mark.parametrize("method", SETTINGS, ids=method_id)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled(monkeypatch):
+    """Enabling looks for compiled functions to drop, which takes longer than
+    all else here; there are none."""
+    monkeypatch.setattr(enable, "reset_compiled", lambda layers: None)
 
 
 # The equations. Each takes W (in, out), the settings, and the adapter's

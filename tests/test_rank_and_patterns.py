@@ -6,7 +6,6 @@ import pytest
 import rich.console
 from helpers import (
     adapted,
-    all_methods,
     assert_same,
     eager,
     gradients,
@@ -18,6 +17,7 @@ from helpers import (
     values,
 )
 from keras import ops
+from test_methods_oracle import one_program
 
 import keras_svdtune
 from keras_svdtune import (
@@ -28,10 +28,10 @@ from keras_svdtune import (
     LoRAXS,
     MiLoRA,
     PiSSA,
+    enable,
     report,
     svd,
 )
-from keras_svdtune.enable import enabled_method
 
 ENERGY = [
     PiSSA(rank=0.9),
@@ -77,16 +77,6 @@ def model_of(**kernels):
     return keras.Model(inputs, outputs, name="side_by_side")
 
 
-def one_program(function):
-    """function(), in JAX without compiling each small op on its own."""
-    if keras.backend.backend() != "jax":
-        return function()
-    import jax
-
-    # A new function each time: jit keeps what it knows.
-    return jax.jit(lambda: function())()
-
-
 def data_for(kernels, rows=4):
     rng = np.random.default_rng(3)
     return [
@@ -119,8 +109,10 @@ def expected_ranks(method):
 
 @pytest.fixture(autouse=True)
 def no_timing(monkeypatch):
-    """`estimate` decomposes a matrix to time it; not needed here."""
+    """What takes longest and is not tested here: `estimate` decomposes a
+    matrix to time it, and enabling looks for compiled functions to drop."""
     monkeypatch.setattr(report, "_seconds_per_operation", lambda: 1e-9)
+    monkeypatch.setattr(enable, "reset_compiled", lambda layers: None)
 
 
 # Energy.
@@ -160,7 +152,7 @@ def test_energy_rank(method):
     assert estimated.layers == summary.layers
     built = sum(x.size for x in trainables(model).values())
     assert estimated.trainable == summary.trainable == built
-    assert enabled_method(model) == method  # as the user wrote it
+    assert enable.enabled_method(model) == method  # as the user wrote it
 
 
 def test_the_tables_show_the_ranks():
@@ -219,7 +211,7 @@ def test_file_with_energy_ranks(method, tmp_path):
     keras_svdtune.load_adapter(fresh, path)
     assert [x.adapter.method.rank for x in adapted(fresh).values()] == ranks
     assert_same(values(fresh), expected)
-    assert enabled_method(fresh) == method
+    assert enable.enabled_method(fresh) == method
     # And into a model that has the same method already.
     keras.backend.clear_session(free_memory=False)
     ready = model_of(**KERNELS)
@@ -454,13 +446,27 @@ POOR = {
 }
 POOR["heads"][:, 3] = 0.0  # a column of zeros in a matrix that has others
 POOR_METHODS = [
-    *all_methods(),
-    PiSSA(rank=1.0),
-    MiLoRA(rank=0.5),
-    LoRAXS(rank=1.0),
+    keras_svdtune.SVF(),
+    SVFT("plain"),
+    SVFT("banded", 2),
     SVFT("random", 4),
+    SVFT("top_k", 1),
+    PiSSA(rank=4, alpha=8.0),
+    PiSSA(rank=4, n_iter=4),
+    PiSSA(rank=1.0),
+    MiLoRA(rank=4, alpha=2.0),
+    MiLoRA(rank=0.5),
+    LoRAXS(rank=3, n_iter=4),
+    LoRAXS(rank=1.0),
+    LoRA(rank=4, alpha=8.0),
+    DoRA(rank=4, alpha=8.0),
     AdaLoRA(rank=2, initial_rank=4),
 ]
+
+
+def test_every_method_meets_bad_kernels():
+    names = {x.name for x in POOR_METHODS}
+    assert names == set(keras_svdtune.METHODS)
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,11 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_svdtune.callbacks import RankAllocator
 from keras_svdtune.demo import show
 from keras_svdtune.demo.chat import Arrays
+from keras_svdtune.methods import AdaLoRA
+from keras_svdtune.targets import adapted_layers
 
 BATCH = 4
 
@@ -44,7 +47,25 @@ def evaluate(task: Any, data: Arrays) -> float:
             batch_size=BATCH,
             verbose=0,
         )
-    return float(loss)
+    return float(loss) - penalty(task)
+
+
+def penalty(task: Any) -> float:
+    """What AdaLoRA's regulariser adds to every loss."""
+    adapters = [x.adapter for x in adapted_layers(task.backbone).values()]
+    return sum(
+        float(keras.ops.convert_to_numpy(x.method.penalty(x, x.p, x.q)))
+        for x in adapters
+        if isinstance(x.method, AdaLoRA)
+    )
+
+
+def rank_allocators(task: Any) -> list[keras.callbacks.Callback]:
+    """The callback that AdaLoRA needs, if it is enabled."""
+    adapters = adapted_layers(task.backbone).values()
+    if any(isinstance(x.adapter.method, AdaLoRA) for x in adapters):
+        return [RankAllocator()]
+    return []
 
 
 def train(
@@ -70,7 +91,7 @@ def train(
             batch_size=BATCH,
             shuffle=False,
             verbose=0,
-            callbacks=[watch],
+            callbacks=[watch, *rank_allocators(task)],
         )
     return watch.losses, watch.seconds_per_step
 

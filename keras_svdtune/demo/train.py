@@ -17,8 +17,6 @@ PROMPTS = (
 )
 HELD_OUT = 64  # pairs that measure the loss
 ANSWERED = 16  # of their questions are answered for the dialect score
-# A run of two minutes wants larger rates than `suggested_learning_rate`.
-RATES = {"svf": 5e-2}
 LENGTH = 40  # tokens
 
 
@@ -123,8 +121,7 @@ def run(
         method: what to train.
         steps: int, training steps.
         pairs: int, training pairs.
-        learning_rate: float. Defaults to the method's entry in `RATES`, or
-            to what it suggests.
+        learning_rate: float. Defaults to what the method suggests.
         folder: where the adapter file goes.
         seed: int.
         before: the base model's `Measured`, if it is known already.
@@ -132,8 +129,7 @@ def run(
     Returns:
         `Result`.
     """
-    suggested = RATES.get(method.name, method.suggested_learning_rate)
-    rate = learning_rate or suggested
+    rate = learning_rate or method.suggested_learning_rate
     task = load()
     data = make_data(task, name, pairs, seed)
     fit.prepare(task, rate, steps)

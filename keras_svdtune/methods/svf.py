@@ -30,9 +30,10 @@ class SVF(Method):
     i-th largest singular value. Two tunings of the same model add up:
     δ = a·δ₁ + b·δ₂.
 
-    `suggested_learning_rate` is 2e-2 with Adam, from this project's own runs
-    on SmolLM2-135M and Gemma 3 270M; a rate that suits LoRA (2e-4) is far
-    too small for δ.
+    `suggested_learning_rate` is 5e-2 with Adam, from this project's own runs
+    of the demo on SmolLM2-135M (1e-1 was too large) and Gemma 3 270M, and the
+    SVFT authors' for their plain pattern; a rate that suits LoRA (2e-4) is
+    far too small for δ.
 
     Example:
 
@@ -52,7 +53,7 @@ class SVF(Method):
 
     name = "svf"
     title = "SVF"
-    suggested_learning_rate = 2e-2
+    suggested_learning_rate = 5e-2
 
     def needs(self, shape: tuple[int, int]) -> Needs:
         return Needs("small_side")
