@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -16,7 +17,7 @@ from keras_svdtune.compiled import reset_compiled
 from keras_svdtune.freezing import freeze
 from keras_svdtune.hosts import HOSTS
 from keras_svdtune.methods.base import METHODS, Method, nearest
-from keras_svdtune.progress import progress_bar
+from keras_svdtune.progress import run_all
 from keras_svdtune.targets import adapted_layers, all_layers, find_targets
 
 
@@ -68,12 +69,16 @@ def enable_adapter(
     root = adapted_part(model)
     method = checked_method(method)
     layers = targets_for(root, method, target_layer_names)
-    plans = {}
-    with progress_bar(f"{method.title}: decomposing", len(layers)) as step:
-        for path, layer in layers.items():
-            step(path)
-            plans[path] = plan(method, attach.matrix_of(layer), path)
+    jobs = {
+        path: functools.partial(_plan, method, layer, path)
+        for path, layer in layers.items()
+    }
+    plans = run_all(f"{method.title}: decomposing", jobs)
     attach_plans(root, method, layers, plans)
+
+
+def _plan(method: Method, layer: Any, path: str) -> Plan:
+    return plan(method, attach.matrix_of(layer), path)
 
 
 def attach_plans(

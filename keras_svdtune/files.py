@@ -16,6 +16,7 @@ A layer's entry has `settings` of its own where they were decided for it. A
 method whose frozen weights cannot be computed again has them in the file too.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -39,7 +40,7 @@ from keras_svdtune.enable import (
 )
 from keras_svdtune.fingerprint import fingerprint, matches
 from keras_svdtune.methods.base import METHODS, Method, nearest
-from keras_svdtune.progress import progress_bar
+from keras_svdtune.progress import run_all
 from keras_svdtune.targets import adapted_layers, all_layers, layers_by_path
 
 FORMAT_VERSION = 1
@@ -145,14 +146,13 @@ def load_adapter(model: keras.Model, path: str | os.PathLike[str]) -> None:
             for name, value in values[layer_path].items():
                 getattr(layer.adapter, name).assign(value)
         return
-    plans = {}
-    with progress_bar(f"{method.title}: loading", len(layers)) as step:
-        for layer_path, layer in layers.items():
-            step(layer_path)
-            check_layer(layer_path, layer, methods[layer_path])
-            plans[layer_path] = _plan(
-                layer_path, layer, methods[layer_path], values[layer_path]
-            )
+    jobs = {}
+    for layer_path, layer in layers.items():
+        check_layer(layer_path, layer, methods[layer_path])
+        jobs[layer_path] = functools.partial(
+            _plan, layer_path, layer, methods[layer_path], values[layer_path]
+        )
+    plans = run_all(f"{method.title}: loading", jobs)
     attach_plans(root, method, layers, plans)
 
 

@@ -295,6 +295,11 @@ def gradients(loss, variables):
     return [numpy(ops.convert_to_tensor(g)) for g in found]
 
 
+def dot(y, dy):
+    """sum(y·dy), a loss whose gradient of y is dy."""
+    return ops.sum(ops.multiply(y, ops.convert_to_tensor(dy)))
+
+
 def compiles():
     """Whether this backend compiles the steps of a model."""
     return keras.backend.backend() in ("jax", "tensorflow")

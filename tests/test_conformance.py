@@ -17,6 +17,7 @@ from helpers import (
     assert_same,
     compiles,
     default_methods,
+    dot,
     eager,
     flat,
     gradients,
@@ -153,9 +154,9 @@ def _check_gradients(layer, shape):
     cotangent = rng.standard_normal(tuple(layer(x).shape)).astype("float32")
     names = layer.adapter.variables_by_name(trainable=True)
     variables = [*names.values(), x]
-    found = gradients(lambda: ops.sum(layer(x) * cotangent), variables)
+    found = gradients(lambda: dot(layer(x), cotangent), variables)
     expected = gradients(
-        lambda: ops.sum(_dense_output(layer, x) * cotangent), variables
+        lambda: dot(_dense_output(layer, x), cotangent), variables
     )
     for name, ours, theirs in zip(
         [*names, "input"], found, expected, strict=True

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import gradients, numpy
+from helpers import dot, gradients, numpy
 from keras import ops
 
 import keras_svdtune
@@ -75,7 +75,7 @@ def test_gradient(shape, at_start):
     delta = np.zeros_like(delta) if at_start else delta
     model, layer = dense_with(w)
     layer.adapter.delta.assign(delta)
-    (found,) = gradients(lambda: ops.sum(model(x) * dy), [layer.adapter.delta])
+    (found,) = gradients(lambda: dot(model(x), dy), [layer.adapter.delta])
     expected = Oracle(w, delta).gradient(x, dy)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -119,7 +119,7 @@ def test_half_precision_is_near(shape, policy):
     found = numpy(ops.cast(model(x), "float32"))
     np.testing.assert_allclose(found, oracle.forward(x), atol=0.03 * scale)
     (found,) = gradients(
-        lambda: ops.sum(ops.cast(model(x), "float32") * dy),
+        lambda: dot(ops.cast(model(x), "float32"), dy),
         [layer.adapter.delta],
     )
     expected = oracle.gradient(x, dy)
