@@ -60,6 +60,7 @@ class Adapter(keras.layers.Layer):
                 initializer=self._initializer(weight),
                 trainable=weight.trainable or weight.overwritten,
                 overwrite_with_gradient=weight.overwritten,
+                regularizer=self._regularizer(weight),
                 # A trainable stays float32 in a bfloat16 model: neither
                 # stored nor cast on access, or small updates are lost.
                 dtype=weight.dtype,
@@ -79,6 +80,13 @@ class Adapter(keras.layers.Layer):
             return ops.cast(ops.convert_to_tensor(value), dtype)
 
         return initialize
+
+    def _regularizer(self, weight: Weight) -> Callable[[Any], Any] | None:
+        penalty = weight.regularizer
+        if penalty is None:
+            return None
+        # `share` is known when all layers are adapted.
+        return lambda variable: penalty(variable) * self.share
 
     def call(self, x: Any, base: LinearMap) -> Any:
         """The adapted product for x (tokens, in), by the method."""

@@ -103,8 +103,9 @@ class RankAllocator(keras.callbacks.Callback):
             return
         adapters = self._adapters()
         logs["orthogonality"] = sum(
-            float(ops.convert_to_numpy(x.method.penalty(x, x.p, x.q)))
+            float(ops.convert_to_numpy(loss))
             for x in adapters
+            for loss in x.losses
         )
         logs["mean_rank"] = self._budget / len(adapters)
 

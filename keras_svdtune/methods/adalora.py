@@ -108,7 +108,16 @@ class AdaLoRA(Method):
         rows, columns = shape
         r = self.first_rank
         shapes = {"p": (rows, r), "singular_values": (r,), "q": (r, columns)}
-        found = [Weight(x, shapes[x], trainable=True) for x in shapes]
+        penalties = {
+            "p": lambda p: self.regularization / 2 * orthogonality(p),
+            "q": lambda q: (
+                self.regularization / 2 * orthogonality(ops.transpose(q))
+            ),
+        }
+        found = [
+            Weight(x, shapes[x], trainable=True, regularizer=penalties.get(x))
+            for x in shapes
+        ]
         found.append(Weight("mask", (r,), saved=True, dtype="float32"))
         for x in shapes:
             found.append(
@@ -137,7 +146,6 @@ class AdaLoRA(Method):
         p = self._sensed(weights, "p")
         q = self._sensed(weights, "q")
         values = self._sensed(weights, "singular_values") * weights.mask
-        weights.add_loss(self.penalty(weights, p, q))
         scale = scale_of(self.alpha, self.first_rank)
         return base(x) + branch(x, p * values, q, scale)
 
@@ -145,11 +153,6 @@ class AdaLoRA(Method):
         values = weights.singular_values * weights.mask
         scale = scale_of(self.alpha, self.first_rank)
         return matrix + scale * ops.matmul(weights.p * values, weights.q)
-
-    def penalty(self, weights: Any, p: Any, q: Any) -> Any:
-        """This layer's part of the regulariser."""
-        factor = self.regularization / 2.0 * weights.share
-        return factor * orthogonality(p, q)
 
     def current_rank(self, weights: Any) -> int:
         if weights is None:  # not enabled yet
@@ -196,9 +199,7 @@ class AdaLoRA(Method):
         )
 
 
-def orthogonality(p: Any, q: Any) -> Any:
-    """‖PᵀP - I‖² + ‖QQᵀ - I‖², Frobenius, for P (in, r) and Q (r, out)."""
-    identity = ops.eye(p.shape[1], dtype=p.dtype)
-    of_p = ops.matmul(ops.transpose(p), p) - identity
-    of_q = ops.matmul(q, ops.transpose(q)) - identity
-    return ops.sum(ops.square(of_p)) + ops.sum(ops.square(of_q))
+def orthogonality(p: Any) -> Any:
+    """‖PᵀP - I‖², Frobenius, for P (in, r)."""
+    gram = ops.matmul(ops.transpose(p), p)
+    return ops.sum(ops.square(gram - ops.eye(gram.shape[0])))

@@ -16,6 +16,7 @@ To add a method, copy `svf.py`, the shortest one, and decorate the class with
 
 import dataclasses
 import difflib
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -38,6 +39,8 @@ class Weight:
         dtype: str or None, the dtype of a frozen weight, if not the layer's.
         overwritten: bool. Whether the backward pass computes the weight's
             next value, which Keras' optimizers then assign; float32.
+        regularizer: function from the weight to a number that is added to the
+            loss, averaged over the adapters of the model; or None.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Weight:
     saved: bool = False
     dtype: str | None = None
     overwritten: bool = False
+    regularizer: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
         if self.trainable:

@@ -5,7 +5,8 @@ import pytest
 
 from keras_svdtune.demo import chat, weights
 
-pytestmark = pytest.mark.real
+# One worker: two copies of these models would be a waste.
+pytestmark = [pytest.mark.real, pytest.mark.xdist_group("real")]
 
 TEXT = (
     "The old lighthouse stood on a narrow strip of rock at the mouth of the "
