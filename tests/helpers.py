@@ -268,31 +268,44 @@ def assert_close(found, expected, tolerance, what=""):
 
 def gradients(loss, variables):
     """d loss() / d variables as NumPy arrays, on any backend."""
+    return gradient_function(loss, variables)()
+
+
+def gradient_function(loss, variables):
+    """A function that returns them for the values at the time; JAX compiles
+    it once."""
     variables = list(variables)
-    match keras.backend.backend():
-        case "jax":
-            import jax
 
-            def function(values):
-                pairs = list(zip(variables, values, strict=True))
-                with keras.StatelessScope(state_mapping=pairs):
-                    return loss()
+    def by_jax():
+        import jax
 
-            found = jax.grad(function)([v.value for v in variables])
-        case "tensorflow":
-            import tensorflow as tf
+        def function(values):
+            pairs = list(zip(variables, values, strict=True))
+            with keras.StatelessScope(state_mapping=pairs):
+                return loss()
 
-            with tf.GradientTape() as tape:
-                tape.watch([v.value for v in variables])
-                value = loss()
-            found = tape.gradient(value, [v.value for v in variables])
-        case "torch":
-            import torch
+        compiled = jax.jit(jax.grad(function))
+        return lambda: compiled([v.value for v in variables])
 
-            found = torch.autograd.grad(loss(), [v.value for v in variables])
-        case other:
-            raise NotImplementedError(other)
-    return [numpy(ops.convert_to_tensor(g)) for g in found]
+    def by_tensorflow():
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch([v.value for v in variables])
+            value = loss()
+        return tape.gradient(value, [v.value for v in variables])
+
+    def by_torch():
+        import torch
+
+        return torch.autograd.grad(loss(), [v.value for v in variables])
+
+    found = {
+        "jax": by_jax,
+        "tensorflow": lambda: by_tensorflow,
+        "torch": lambda: by_torch,
+    }[keras.backend.backend()]()
+    return lambda: [numpy(ops.convert_to_tensor(g)) for g in found()]
 
 
 def dot(y, dy):

@@ -162,7 +162,11 @@ def test_adapted_model_loads_an_adapted_file(name, tmp_path):
     assert_same([v for _, v in values(again)], base)
 
 
-@one_of_each
+@pytest.mark.parametrize(
+    "method",
+    [m for m in default_methods() if m.name in ("svf", "adalora")],
+    ids=method_id,
+)
 def test_training_goes_on_after_a_reload(method, tmp_path):
     """With its optimizer: three epochs in one go, or in two runs."""
     method = _fit_rank(method)
