@@ -21,7 +21,13 @@ def reset_compiled(layers: Iterable[keras.layers.Layer]) -> None:
     """
     changed = {id(layer) for layer in layers}
     for model in _live_models():
-        if not any(id(layer) in changed for layer in model._flatten_layers()):
+        try:
+            layers = list(model._flatten_layers())
+        except AttributeError:
+            # Its constructor raised, or has not come to Layer's yet: it holds
+            # no layers and has compiled nothing.
+            continue
+        if not any(id(layer) in changed for layer in layers):
             continue
         for name in (
             "train_function",

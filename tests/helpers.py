@@ -127,15 +127,15 @@ HOSTS = {
 def hosts_model(dtype="float32", names=tuple(HOSTS)):
     """A model with a branch for every kind of host, and a Counter.
 
-    Each branch ends in a LayerNormalization, which no adapter adapts.
+    Each branch has a LayerNormalization too, which no adapter adapts.
     """
     inputs, outputs = {}, {}
     for name in names:
         shape, make = HOSTS[name]
         x = keras.Input(shape, name=f"{name}_input")
         y = Counter(name=f"{name}_counter", dtype=dtype)(x)
-        y = make(name=name, dtype=dtype, kernel_initializer="zeros")(y)
         y = keras.layers.LayerNormalization(name=f"{name}_norm", dtype=dtype)(y)
+        y = make(name=name, dtype=dtype, kernel_initializer="zeros")(y)
         # Keras casts no output; numpy knows no bfloat16.
         y = keras.layers.Identity(name=f"{name}_output", dtype="float32")(
             ops.cast(y, "float32")

@@ -38,10 +38,19 @@ import keras_svdtune
 from keras_svdtune.hosts import AdapterHost
 
 FEW = ("dense_tall", "dense_wide", "einsum_query")
-# The largest difference, relative to the largest output. A bfloat16 rounds
-# to 2**-9 = 0.002; the merged kernel, its product and the normalization
-# after it each do.
-MERGE_TOLERANCE = {"float32": 1e-5, "bfloat16": 4e-2, "mixed_bfloat16": 4e-2}
+
+
+def merge_tolerance(method, policy):
+    """For the largest difference, relative to the largest output.
+
+    A bfloat16 rounds to 2**-9 = 0.002; the input, the kernel, the products
+    and the bias each are. SVFT divides by s, here by 1/12 of the largest one,
+    and magnifies as much of it.
+    """
+    if policy == "float32":
+        return 1e-5
+    return 8e-2 if method.name == "svft" else 1.5e-2
+
 
 every_method = pytest.mark.parametrize("method", all_methods(), ids=method_id)
 one_of_each = pytest.mark.parametrize(
@@ -70,6 +79,11 @@ def unfused():
     tf.config.optimizer.set_experimental_options(before)
 
 
+def hosts_in(policy):
+    """All of them in float32. The others differ in axes, not in rounding."""
+    return tuple(HOSTS) if policy == "float32" else (*FEW, "dense_square")
+
+
 @pytest.fixture(scope="module")
 def plain(unfused):
     """For a policy: two equal models without an adapter, a third that shares
@@ -81,13 +95,14 @@ def plain(unfused):
             twins = []
             for _ in range(2):
                 keras.backend.clear_session(free_memory=False)
-                twins.append(hosts_model(policy))
+                twins.append(hosts_model(policy, hosts_in(policy)))
             few = keras.Model(
                 [twins[0].get_layer(f"{x}_input").output for x in FEW],
                 [twins[0].get_layer(f"{x}_output").output for x in FEW],
             )
-            base = predict(twins[0], hosts_data())
-            assert_same(predict(twins[1], hosts_data()), base, "twins")
+            data = hosts_data(hosts_in(policy))
+            base = predict(twins[0], data)
+            assert_same(predict(twins[1], data), base, "twins")
             made[policy] = *twins, few, base, eager(few, hosts_data(FEW))
         return made[policy]
 
@@ -108,10 +123,11 @@ def test_first_step_is_bit_identical_and_merged_equals_unmerged(
     method, policy, plain
 ):
     model, twin, few, base, base_eager = plain(policy)
-    data = hosts_data()
+    hosts = hosts_in(policy)
+    data = hosts_data(hosts)
     keras_svdtune.enable_adapter(model, method)
     try:
-        assert {x.name for x in adapted_layers(model).values()} == set(HOSTS)
+        assert {x.name for x in adapted_layers(model).values()} == set(hosts)
         assert_same(predict(model, data), base, "first predict")
         if method in default_methods() and policy != "mixed_bfloat16":
             first = eager(few, hosts_data(FEW))
@@ -121,7 +137,7 @@ def test_first_step_is_bit_identical_and_merged_equals_unmerged(
         moved = predict(model, data)
         assert_differ(moved, base, "moved")
         kernels = {
-            name: model.get_layer(name).merged_kernel() for name in HOSTS
+            name: model.get_layer(name).merged_kernel() for name in hosts
         }
     finally:
         keras_svdtune.remove_adapter(model)
@@ -131,7 +147,7 @@ def test_first_step_is_bit_identical_and_merged_equals_unmerged(
         twin.get_layer(name)._kernel.assign(kernel)
     merged = predict(twin, data)
     twin.set_weights(before)
-    assert_close(merged, moved, MERGE_TOLERANCE[policy], "merged")
+    assert_close(merged, moved, merge_tolerance(method, policy), "merged")
 
 
 @every_method

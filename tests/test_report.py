@@ -18,10 +18,17 @@ from helpers import (
 )
 
 import keras_svdtune
-from keras_svdtune import SVF, SVFT, LoRA, LoRAXS, PiSSA
+from keras_svdtune import SVF, SVFT, LoRA, LoRAXS, PiSSA, report
 
 X, _ = small_data()
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4}
+
+
+@pytest.fixture(autouse=True)
+def quick_clock(request, monkeypatch):
+    """No timing of this machine, but where the seconds are what is tested."""
+    if "seconds" not in request.node.name:
+        monkeypatch.setattr(report, "_seconds_per_operation", lambda: 1e-9)
 
 
 def counted(model):
@@ -128,10 +135,12 @@ def test_table(capsys):
 
 def test_ranks_by_energy_differ_by_layer():
     model = hosts_model()
+    layer = model.get_layer("dense_tall")
+    layer.kernel.assign(np.outer(np.arange(8), np.ones(6)))  # of rank 1
     cost = keras_svdtune.estimate(model, PiSSA(rank=0.9))
     ranks = {x.path: x.rank for x in cost.layers}
     assert all(isinstance(r, int) for r in ranks.values())
-    assert len(set(ranks.values())) > 1
+    assert ranks["dense_tall"] == 1 and max(ranks.values()) > 1
     keras_svdtune.enable_adapter(model, PiSSA(rank=0.9))
     for path, layer in adapted(model).items():
         assert layer.adapter.method.rank == ranks[path]

@@ -157,6 +157,21 @@ def causal_lm():
     return task
 
 
+def test_a_model_whose_constructor_raised_does_no_harm():
+    half_made = []
+
+    class Fails(keras.Model):
+        def __init__(self):
+            half_made.append(self)
+            raise RuntimeError("before Layer's constructor")
+
+    with pytest.raises(RuntimeError, match="before Layer's"):
+        Fails()
+    model = small_model()
+    keras_svdtune.enable_adapter(model, keras_svdtune.SVF())
+    assert half_made and adapted(model)
+
+
 def test_task_fit_enable_fit_generate():
     task = causal_lm()
     x = tokens(batch=4)
