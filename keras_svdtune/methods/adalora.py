@@ -154,6 +154,15 @@ class AdaLoRA(Method):
         scale = scale_of(self.alpha, self.first_rank)
         return matrix + scale * ops.matmul(weights.p * values, weights.q)
 
+    def low_rank_factors(
+        self, weights: Any, matrix: Any = None
+    ) -> tuple[Any, Any]:
+        """Of the rank that is left: masked triplets are left out."""
+        (kept,) = np.nonzero(ops.convert_to_numpy(weights.mask))
+        scale = scale_of(self.alpha, self.first_rank)
+        a = weights.p * (weights.singular_values * scale)
+        return ops.take(a, kept, axis=1), ops.take(weights.q, kept, axis=0)
+
     def current_rank(self, weights: Any) -> int:
         if weights is None:  # not enabled yet
             return self.first_rank

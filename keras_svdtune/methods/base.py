@@ -172,6 +172,31 @@ class Method:
             if w.trainable
         }
 
+    def low_rank_factors(
+        self, weights: Any, matrix: Any = None
+    ) -> tuple[Any, Any] | None:
+        """W' - W as a thin product, for methods that add one.
+
+        Args:
+            weights: as in `call`.
+            matrix: W (in, out), float32; or None where it is not at hand.
+
+        Returns:
+            (a, b), float32 of shapes (in, k) and (k, out), with W' = W + a·b:
+            the scale is in them. None if the method has no such form, or has
+            one only with `matrix`.
+        """
+        return None
+
+    def dora_factors(self, weights: Any) -> tuple[Any, Any, Any] | None:
+        """W' in the form of DoRA, for methods that have it.
+
+        Returns:
+            (a, b, m), float32 of shapes (in, k), (k, out) and (out,), with
+            W' = (W + a·b)·diag(m / ‖W + a·b‖), norms of columns; or None.
+        """
+        return None
+
     def current_rank(self, weights: Any) -> int | None:
         """The rank of one adapter now, for methods that have a rank."""
         return getattr(self, "rank", None)

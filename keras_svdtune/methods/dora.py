@@ -106,6 +106,14 @@ class DoRA(Method):
         atw = ops.matmul(ops.transpose(weights.a), matrix)
         return directions * (1.0 + self._excess(weights, atw))
 
+    def dora_factors(self, weights: Any) -> tuple[Any, Any, Any] | None:
+        norms = ops.sqrt(ops.convert_to_tensor(weights.squared_norms))
+        if not bool(ops.all(norms > 0.0)):
+            return None  # elsewhere a column of zeros would be divided by zero
+        scale = scale_of(self.alpha, self.rank)
+        a = ops.convert_to_tensor(weights.a)
+        return a, weights.b * scale, norms + weights.magnitude_change
+
     def _excess(self, weights: Any, atw: Any) -> Any:
         """m / ‖W + k·A·B‖ - 1 (out,), for AᵀW (r, out).
 

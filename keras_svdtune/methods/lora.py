@@ -88,6 +88,12 @@ class LoRA(Method):
         scale = scale_of(self.alpha, self.rank)
         return matrix + scale * ops.matmul(weights.a, weights.b)
 
+    def low_rank_factors(
+        self, weights: Any, matrix: Any = None
+    ) -> tuple[Any, Any]:
+        scale = scale_of(self.alpha, self.rank)
+        return ops.convert_to_tensor(weights.a), weights.b * scale
+
 
 def random_a(rows: int, rank: int, random: np.random.RandomState) -> Any:
     """A (in, r) uniform in ±1/sqrt(in), as the paper's code draws it."""

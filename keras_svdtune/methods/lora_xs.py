@@ -89,6 +89,15 @@ class LoRAXS(Method):
         v = ops.cast(weights.v, "float32")
         return matrix + self._change(matrix, v, weights.r)
 
+    def low_rank_factors(
+        self, weights: Any, matrix: Any = None
+    ) -> tuple[Any, Any] | None:
+        if matrix is None:  # W·V_r is not kept
+            return None
+        v = ops.cast(weights.v, "float32")
+        r = weights.r * scale_of(self.alpha, self.rank)
+        return ops.matmul(ops.matmul(matrix, v), r), ops.transpose(v)
+
     def _change(self, h: Any, v: Any, r: Any) -> Any:
         r = ops.cast(r * scale_of(self.alpha, self.rank), h.dtype)
         components = ops.matmul(ops.matmul(h, v), r)

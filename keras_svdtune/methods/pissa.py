@@ -79,6 +79,18 @@ class SpectralLoRA(Method):
         change = change + ops.matmul(a0, weights.delta_b)
         return matrix + scale_of(self.alpha, self.rank) * change
 
+    def low_rank_factors(
+        self, weights: Any, matrix: Any = None
+    ) -> tuple[Any, Any]:
+        """Of rank 2r: A·B - A₀·B₀ = [ΔA A₀]·[B; ΔB]."""
+        b = ops.cast(weights.b0, "float32") + weights.delta_b
+        a = [weights.delta_a, ops.cast(weights.a0, "float32")]
+        scale = scale_of(self.alpha, self.rank)
+        return (
+            ops.concatenate(a, axis=1),
+            ops.concatenate([b, weights.delta_b], axis=0) * scale,
+        )
+
 
 @register
 @dataclasses.dataclass(frozen=True)
