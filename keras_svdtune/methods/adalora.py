@@ -30,11 +30,12 @@ class AdaLoRA(Method):
 
         regularization · mean over all P and Q of ‖PᵀP - I‖² (‖QQᵀ - I‖²)
 
-    Each weight w keeps a smoothed sensitivity |w·∂L/∂w| and how much that
-    varies; their product is its importance. The callback `RankAllocator`
-    adds them up for each triplet (column of P, λ, row of Q), zeroes the λ of
-    the least important ones of the whole model while the budget falls, and
-    at the end fixes the mask with exactly `rank` triplets a layer on average:
+    Each weight w keeps a smoothed sensitivity |w·∂L/∂w|, L without that
+    penalty, and how much it varies; their product is its importance. The
+    callback `RankAllocator` adds them up for each triplet (column of P, λ,
+    row of Q), zeroes the λ of the least important ones of the whole model
+    while the budget falls, and at the end fixes the mask with exactly `rank`
+    triplets a layer on average:
 
     ```python
     gemma.backbone.enable_adalora(rank=8)

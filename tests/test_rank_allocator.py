@@ -1,0 +1,259 @@
+"""AdaLoRA through `fit`: ranks move, the budget is exact, the penalty counts.
+
+That ranks never change and that the penalty is skipped in silence is what
+users of other implementations complain of.
+"""
+
+import keras
+import numpy as np
+import pytest
+from helpers import (
+    adapted,
+    assert_close,
+    assert_same,
+    numpy,
+    predict,
+    randomise,
+    small_data,
+    small_model,
+)
+
+import keras_svdtune
+from keras_svdtune import SVF, AdaLoRA, RankAllocator
+
+RANK, FIRST_RANK, WIDTH = 2, 3, 6
+
+
+def two_paths():
+    """y = x·A + 0.01·x·B: what A learns matters, what B learns hardly."""
+    x = keras.Input((WIDTH,))
+    matters = keras.layers.Dense(WIDTH, name="matters")(x)
+    hardly = keras.layers.Dense(WIDTH, name="hardly")(x)
+    hardly = keras.layers.Rescaling(0.01)(hardly)
+    model = keras.Model(x, keras.layers.Add()([matters, hardly]))
+    randomise(model)
+    return model
+
+
+def data(rows=64):
+    """A target that takes a change of full rank."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((rows, WIDTH)).astype("float32")
+    return x, (x @ rng.standard_normal((WIDTH, WIDTH))).astype("float32")
+
+
+def train(model, callback, epochs=10, batch_size=8, **settings):
+    """`fit` with a callback; 8 steps an epoch."""
+    model.compile(keras.optimizers.Adam(0.02), "mse", **settings)
+    x, y = data()
+    return model.fit(
+        x, y, batch_size, epochs, verbose=0, callbacks=[callback]
+    ).history
+
+
+def masks(model):
+    return {
+        x.name: numpy(x.adapter.mask).astype(int)
+        for x in adapted(model).values()
+    }
+
+
+class Watch(keras.callbacks.Callback):
+    """How many triplets have a part in the output after each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.alive.append(
+            sum(
+                np.count_nonzero(
+                    numpy(x.adapter.singular_values) * numpy(x.adapter.mask)
+                )
+                for x in adapted(self.model).values()
+            )
+        )
+
+
+def test_ranks_move_to_where_they_matter_and_the_budget_is_exact(capsys):
+    model = two_paths()
+    keras_svdtune.enable_adapter(model, AdaLoRA(RANK))
+    start = {n: m.sum() for n, m in masks(model).items()}
+    assert start == {"matters": FIRST_RANK, "hardly": FIRST_RANK}
+    history = train(model, RankAllocator(interval=1))
+    ranks = {n: m.sum() for n, m in masks(model).items()}
+    assert sum(ranks.values()) == 2 * RANK
+    assert ranks["matters"] == FIRST_RANK > ranks["hardly"]
+    assert history["loss"][-1] < 0.7 * history["loss"][0]
+    keras_svdtune.adapter_summary(model)
+    shown = capsys.readouterr().out
+    for name, rank in ranks.items():
+        (line,) = [x for x in shown.splitlines() if name in x]
+        assert line.split("│")[4].split() == [str(rank)], line
+
+
+def test_masked_triplets_are_zero_and_stay_so():
+    model = two_paths()
+    keras_svdtune.enable_adapter(model, AdaLoRA(RANK))
+    train(model, RankAllocator(interval=1))
+    fixed = masks(model)
+    train(model, keras.callbacks.Callback(), epochs=2)
+    assert_same(masks(model), fixed)
+    # What is masked has no part in the output, whatever λ says.
+    x, _ = data()
+    before = predict(model, x)
+    for layer in adapted(model).values():
+        values = numpy(layer.adapter.singular_values)
+        layer.adapter.singular_values.assign(
+            np.where(fixed[layer.name], values, 7.0)
+        )
+    assert_same(predict(model, x), before)
+
+
+def test_the_budget_falls_by_the_cubic_schedule():
+    model = two_paths()
+    keras_svdtune.enable_adapter(model, AdaLoRA(RANK))
+    watch = Watch()
+    model.compile(keras.optimizers.Adam(0.02), "mse")
+    x, y = data()
+    allocator = RankAllocator(warmup=0.25, settle=0.25, interval=1)
+    history = model.fit(
+        x, y, 8, 5, verbose=0, callbacks=[allocator, watch]
+    ).history  # 40 steps
+    step = np.arange(1, 41)
+    progress = np.clip((step - 10) / (30 - 10), 0.0, 1.0)
+    start, end = 2 * FIRST_RANK, 2 * RANK
+    expected = np.round(end + (start - end) * (1 - progress) ** 3)
+    np.testing.assert_array_equal(watch.alive, expected)
+    means = history["mean_rank"]
+    assert means == sorted(means, reverse=True)
+    np.testing.assert_allclose(means, expected[7::8] / 2)
+
+
+def test_a_fit_that_stops_early_ends_within_its_budget():
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            self.model.stop_training = True
+
+    model = two_paths()
+    keras_svdtune.enable_adapter(model, AdaLoRA(RANK))
+    model.compile(keras.optimizers.Adam(0.02), "mse")
+    x, y = data()
+    model.fit(x, y, 8, 5, verbose=0, callbacks=[RankAllocator(), Stop()])
+    assert sum(m.sum() for m in masks(model).values()) == 2 * RANK
+
+
+def penalty_by_numpy(model, regularization):
+    terms = []
+    for layer in adapted(model).values():
+        p = numpy(layer.adapter.p).astype("float64")
+        q = numpy(layer.adapter.q).astype("float64")
+        identity = np.eye(p.shape[1])
+        terms += [
+            np.sum((p.T @ p - identity) ** 2),
+            np.sum((q @ q.T - identity) ** 2),
+        ]
+    return regularization * np.mean(terms)
+
+
+@pytest.mark.parametrize("regularization", [0.0, 0.5])
+def test_the_penalty_is_in_the_loss_and_in_the_logs(regularization):
+    model = two_paths()
+    method = AdaLoRA(RANK, regularization=regularization)
+    keras_svdtune.enable_adapter(model, method)
+    history = train(model, RankAllocator(), epochs=3)
+    x, y = data()
+    expected = penalty_by_numpy(model, regularization)
+    error = np.mean((predict(model, x).astype("float64") - y) ** 2)
+    loss = model.evaluate(x, y, batch_size=len(x), verbose=0)
+    assert_close(np.array(loss), error + expected, 1e-5)
+    assert_close(np.array(history["orthogonality"][-1]), expected, 1e-5)
+
+
+def test_the_penalty_makes_p_and_q_orthonormal():
+    far = []
+    for regularization in (0.0, 1.0):
+        model = two_paths()
+        method = AdaLoRA(RANK, regularization=regularization)
+        keras_svdtune.enable_adapter(model, method)
+        train(model, RankAllocator(), epochs=20)
+        far.append(penalty_by_numpy(model, 1.0))
+    assert far[1] < 0.1 * far[0]
+
+
+def test_importance_is_the_published_recursion():
+    """With SGD the gradient of each step is the step itself."""
+    rate, beta = 0.05, 0.85
+    model = small_model()
+    method = AdaLoRA(RANK, regularization=0.0, smoothing=beta)
+    keras_svdtune.enable_adapter(model, method)
+    for layer in adapted(model).values():  # or P and Q have no gradient
+        layer.adapter.singular_values.assign(np.ones(FIRST_RANK))
+    model.compile(keras.optimizers.SGD(rate), "mse")
+    names = ("p", "singular_values", "q")
+    mean = {}
+    spread = {}
+    x, y = small_data()
+    for _ in range(4):
+        before = read(model, names)
+        model.fit(x, y, batch_size=len(x), verbose=0)
+        after = read(model, names)
+        for key, w in before.items():
+            now = np.abs(w * (w - after[key]) / rate)
+            mean[key] = beta * mean.get(key, 0.0) + (1 - beta) * now
+            spread[key] = beta * spread.get(key, 0.0) + (1 - beta) * np.abs(
+                now - mean[key]
+            )
+    for path, layer in adapted(model).items():
+        score = {n: mean[path, n] * spread[path, n] for n in names}
+        expected = (
+            score["p"].mean(axis=0)
+            + score["singular_values"]
+            + score["q"].mean(axis=1)
+        )
+        assert np.all(expected > 0)
+        found = method.importance(layer.adapter)
+        assert_close(found, expected, 1e-3, path)
+
+
+def read(model, names):
+    return {
+        (path, n): numpy(getattr(layer.adapter, n)).astype("float64")
+        for path, layer in adapted(model).items()
+        for n in names
+    }
+
+
+def test_final_ranks_travel_in_the_file(tmp_path):
+    model = two_paths()
+    keras_svdtune.enable_adapter(model, AdaLoRA(RANK))
+    train(model, RankAllocator(interval=1))
+    x, _ = data()
+    keras_svdtune.save_adapter(model, tmp_path / "a.safetensors")
+    again = two_paths()
+    keras_svdtune.load_adapter(again, tmp_path / "a.safetensors")
+    assert_same(masks(again), masks(model))
+    assert_same(predict(again, x), predict(model, x))
+
+
+def test_clear_errors():
+    with pytest.raises(ValueError, match=r"Received: 0\.5 and 0\.5"):
+        RankAllocator(warmup=0.5, settle=0.5)
+    model = two_paths()
+    with pytest.raises(ValueError, match="has no adapter"):
+        train(model, RankAllocator())
+    keras_svdtune.enable_adapter(model, SVF())
+    with pytest.raises(ValueError, match=r"for AdaLoRA.*SVF\(\)"):
+        train(model, RankAllocator())
+    keras_svdtune.remove_adapter(model)
+    keras_svdtune.enable_adapter(model, AdaLoRA(RANK))
+
+    def endless():
+        x, y = data()
+        while True:
+            yield x[:8], y[:8]
+
+    model.compile("adam", "mse")
+    with pytest.raises(ValueError, match="total_steps"):
+        model.fit(endless(), verbose=0, callbacks=[RankAllocator()])
