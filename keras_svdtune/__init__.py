@@ -12,6 +12,7 @@ Backbone and Task. The same functions take any `keras.Model`.
 | `attach`, `freezing`, `compiled` | converting a built layer, and back |
 | `targets`, `enable` | which layers, and the verb |
 | `files`, `fingerprint` | adapter files, and the base they belong to |
+| `convert` | any adapter as a LoRA |
 | `layers` | layers to declare in hand-built models |
 | `report`, `progress` | what it costs, and how long it takes |
 | `backbone` | the methods that KerasHub classes get |
@@ -20,6 +21,7 @@ Backbone and Task. The same functions take any `keras.Model`.
 from keras_svdtune import backbone as _backbone
 from keras_svdtune import layers as _layers
 from keras_svdtune.callbacks import RankAllocator
+from keras_svdtune.convert import Conversion, LayerConversion, to_lora
 from keras_svdtune.enable import (
     adapter_disabled,
     enable_adapter,
@@ -69,10 +71,12 @@ __all__ = [
     "AdaLoRA",
     "AdaLoRADense",
     "AdaLoRAEinsumDense",
+    "Conversion",
     "Cost",
     "DoRA",
     "DoRADense",
     "DoRAEinsumDense",
+    "LayerConversion",
     "LayerCost",
     "LoRA",
     "LoRADense",
@@ -107,4 +111,5 @@ __all__ = [
     "merge_adapter",
     "remove_adapter",
     "save_adapter",
+    "to_lora",
 ]

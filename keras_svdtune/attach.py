@@ -136,6 +136,23 @@ def detach(layer: Any) -> None:
         layer.__class__ = plain_class(layer)
 
 
+def put_back(layer: Any, adapter: Adapter, host_class: type) -> None:
+    """Undoes `detach`, and what was attached since: as it was before.
+
+    Args:
+        layer: a layer that was adapted; plain, adapted, or in between.
+        adapter, host_class: the adapter and the class that it had.
+    """
+    layer._tracker.unlock()
+    now = getattr(layer, "adapter", None)
+    if now is not None and now is not adapter:
+        delattr(layer, "adapter")
+        layer._tracker.untrack(now)
+    layer.adapter = adapter
+    layer._tracker.lock()
+    layer.__class__ = host_class
+
+
 def merge(layer: Any) -> None:
     """Folds the adapter into the kernel and takes it away."""
     layer._kernel.assign(layer.merged_kernel())

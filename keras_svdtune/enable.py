@@ -104,6 +104,38 @@ def attach_plans(
     reset_compiled(layers.values())
 
 
+def replace_adapters(
+    root: keras.Model, method: Method, plans: dict[str, Plan]
+) -> None:
+    """Gives every adapted layer of `root` another adapter, or none of them.
+
+    What is frozen stays frozen, and `remove_adapter` gives the same base back.
+
+    Args:
+        root: a model with an adapter.
+        method: what the model is adapted by from now on.
+        plans: an adapter for each adapted layer, by its path.
+
+    Raises:
+        ValueError: the model has no adapter of its own.
+    """
+    layers = require_adapted(root)
+    owners = _owners(root, layers)
+    before = {path: (x.adapter, type(x)) for path, x in layers.items()}
+    try:
+        for path, layer in layers.items():
+            attach.detach(layer)
+            attach.attach_plan(layer, plans[path])
+            layer.adapter.share = before[path][0].share
+    except BaseException:
+        for path, layer in layers.items():
+            attach.put_back(layer, *before[path])
+        raise
+    for owner in owners:
+        _ENABLED[owner] = dataclasses.replace(_ENABLED[owner], method=method)
+    reset_compiled(layers.values())
+
+
 def merge_adapter(model: keras.Model) -> None:
     """Folds every adapter into its kernel: W becomes W'.
 
@@ -136,6 +168,16 @@ def remove_adapter(model: keras.Model) -> None:
 def _give_back(model: keras.Model, end: Callable[[Any], None]) -> None:
     root = adapted_part(model)
     layers = require_adapted(root)
+    owners = _owners(root, layers)
+    for layer in layers.values():
+        end(layer)
+    for owner in owners:
+        _ENABLED.pop(owner).unfreeze()
+    reset_compiled(layers.values())
+
+
+def _owners(root: keras.Model, layers: dict[str, Any]) -> list[keras.Model]:
+    """The models in `root` that `layers` were enabled on."""
     inside = {id(x) for x in all_layers(root)}
     ours = [id(x) for x in layers.values()]
     for owner in list(_ENABLED):
@@ -146,11 +188,7 @@ def _give_back(model: keras.Model, end: Callable[[Any], None]) -> None:
                 f"The adapter was enabled on '{owner.name}', which holds "
                 f"'{root.name}' and more. Call this on '{owner.name}'."
             )
-    for layer in layers.values():
-        end(layer)
-    for owner in [m for m in _ENABLED if id(m) in inside]:
-        _ENABLED.pop(owner).unfreeze()
-    reset_compiled(layers.values())
+    return [m for m in _ENABLED if id(m) in inside]
 
 
 @contextlib.contextmanager

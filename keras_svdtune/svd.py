@@ -184,6 +184,11 @@ def _run(w: Any, needs: Needs, xp: Any) -> Factors:
     return Factors(_to_float32(u), _to_float32(s), _to_float32(v))
 
 
+def top_on_host(w: np.ndarray, rank: int) -> Factors:
+    """The `rank` largest components of w (in, out), by LAPACK in float64."""
+    return _run(w.astype("float64"), Needs("top", rank), _HOST)
+
+
 def small_side(w: Any, xp: Any) -> tuple[Any, Any, Any]:
     """An orthonormal basis of the smaller side, by the Gram matrix.
 

@@ -159,7 +159,8 @@ class AdaLoRA(Method):
         self, weights: Any, matrix: Any = None
     ) -> tuple[Any, Any]:
         """Of the rank that is left: masked triplets are left out."""
-        (kept,) = np.nonzero(ops.convert_to_numpy(weights.mask))
+        mask = ops.convert_to_tensor(weights.mask)
+        (kept,) = np.nonzero(ops.convert_to_numpy(mask))
         scale = scale_of(self.alpha, self.first_rank)
         a = weights.p * (weights.singular_values * scale)
         return ops.take(a, kept, axis=1), ops.take(weights.q, kept, axis=0)
