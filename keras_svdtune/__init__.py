@@ -11,8 +11,10 @@ Backbone and Task. The same functions take any `keras.Model`.
 | `adapter`, `hosts` | the weights a method adds, and the layers they live in |
 | `attach`, `freezing`, `compiled` | converting a built layer, and back |
 | `targets`, `enable` | which layers, and the verb |
-| `files`, `fingerprint` | adapter files, and the base they belong to |
-| `convert` | any adapter as a LoRA |
+| `files`, `adapter_file` | saving and loading; what is in a file |
+| `file_checks`, `fingerprint` | whether a file belongs to a model |
+| `convert`, `export` | any adapter as a LoRA, and as a folder for PEFT |
+| `compose`, `sums` | adapters added up |
 | `layers` | layers to declare in hand-built models |
 | `report`, `progress` | what it costs, and how long it takes |
 | `backbone` | the methods that KerasHub classes get |
@@ -20,7 +22,9 @@ Backbone and Task. The same functions take any `keras.Model`.
 
 from keras_svdtune import backbone as _backbone
 from keras_svdtune import layers as _layers
+from keras_svdtune.adapter_file import SavedAdapter
 from keras_svdtune.callbacks import RankAllocator
+from keras_svdtune.compose import compose
 from keras_svdtune.convert import Conversion, LayerConversion, to_lora
 from keras_svdtune.enable import (
     adapter_disabled,
@@ -28,6 +32,7 @@ from keras_svdtune.enable import (
     merge_adapter,
     remove_adapter,
 )
+from keras_svdtune.export import export_peft
 from keras_svdtune.files import load_adapter, save_adapter
 from keras_svdtune.methods import (
     METHODS,
@@ -96,8 +101,10 @@ __all__ = [
     "SVFEinsumDense",
     "SVFTDense",
     "SVFTEinsumDense",
+    "SavedAdapter",
     "adapter_disabled",
     "adapter_summary",
+    "compose",
     "enable_adalora",
     "enable_adapter",
     "enable_dora",
@@ -107,6 +114,7 @@ __all__ = [
     "enable_svf",
     "enable_svft",
     "estimate",
+    "export_peft",
     "load_adapter",
     "merge_adapter",
     "remove_adapter",

@@ -11,7 +11,7 @@ from typing import Any
 
 import keras_hub
 
-from keras_svdtune import convert, enable, files, report
+from keras_svdtune import convert, enable, export, files, report
 from keras_svdtune.methods.base import METHODS, Method
 
 
@@ -54,6 +54,7 @@ def functions() -> dict[str, Callable[..., Any]]:
         files.save_adapter,
         files.load_adapter,
         convert.to_lora,
+        export.export_peft,
         report.adapter_summary,
     ):
         found[function.__name__] = function

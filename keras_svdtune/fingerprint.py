@@ -1,37 +1,44 @@
-"""A fingerprint of a matrix, to recognise the base an adapter belongs to.
+"""Fingerprints, to recognise the base of an adapter, and its effect.
 
-Four bilinear forms with fixed vectors of ±1, and the norm:
+With fixed vectors a_k, b_k of ±1 the numbers a_kᵀ·W·b_k are each about ‖W‖ in
+size and tell matrices apart:
 
-    f = (‖W‖, a₁ᵀWb₁, a₂ᵀWb₂, a₃ᵀWb₃, a₄ᵀWb₄)
+    base fingerprint:  (‖W‖, a₁ᵀWb₁, ..., a₄ᵀWb₄)
+    effect:            (a₁ᵀΔWb₁, ..., a₈ᵀΔWb₈)
 
-Each form of another matrix of the same norm is off by about ‖W‖; rounding W
-to bfloat16 moves it by about 0.001·‖W‖. So the same weights are recognised in
-either dtype, and weights that were trained further are not.
+where x·ΔW is what an adapter adds to x·W. Rounding W to bfloat16 moves a
+number by about 0.001·‖W‖; other weights by ‖W‖. So a base is recognised in
+either dtype, and one that was trained further is not. The effect tells whether
+the frozen weights that an adapter computes from W are those it was trained
+with: singular vectors of other signs, or turned among equal singular values,
+give another ΔW wherever that matters, and the same one where it does not.
 """
 
-import numpy as np
+from typing import Any
 
-_PROBES = 4
-# Rounding moves a form by eps/sqrt(12)·‖W‖ (one standard deviation, from a
+import numpy as np
+from keras import ops
+
+from keras_svdtune.svd import full_precision
+
+_BASE_PROBES, _EFFECT_PROBES = 4, 8
+# Rounding moves a number by eps/sqrt(12)·‖W‖ (one standard deviation, from a
 # uniform error within half a unit in the last place): these are > 8 of them.
-_TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
+_BASE_TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
+# A basis turns by rounding / gap of the singular values, so ΔW moves more.
+_EFFECT_TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 
 
 def fingerprint(matrix: np.ndarray) -> np.ndarray:
-    """(5,) float32 for a matrix (in, out)."""
+    """(5,) float32 for a matrix W (in, out)."""
     w = np.asarray(matrix, "float64")
-    values = [np.sqrt(np.sum(w * w))]
-    for i in range(_PROBES):
-        a, b = (
-            _plus_minus(w.shape[0], 2 * i),
-            _plus_minus(w.shape[1], 2 * i + 1),
-        )
-        values.append(a @ w @ b)
+    a, b = _probes(w.shape, _BASE_PROBES)
+    values = [np.sqrt(np.sum(w * w)), *np.sum((a @ w) * b, axis=1)]
     return np.array(values, "float32")
 
 
 def matches(ours: np.ndarray, theirs: np.ndarray, *dtypes: str) -> bool:
-    """Whether two fingerprints are of the same matrix.
+    """Whether two base fingerprints are of the same matrix.
 
     Args:
         ours, theirs: fingerprints.
@@ -39,9 +46,71 @@ def matches(ours: np.ndarray, theirs: np.ndarray, *dtypes: str) -> bool:
     """
     if ours.shape != theirs.shape or not np.isfinite(theirs).all():
         return False
-    tolerance = max(_TOLERANCE.get(d, 1e-5) for d in dtypes)
+    tolerance = max(_BASE_TOLERANCE.get(d, 1e-5) for d in dtypes)
     difference = np.abs(ours.astype("float64") - theirs.astype("float64"))
     return bool((difference <= tolerance * ours[0] + 1e-12).all())
+
+
+def effect(method: Any, weights: Any, matrix: Any) -> np.ndarray:
+    """(8,) float32 for the ΔW that `method` adds with these weights.
+
+    Args:
+        method: a Method.
+        weights: what its `call` takes: an adapter, or an object with
+            the weights as attributes.
+        matrix: W (in, out), float32.
+    """
+    a, b = _probes(weights.shape, _EFFECT_PROBES)
+    x = ops.convert_to_tensor(a, "float32")
+    base = _Product(matrix)
+    with full_precision():
+        change = ops.cast(method.call(weights, x, base), "float32") - base(x)
+    change = ops.convert_to_numpy(change).astype("float64")
+    return np.sum(change * b, axis=1).astype("float32")
+
+
+def effect_of_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The effect of ΔW = a·b, of shapes (in, k) and (k, out)."""
+    left, right = _probes((a.shape[0], b.shape[1]), _EFFECT_PROBES)
+    return np.sum(((left @ a) @ b) * right, axis=1).astype("float32")
+
+
+def same_effect(
+    ours: np.ndarray, theirs: np.ndarray, norm: float, *dtypes: str
+) -> bool:
+    """Whether two effects are of the same ΔW.
+
+    Args:
+        ours, theirs: effects.
+        norm: ‖W‖; float32 computes x·W to about 1e-6 of it.
+        dtypes: the dtypes in which the two bases were held.
+    """
+    if ours.shape != theirs.shape or not np.isfinite(theirs).all():
+        return False
+    tolerance = max(_EFFECT_TOLERANCE.get(d, 1e-3) for d in dtypes)
+    f, g = ours.astype("float64"), theirs.astype("float64")
+    size = max(np.abs(f).max(), np.abs(g).max())
+    return bool((np.abs(f - g) <= tolerance * size + 1e-5 * norm).all())
+
+
+class _Product:
+    """x·W in float32, as a method's `call` wants it."""
+
+    def __init__(self, matrix: Any):
+        self._matrix = matrix
+
+    def __call__(self, x: Any) -> Any:
+        return ops.matmul(x, self._matrix)
+
+    rows = __call__
+
+
+def _probes(shape: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The vectors a (count, in) and b (count, out)."""
+    rows, columns = shape
+    a = [_plus_minus(rows, 2 * i) for i in range(count)]
+    b = [_plus_minus(columns, 2 * i + 1) for i in range(count)]
+    return np.stack(a), np.stack(b)
 
 
 def _plus_minus(n: int, seed: int) -> np.ndarray:

@@ -31,7 +31,7 @@ from helpers import (
 )
 
 import keras_svdtune
-from keras_svdtune import METHODS, SVF, SVFT, PiSSA, files
+from keras_svdtune import METHODS, SVF, SVFT, PiSSA, adapter_file
 
 X, Y = small_data()
 KEY = "keras_svdtune"
@@ -59,15 +59,16 @@ def saved(path, method=None, make=small_model, targets=None):
 def read(path):
     with safetensors.safe_open(path, framework="numpy") as file:
         arrays = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-        return arrays, json.loads(file.metadata()[KEY])
+        about = json.loads(file.metadata()[KEY])
+    assert len(about.pop("sha256")) == 64
+    return arrays, about
 
 
 def rewrite(path, change):
     """Reads the file, lets `change` alter it, and writes it again."""
     arrays, about = read(path)
     change(arrays, about)
-    data = safetensors.numpy.save(arrays, {KEY: json.dumps(about)})
-    path.write_bytes(data)
+    keras_svdtune.SavedAdapter(about, arrays, "").save(path)
 
 
 def refused(model, path, *parts, data=X):
@@ -96,14 +97,15 @@ def test_format(path):
         for x in ("attention/query", "ffw_linear")
     ]
     assert sorted(arrays) == sorted(
-        f"{x}/{y}" for x in layers for y in ("svf_delta", "base_fingerprint")
+        ["base_fingerprints", "effects", *(f"{x}/svf_delta" for x in layers)]
     )
+    assert arrays["base_fingerprints"].shape == (4, 5)
+    assert arrays["effects"].shape == (4, 8)
     for x in layers:
         layer = adapted(gemma)[x]
         delta = arrays[f"{x}/svf_delta"]
         assert delta.dtype == np.float32
         assert_same(delta, numpy(layer.adapter.delta))
-        assert arrays[f"{x}/base_fingerprint"].shape == (5,)
     assert about["format_version"] == 1
     assert about["method"] == "svf"
     assert about["settings"] == {}
@@ -426,7 +428,7 @@ def test_a_failed_write_leaves_the_old_file(path, monkeypatch):
                 raise error
 
             with monkeypatch.context() as patch:
-                patch.setattr(files.os, name, fail)
+                patch.setattr(adapter_file.os, name, fail)
                 with pytest.raises(type(error)):
                     keras_svdtune.save_adapter(model, path)
             assert path.read_bytes() == old

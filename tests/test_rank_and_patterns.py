@@ -320,14 +320,8 @@ def test_bottom_components_are_the_true_ones(condition, shape):
 # Those that do not fit a layer: the error names it.
 UNFIT = [
     *(
-        (cls(rank=rank), "`rank` must be an integer from 1 to min.* = 5")
+        (cls(rank=6), "`rank` must be an integer from 1 to min.* = 5")
         for cls in (PiSSA, MiLoRA, LoRAXS, LoRA, DoRA, AdaLoRA)
-        for rank in (6, 0, -1, True)
-    ),
-    *(
-        (cls(rank=rank), r"a float in \(0, 1\]")
-        for cls in (PiSSA, MiLoRA, LoRAXS)
-        for rank in (0.0, -0.5, 1.5, float("nan"), None, "4")
     ),
     *(
         (SVFT(pattern, width), "`off_diagonals` must be less than .* = 5")
@@ -337,6 +331,17 @@ UNFIT = [
 ]
 # Those that fit nothing.
 WRONG = [
+    *(
+        (cls, {"rank": rank}, r"1 or more, or a float in \(0, 1\]")
+        for cls in (PiSSA, MiLoRA, LoRAXS, LoRA, DoRA, AdaLoRA)
+        for rank in (0, -1, True, 0.0, -0.5, 1.5, float("nan"), None, "4")
+    ),
+    *(
+        (cls, {"rank": 2, "seed": seed}, "`seed` must be an integer, 0 or more")
+        for cls in (PiSSA, LoRAXS, LoRA, DoRA, AdaLoRA)
+        for seed in (-1, 1.5, None, "0")
+    ),
+    (SVFT, {"seed": -1}, "`seed` must be an integer, 0 or more"),
     *(
         (cls, {"rank": 0.9}, "must be an integer. Received: rank=0.9")
         for cls in (LoRA, DoRA, AdaLoRA)
@@ -349,7 +354,7 @@ WRONG = [
     *(
         (cls, {"rank": 2, "n_iter": n_iter}, "`n_iter` must be")
         for cls in (PiSSA, LoRAXS)
-        for n_iter in (-1, 2.5, True)
+        for n_iter in (-1, 2.5, True, 101)
     ),
     *(
         (SVFT, {"off_diagonals": width}, "`off_diagonals` must be an integer")

@@ -84,11 +84,25 @@ class Method:
     suggested_learning_rate: ClassVar[float]
     # The settings without a default, as an example writes them.
     example: ClassVar[str] = ""
+    # Whether ΔW is linear in the trainables: adapters with the same settings
+    # then add up by adding these.
+    linear: ClassVar[bool] = False
     # Whether there is an `enable_<name>`; not where Keras has one already.
     has_enable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Raises a ValueError if a setting fits no matrix at all."""
+        if hasattr(self, "rank") and not _may_be_rank(self.rank):
+            raise ValueError(
+                "`rank` must be an integer, 1 or more, or a float in (0, 1] "
+                "for that share of the squared singular values. "
+                f"Received: rank={self.rank!r}"
+            )
+        seed = getattr(self, "seed", 0)
+        if type(seed) is not int or seed < 0:
+            raise ValueError(
+                f"`seed` must be an integer, 0 or more. Received: seed={seed!r}"
+            )
         alpha = getattr(self, "alpha", None)
         if alpha is not None and not (
             isinstance(alpha, (int, float))
@@ -103,11 +117,11 @@ class Method:
         if n_iter is not None and (
             not isinstance(n_iter, int)
             or isinstance(n_iter, bool)
-            or n_iter < 0
+            or not 0 <= n_iter <= 100
         ):
             raise ValueError(
-                "`n_iter` must be an integer, 0 or more, or None for an exact "
-                f"decomposition. Received: n_iter={n_iter!r}"
+                "`n_iter` must be an integer from 0 to 100, or None for an "
+                f"exact decomposition. Received: n_iter={n_iter!r}"
             )
 
     def needs(self, shape: tuple[int, int]) -> Needs | None:
@@ -209,15 +223,19 @@ class Method:
 def check_rank(rank: Any, shape: tuple[int, int]) -> None:
     """Raises a ValueError unless `rank` is a rank of W (in, out)."""
     n = min(shape)
-    if isinstance(rank, float) and 0.0 < rank <= 1.0:
-        return
-    if isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= n:
+    if _may_be_rank(rank) and rank <= n:
         return
     raise ValueError(
         f"`rank` must be an integer from 1 to min(in, out) = {n}, or a float "
         "in (0, 1] for that share of the squared singular values. "
         f"Received: rank={rank!r}"
     )
+
+
+def _may_be_rank(rank: Any) -> bool:
+    if isinstance(rank, float):
+        return 0.0 < rank <= 1.0
+    return type(rank) is int and rank >= 1
 
 
 METHODS: dict[str, type[Method]] = {}

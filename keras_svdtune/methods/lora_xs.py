@@ -55,6 +55,7 @@ class LoRAXS(Method):
     name = "lora_xs"
     title = "LoRA-XS"
     suggested_learning_rate = 2e-3
+    linear = True
     example = ", rank=8"
 
     rank: int | float

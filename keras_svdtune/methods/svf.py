@@ -54,6 +54,7 @@ class SVF(Method):
     name = "svf"
     title = "SVF"
     suggested_learning_rate = 5e-2
+    linear = True
 
     def needs(self, shape: tuple[int, int]) -> Needs:
         return Needs("small_side")

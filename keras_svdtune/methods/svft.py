@@ -72,12 +72,14 @@ class SVFT(Method):
 
     name = "svft"
     title = "SVFT"
+    linear = True
 
     pattern: str = "banded"
     off_diagonals: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.pattern not in PATTERNS:
             raise ValueError(
                 f"`pattern` must be one of {', '.join(map(repr, PATTERNS))}. "

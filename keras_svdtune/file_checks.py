@@ -1,0 +1,169 @@
+"""Whether an adapter file belongs to a model, down to its effect."""
+
+import types
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_svdtune.adapter import Plan
+from keras_svdtune.adapter_file import EFFECTS, FINGERPRINTS, SavedAdapter
+from keras_svdtune.attach import matrix_of
+from keras_svdtune.fingerprint import effect, fingerprint, matches, same_effect
+from keras_svdtune.methods.base import METHODS, Method, Weight, nearest
+
+
+def methods_of(adapter: SavedAdapter) -> tuple[Method, dict[str, Method]]:
+    """The file's method, and that of each layer by its path."""
+    about, source = adapter.about, adapter.source
+    method = _method(about["method"], about["settings"], source)
+    return method, {
+        layer_path: _method(about["method"], entry["settings"], source)
+        if "settings" in entry
+        else method
+        for layer_path, entry in about["layers"].items()
+    }
+
+
+def _method(name: str, settings: dict[str, Any], source: str) -> Method:
+    if name not in METHODS:
+        raise ValueError(
+            f"{source} was saved with the method {name!r}, which this release "
+            f"does not have. {nearest(name, list(METHODS))}"
+        )
+    try:
+        return METHODS[name](**settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{source} has settings that {METHODS[name].__name__} does not "
+            f"accept: {error}"
+        ) from None
+
+
+def find_layers(adapter: SavedAdapter, ours: dict[str, Any]) -> dict[str, Any]:
+    """The model's layers for the file's, each with its kernel's shape."""
+    layers = {}
+    for layer_path, entry in adapter.about["layers"].items():
+        if layer_path not in ours:
+            raise ValueError(
+                f"{adapter.source} has an adapter for layer '{layer_path}' of "
+                f"a {adapter.about.get('model_class')}, which this model does "
+                f"not have. {nearest(layer_path, list(ours))}"
+            )
+        layer = ours[layer_path]
+        shape = tuple(getattr(layer, "_kernel", np.zeros(())).shape)
+        if shape != tuple(entry["kernel_shape"]):
+            raise ValueError(
+                f"{adapter.source} was made for another model: layer "
+                f"'{layer_path}' has a kernel of shape {shape}, expected "
+                f"{tuple(entry['kernel_shape'])}."
+            )
+        layers[layer_path] = layer
+    return layers
+
+
+def values_for(
+    adapter: SavedAdapter, layers: dict[str, Any], methods: dict[str, Method]
+) -> dict[str, dict[str, Any]]:
+    """The file's arrays for each layer, by weight name."""
+    values: dict[str, dict[str, Any]] = {}
+    arrays = adapter.arrays
+    known = {FINGERPRINTS, EFFECTS}
+    for layer_path, layer in layers.items():
+        method = methods[layer_path]
+        values[layer_path] = {}
+        for weight in method.weights(tuple(matrix_of(layer).shape)):
+            key = array_key(layer_path, method, weight.name)
+            if weight.saved or (key in arrays and not weight.overwritten):
+                values[layer_path][weight.name] = _checked(
+                    adapter, key, weight.shape, dtype_in_file(weight)
+                )
+                known.add(key)
+    for name, count in ((FINGERPRINTS, 5), (EFFECTS, 8)):
+        _checked(adapter, name, (len(layers), count), "float32")
+    unknown = sorted(set(arrays) - known)
+    if unknown:
+        raise ValueError(
+            f"{adapter.source} holds '{unknown[0]}', which belongs to none of "
+            "its layers."
+        )
+    return values
+
+
+def _checked(
+    adapter: SavedAdapter, key: str, shape: tuple[int, ...], dtype: str
+) -> np.ndarray:
+    array = adapter.arrays.get(key)
+    if array is None or array.shape != shape:
+        found = "nothing" if array is None else f"shape {array.shape}"
+        raise ValueError(
+            f"{adapter.source} should hold '{key}' of shape {shape}. "
+            f"Found: {found}"
+        )
+    if array.dtype != dtype or not np.isfinite(array).all():
+        raise ValueError(
+            f"'{key}' of {adapter.source} should hold finite {dtype} values. "
+            f"Found: {array.dtype}"
+        )
+    return array
+
+
+def check_bases(adapter: SavedAdapter, layers: dict[str, Any]) -> None:
+    for row, (layer_path, layer) in enumerate(layers.items()):
+        entry = adapter.about["layers"][layer_path]
+        theirs = adapter.arrays[FINGERPRINTS][row]
+        dtypes = (entry["dtype"], layer._kernel.dtype)
+        if not matches(fingerprint_of(layer), theirs, *dtypes):
+            raise ValueError(
+                f"{adapter.source} was trained on other weights: the kernel of "
+                f"layer '{layer_path}' is not the one of its base "
+                f"({adapter.about.get('model_class')}). Load the base model "
+                "that it was trained on."
+            )
+
+
+def check_effect(
+    adapter: SavedAdapter, row: int, layer: Any, ready: Plan
+) -> None:
+    """Whether the weights to load do here what they did in training."""
+    matrix = matrix_of(layer)
+    weights = types.SimpleNamespace(shape=tuple(matrix.shape))
+    for weight in ready.method.weights(weights.shape):
+        value = ready.values.get(weight.name)
+        dtype = weight.dtype or layer.variable_dtype
+        value = ops.zeros(weight.shape) if value is None else value
+        setattr(weights, weight.name, ops.cast(value, dtype))
+    layer_path = list(adapter.about["layers"])[row]
+    dtypes = (
+        adapter.about["layers"][layer_path]["dtype"],
+        layer._kernel.dtype,
+    )
+    if not same_effect(
+        effect(ready.method, weights, matrix),
+        adapter.arrays[EFFECTS][row],
+        float(ready.base_fingerprint[0]),
+        *dtypes,
+    ):
+        raise ValueError(
+            f"{adapter.source} would not do here what it did where it was "
+            f"trained: the singular vectors of layer '{layer_path}' come out "
+            "otherwise (another sign, or turned among singular values that "
+            f"are nearly equal; there {dtypes[0]}, here {dtypes[1]}). Save it "
+            "again with `save_adapter(path, include_basis=True)` where it was "
+            "trained."
+        )
+
+
+def fingerprint_of(layer: Any) -> np.ndarray:
+    known = getattr(getattr(layer, "adapter", None), "base_fingerprint", None)
+    if known is not None:
+        return known
+    return fingerprint(ops.convert_to_numpy(matrix_of(layer)))
+
+
+def array_key(layer_path: str, method: Method, weight: str) -> str:
+    return f"{layer_path}/{method.name}_{weight}"
+
+
+def dtype_in_file(weight: Weight) -> str:
+    return "int32" if weight.dtype == "int32" else "float32"

@@ -1,0 +1,199 @@
+"""The sum of adapters, against ΔW added up in float64."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import (
+    adapted,
+    assert_close,
+    assert_same,
+    default_methods,
+    eager,
+    method_id,
+    numpy,
+    perturb,
+    randomise,
+    small_data,
+    small_model,
+)
+
+import keras_svdtune
+from keras_svdtune import (
+    SVF,
+    SVFT,
+    AdaLoRA,
+    DoRA,
+    LoRA,
+    LoRAXS,
+    MiLoRA,
+    PiSSA,
+    compose,
+)
+from keras_svdtune.attach import matrix_of
+
+X, _ = small_data()
+
+
+def saved(path, method, seed, targets=None):
+    """Writes an adapter; returns ΔW by layer, in float64."""
+    keras.backend.clear_session(free_memory=False)
+    model = small_model()
+    keras_svdtune.enable_adapter(model, method, targets)
+    perturb(model, seed=seed)
+    keras_svdtune.save_adapter(model, path)
+    return changes(model)
+
+
+def changes(model):
+    return {
+        path: numpy(layer.adapter.merged(matrix_of(layer))).astype("float64")
+        - numpy(matrix_of(layer))
+        for path, layer in adapted(model).items()
+    }
+
+
+def loaded(adapter):
+    keras.backend.clear_session(free_memory=False)
+    model = small_model()
+    keras_svdtune.load_adapter(model, adapter)
+    return model
+
+
+LINEAR = [
+    SVF(),
+    SVFT(off_diagonals=1),
+    SVFT("random", off_diagonals=1),
+    LoRAXS(rank=2, alpha=4.0),
+]
+LOW_RANK = [
+    LoRA(rank=1, alpha=3.0),
+    PiSSA(rank=1),
+    MiLoRA(rank=1, alpha=0.5),
+    AdaLoRA(rank=1),
+]
+
+
+@pytest.mark.parametrize("method", LINEAR + LOW_RANK, ids=method_id)
+def test_the_sum_of_what_each_adds(method, tmp_path):
+    a, b, c = (tmp_path / f"{x}.safetensors" for x in "abc")
+    first = saved(a, method, seed=1)
+    second = saved(b, method, seed=2)
+    both = compose({a: 0.7, str(b): -0.3})
+    model = loaded(both)
+    expected = {k: 0.7 * first[k] - 0.3 * second[k] for k in first}
+    assert_close(changes(model), expected, 2e-6)
+    found = {x.adapter.method for x in adapted(model).values()}
+    if method.linear:
+        assert found == {method}
+    else:
+        assert {type(x) for x in found} == {LoRA}
+    # It saves, loads and merges like any other.
+    both.save(c)
+    again = loaded(c)
+    y = eager(again, X)
+    assert_same(y, eager(model, X))
+    keras_svdtune.save_adapter(model, b)
+    assert_same(eager(loaded(b), X), y)
+    keras_svdtune.merge_adapter(again)
+    assert_close(eager(again, X), y, 1e-5)
+    assert both.about["composition"]["parts"] == {
+        "a.safetensors": 0.7,
+        "b.safetensors": -0.3,
+    }
+
+
+@pytest.mark.parametrize("method", default_methods(), ids=method_id)
+def test_one_of_weight_one_is_that_one(method, tmp_path):
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    if hasattr(method, "rank"):
+        method = type(method)(rank=2)
+    saved(a, method, seed=1)
+    compose({a: 1}).save(b)
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_low_rank_methods_mix(tmp_path):
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    first = saved(a, PiSSA(rank=1), seed=1)
+    second = saved(b, LoRA(rank=1), seed=2)
+    model = loaded(compose({a: 0.5, b: 2.0}))
+    expected = {k: 0.5 * first[k] + 2.0 * second[k] for k in first}
+    assert_close(changes(model), expected, 2e-6)
+    assert [x.adapter.method.rank for x in adapted(model).values()] == [3, 3]
+
+
+@pytest.mark.parametrize("method", [SVF(), LoRA(rank=1)], ids=method_id)
+def test_a_layer_that_one_does_not_have(method, tmp_path):
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    first = saved(a, method, 1, ["second"])
+    second = saved(b, method, 2)
+    model = loaded(compose({a: 0.5, b: 2.0}))
+    expected = {k: 2.0 * v for k, v in second.items()}
+    (only,) = first
+    expected[only] += 0.5 * first[only]
+    assert_close(changes(model), expected, 2e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_at_a_rank_it_is_the_best_and_says_how_good(rank, tmp_path):
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    first = saved(a, LoRA(rank=1), 1)
+    second = saved(b, LoRA(rank=2), 2)
+    both = compose({a: 1.0, b: 1.0}, rank=rank)
+    found = changes(loaded(both))
+    error, size = 0.0, 0.0
+    reported = both.about["composition"]["relative_error"]
+    for layer, change in found.items():
+        exact = first[layer] + second[layer]
+        s = np.linalg.svd(exact, compute_uv=False)
+        best = np.sqrt(np.sum(s[rank:] ** 2))
+        off = np.linalg.norm(exact - change)
+        assert off <= best * (1 + 1e-5) + 1e-6 * s[0]
+        if rank < 3:
+            assert abs(reported[layer] - best / np.linalg.norm(s)) < 1e-6
+        error, size = error + best**2, size + np.sum(s**2)
+    assert abs(reported["total"] - np.sqrt(error / size)) < 1e-6
+
+
+def test_a_sum_does_not_load_into_another_base(tmp_path):
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    saved(a, SVF(), 1)
+    saved(b, SVF(), 2)
+    model = small_model()
+    randomise(model, seed=3)
+    with pytest.raises(ValueError, match="trained on other weights"):
+        keras_svdtune.load_adapter(model, compose({a: 1, b: 1}))
+
+
+def test_clear_errors(tmp_path):
+    a, b, c = (tmp_path / f"{x}.safetensors" for x in "abc")
+    saved(a, SVF(), 1)
+    for empty in ({}, [a, b], None):
+        with pytest.raises(ValueError, match="dict from path to weight"):
+            compose(empty)
+    for weight in (float("nan"), "0.5", None):
+        with pytest.raises(ValueError, match="finite number. Received"):
+            compose({a: weight})
+    with pytest.raises(ValueError, match="There is no file"):
+        compose({a: 1, c: 1})
+    with pytest.raises(ValueError, match=r"`rank` is for.*Received: rank=2"):
+        compose({a: 0.5}, rank=2)
+    saved(b, SVFT(), 2)
+    with pytest.raises(ValueError, match="only if their settings are the same"):
+        compose({a: 1, b: 1})
+    saved(b, LoRA(rank=1), 2)
+    with pytest.raises(ValueError, match=r"SVF\(\).*to_lora"):
+        compose({a: 1, b: 1})
+    saved(c, DoRA(rank=1), 2)
+    for files in ({b: 1, c: 1}, {c: 2}):
+        with pytest.raises(ValueError, match=r"DoRA.*a norm of its own.*to_lo"):
+            compose(files)
+    for rank in (0, 5, 1.5, True):
+        with pytest.raises(ValueError, match="from 1 to 4.*Received: rank="):
+            compose({b: 1}, rank=rank)
+    model = small_model()
+    randomise(model, seed=3)
+    keras_svdtune.enable_svf(model)
+    keras_svdtune.save_adapter(model, b)
+    with pytest.raises(ValueError, match="different base models: layer 'sma"):
+        compose({a: 1, b: 1})
