@@ -13,7 +13,8 @@ Backbone and Task. The same functions take any `keras.Model`.
 | `targets`, `enable` | which layers, and the verb |
 | `files`, `adapter_file` | saving and loading; what is in a file |
 | `file_checks`, `fingerprint` | whether a file belongs to a model |
-| `convert`, `export` | any adapter as a LoRA, and as a folder for PEFT |
+| `thin`, `convert` | what an adapter adds as a thin product: any as a LoRA |
+| `export`, `hf_names` | a folder for PEFT, in transformers' names |
 | `compose`, `sums` | adapters added up |
 | `layers` | layers to declare in hand-built models |
 | `report`, `progress` | what it costs, and how long it takes |
@@ -25,7 +26,7 @@ from keras_svdtune import layers as _layers
 from keras_svdtune.adapter_file import SavedAdapter
 from keras_svdtune.callbacks import RankAllocator
 from keras_svdtune.compose import compose
-from keras_svdtune.convert import Conversion, LayerConversion, to_lora
+from keras_svdtune.convert import Conversion, to_lora
 from keras_svdtune.enable import (
     adapter_disabled,
     enable_adapter,
@@ -47,6 +48,7 @@ from keras_svdtune.methods import (
     PiSSA,
 )
 from keras_svdtune.report import Cost, LayerCost, adapter_summary, estimate
+from keras_svdtune.thin import LayerConversion
 
 __version__ = "0.1.0"
 

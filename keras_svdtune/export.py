@@ -22,7 +22,6 @@ import functools
 import json
 import os
 import pathlib
-import re
 from typing import Any
 
 import keras
@@ -32,87 +31,17 @@ from keras import ops
 
 from keras_svdtune.adapter_file import write_atomically
 from keras_svdtune.attach import matrix_of, view_of
-from keras_svdtune.convert import (
-    Conversion,
+from keras_svdtune.convert import Conversion
+from keras_svdtune.enable import adapted_part, enabled_method, require_adapted
+from keras_svdtune.hf_names import Family, family_of, paths_in, place_of
+from keras_svdtune.progress import run_all
+from keras_svdtune.targets import all_layers, layers_by_path
+from keras_svdtune.thin import (
     LayerConversion,
     change_of,
     measure,
     thin_products,
 )
-from keras_svdtune.enable import adapted_part, enabled_method, require_adapted
-from keras_svdtune.progress import run_all
-from keras_svdtune.targets import all_layers, layers_by_path
-
-_ATTENTION = {
-    "query": "self_attn.q_proj",
-    "key": "self_attn.k_proj",
-    "value": "self_attn.v_proj",
-    "attention_output": "self_attn.o_proj",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Family:
-    """How transformers calls the layers of a backbone.
-
-    Attributes:
-        block: str, the name of a KerasHub block, before its number.
-        prefix: str, the name of theirs, before the same number.
-        modules: the name of a layer in a block -> the name of its module.
-            Layers of one module stand side by side in it, in this order.
-        transposed: bool, whether a module holds (out, in).
-    """
-
-    block: str
-    prefix: str
-    modules: dict[str, str]
-    transposed: bool = True
-
-
-_GEMMA = _Family(
-    "decoder_block",
-    "model.layers",
-    _ATTENTION
-    | {
-        "ffw_gating": "mlp.gate_proj",
-        "ffw_gating_2": "mlp.up_proj",
-        "ffw_linear": "mlp.down_proj",
-    },
-)
-_LLAMA = _Family(
-    "transformer_layer",
-    "model.layers",
-    _ATTENTION
-    | {
-        "feedforward_gate_dense": "mlp.gate_proj",
-        "feedforward_intermediate_dense": "mlp.up_proj",
-        "feedforward_output_dense": "mlp.down_proj",
-    },
-)
-_GPT2 = _Family(
-    "transformer_layer",
-    "transformer.h",
-    {
-        "query": "attn.c_attn",
-        "key": "attn.c_attn",
-        "value": "attn.c_attn",
-        "attention_output": "attn.c_proj",
-        "feedforward_intermediate_dense": "mlp.c_fc",
-        "feedforward_output_dense": "mlp.c_proj",
-    },
-    transposed=False,
-)
-# By the name of the class itself: a subclass may compute something else.
-_FAMILIES = {
-    "GemmaBackbone": _GEMMA,
-    "Gemma3Backbone": _GEMMA,
-    "LlamaBackbone": _LLAMA,
-    "Llama3Backbone": _LLAMA,
-    "MistralBackbone": _LLAMA,
-    "QwenBackbone": _LLAMA,
-    "Qwen3Backbone": _LLAMA,
-    "GPT2Backbone": _GPT2,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,10 +99,10 @@ def export_peft(
     root = adapted_part(model)
     method = enabled_method(root)
     layers = require_adapted(root)
-    family = _family_of(root)
+    family = family_of(root)
     modules: dict[str, dict[str, str]] = {}
     for path in layers:
-        module, name = _place(path, family)
+        module, name = place_of(path, family)
         modules.setdefault(module, {})[name] = path
     parts, measured = _parts(layers, rank)
 
@@ -183,7 +112,7 @@ def export_peft(
         whole = _side_by_side(
             [
                 parts.get(path) or _nothing(plain[path], parts)
-                for path in _all_paths(module, paths, family)
+                for path in paths_in(module, paths, family)
             ]
         )
         key = f"base_model.model.{module}"
@@ -205,46 +134,6 @@ def export_peft(
         (json.dumps(config, indent=2) + "\n").encode(),
     )
     return Conversion(method, measured)
-
-
-def _family_of(root: Any) -> _Family:
-    kind = type(root).__name__
-    if kind not in _FAMILIES:
-        raise ValueError(
-            "`export_peft` knows the names that transformers gives to the "
-            f"layers of these backbones: {', '.join(_FAMILIES)}. Received: a "
-            f"{kind}. `to_lora` and `save_adapter` take any model."
-        )
-    family = _FAMILIES[kind]
-    if getattr(root, "vision_encoder", None) is not None:
-        # The text half of a model that sees.
-        return dataclasses.replace(family, prefix="model.language_model.layers")
-    return family
-
-
-def _place(path: str, family: _Family) -> tuple[str, str]:
-    """The module that a layer is in, and the layer's own name."""
-    found = re.fullmatch(rf"(?:.*/)?{family.block}_(\d+)/(?:.*/)?(\w+)", path)
-    if found is None or found[2] not in family.modules:
-        raise ValueError(
-            f"Layer '{path}' is adapted, and has no known counterpart in "
-            f"transformers. Those of '{family.block}_0' that have one: "
-            f"{', '.join(family.modules)}. Name them, or some of them, in "
-            "`target_layer_names` when enabling."
-        )
-    return f"{family.prefix}.{found[1]}.{family.modules[found[2]]}", found[2]
-
-
-def _all_paths(
-    module: str, paths: dict[str, str], family: _Family
-) -> list[str]:
-    """The paths of all layers of a module in order, adapted or not."""
-    block = next(iter(paths.values())).rsplit("/", 1)[0]
-    return [
-        f"{block}/{name}"
-        for name, suffix in family.modules.items()
-        if module.endswith(f".{suffix}")
-    ]
 
 
 def _parts(
@@ -301,7 +190,7 @@ def _side_by_side(parts: list[_Part]) -> _Part:
 
 
 def _config(
-    ranks: dict[str, int], family: _Family, dora: bool, base: str | None
+    ranks: dict[str, int], family: Family, dora: bool, base: str | None
 ) -> dict[str, Any]:
     """`adapter_config.json`. alpha equals the rank everywhere: a scale of 1."""
     largest = max(ranks.values())

@@ -34,7 +34,7 @@ from keras_svdtune import (
     MiLoRA,
     PiSSA,
     attach,
-    convert,
+    thin,
 )
 
 X, Y = small_data()
@@ -409,7 +409,7 @@ def test_two_adapters_in_one_model():
 @pytest.mark.parametrize(
     "module, name, nth",
     [
-        (convert, "thin_product", 2),
+        (thin, "thin_product", 2),
         (attach, "detach", 2),
         (attach, "Adapter", 1),
         (attach, "Adapter", 2),

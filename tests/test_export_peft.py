@@ -35,7 +35,7 @@ from keras_svdtune import (
     LoRAXS,
     MiLoRA,
     PiSSA,
-    export,
+    hf_names,
 )
 from keras_svdtune.demo import gguf_to_hf
 
@@ -395,7 +395,7 @@ def test_another_backbone(model, tmp_path):
     with pytest.raises(ValueError) as caught:
         keras_svdtune.export_peft(model, tmp_path / "peft")
     assert type(model).__name__ in str(caught.value)
-    assert all(known in str(caught.value) for known in export._FAMILIES)
+    assert all(known in str(caught.value) for known in hf_names.FAMILIES)
     assert not (tmp_path / "peft").exists()
 
 
