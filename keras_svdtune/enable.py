@@ -127,13 +127,13 @@ def replace_adapters(
             attach.detach(layer)
             attach.attach_plan(layer, plans[path])
             layer.adapter.share = before[path][0].share
+        reset_compiled(layers.values())
     except BaseException:
         for path, layer in layers.items():
             attach.put_back(layer, *before[path])
         raise
     for owner in owners:
         _ENABLED[owner] = dataclasses.replace(_ENABLED[owner], method=method)
-    reset_compiled(layers.values())
 
 
 def merge_adapter(model: keras.Model) -> None:
