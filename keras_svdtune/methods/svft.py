@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from keras_svdtune.methods.banded import banded_product, diagonals
 from keras_svdtune.methods.base import (
     LinearMap,
     Method,
@@ -186,21 +187,14 @@ class SVFT(Method):
         return ops.matmul(ops.cast(mixed, h.dtype), ops.transpose(basis))
 
     def _banded(self, weights: Any, components: Any, by_rows: bool) -> Any:
-        """components·N for banded N: 2d+1 shifts and elementwise products."""
+        """components·N for banded N, its entries m scaled by 1 / s."""
         n, d = weights.basis.shape[0], self._width()
-        components = ops.cast(components, "float32")
         inverse_s = ops.convert_to_tensor(weights.inverse_s)
-        if by_rows:
-            components = components * inverse_s
-        total, start = None, 0
-        for k in range(-d, d + 1):  # column j takes component j - k
-            diagonal = weights.m[start : start + n - abs(k)]
-            start += n - abs(k)
-            first, last = max(-k, 0), n - max(k, 0)
-            part = components[:, first:last] * diagonal
-            part = ops.pad(part, ((0, 0), (max(k, 0), max(-k, 0))))
-            total = part if total is None else total + part
-        return total if by_rows else total * inverse_s
+        scale = [
+            inverse_s[i:j] if by_rows else inverse_s[i + k : j + k]
+            for k, i, j in diagonals(n, d)
+        ]
+        return banded_product(components, weights.m * ops.concatenate(scale), d)
 
     def _width(self) -> int:
         return 0 if self.pattern == "plain" else self.off_diagonals

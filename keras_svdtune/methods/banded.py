@@ -1,0 +1,54 @@
+"""Products with a banded matrix, never formed."""
+
+from typing import Any
+
+from keras import ops
+
+
+def banded_product(c: Any, entries: Any, width: int) -> Any:
+    """c·N in float32, by 2·width + 1 shifts and elementwise products.
+
+    For the backward pass it keeps c alone; autodiff would keep every shift.
+
+    Args:
+        c: (tokens, n), any floating dtype.
+        entries: the diagonals of N (n, n), one after the other.
+        width: diagonals beside the main one, on either side.
+    """
+    n = c.shape[1]
+    parts, start = [], 0
+    for k, i, j in diagonals(n, width):
+        parts.append((k, i, j, start, start + j - i))
+        start += j - i
+
+    def placed(x: Any, first: int) -> Any:
+        """(tokens, m) into columns first ... first + m of (tokens, n)."""
+        return ops.pad(x, ((0, 0), (first, n - first - x.shape[1])))
+
+    @ops.custom_gradient
+    def product(c: Any, entries: Any) -> Any:
+        def grad(*args: Any, upstream: Any = None) -> Any:
+            g = args[0] if upstream is None else upstream
+            c32 = ops.cast(c, "float32")
+            dc: Any = 0.0
+            de = []
+            for k, i, j, a, b in parts:
+                # Only g is sliced: XLA would keep slices of c, the same as
+                # in the forward pass, from there to here.
+                shifted = placed(g[:, i + k : j + k], i)
+                dc = dc + shifted * ops.pad(entries[a:b], (i, n - j))
+                de.append(ops.sum(c32 * shifted, axis=0)[i:j])
+            return ops.cast(dc, c.dtype), ops.concatenate(de)
+
+        c32 = ops.cast(c, "float32")
+        total: Any = 0.0
+        for k, i, j, a, b in parts:
+            total = total + placed(c32[:, i:j] * entries[a:b], i + k)
+        return total, grad
+
+    return product(c, entries)
+
+
+def diagonals(n: int, width: int) -> list[tuple[int, int, int]]:
+    """(k, i, j): diagonal k of an (n, n) matrix is in rows i to j."""
+    return [(k, max(-k, 0), n - max(k, 0)) for k in range(-width, width + 1)]
