@@ -82,6 +82,10 @@ class RankAllocator(keras.callbacks.Callback):
         self._fixed = False
         self._budget = self._budgets(adapters)[0]
 
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        # A run that was interrupted goes on where it stopped, not at 0.
+        self._step = epoch * self.params.get("steps", 0) or self._step
+
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self._step += 1
         if self._fixed:
