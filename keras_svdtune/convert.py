@@ -106,6 +106,9 @@ def to_lora(model: keras.Model, rank: int | None = None) -> Conversion:
     | LoRA | nothing is done |
     | SVF, SVFT, DoRA | an error: they need `rank` |
 
+    SVF and SVFT change all components of W, so a small rank holds little of
+    what they learned: look at the error before you rely on it.
+
     Args:
         model: a model with an adapter.
         rank: int, the rank of every layer's A·B, the best approximation
