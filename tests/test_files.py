@@ -15,12 +15,16 @@ from helpers import (
     adapted,
     assert_differ,
     assert_same,
+    compiles,
     default_methods,
     eager,
+    hosts_data,
+    hosts_model,
     method_id,
     must_stay,
     numpy,
     perturb,
+    predict,
     randomise,
     small_data,
     small_model,
@@ -31,7 +35,7 @@ from helpers import (
 )
 
 import keras_svdtune
-from keras_svdtune import METHODS, SVF, SVFT, PiSSA, adapter_file
+from keras_svdtune import METHODS, SVF, SVFT, LoRAXS, PiSSA, adapter_file
 
 X, Y = small_data()
 KEY = "keras_svdtune"
@@ -217,6 +221,34 @@ def test_onto_an_enabled_one(path):
     assert_same(eager(model, X), expected)
     assert [id(v) for v in model.weights] == variables
     assert_same(numpy(adapted(model).popitem()[1].adapter.basis), basis)
+
+
+@pytest.mark.parametrize("method", default_methods(), ids=method_id)
+def test_a_swap_compiles_nothing(method, path):
+    """Other values, the same compiled `predict`, as the traces show."""
+    names = ("dense_tall", "dense_wide")
+    model, data = hosts_model(names=names), hosts_data(names)
+    keras_svdtune.enable_adapter(model, method)
+    perturb(model, seed=1)
+    keras_svdtune.save_adapter(model, path)
+    expected = predict(model, data)
+    perturb(model, seed=2)
+    traces = model.get_layer("dense_tall_counter").calls
+    assert_differ(predict(model, data), expected)
+    keras_svdtune.load_adapter(model, path)
+    assert_same(predict(model, data), expected)
+    if compiles():
+        assert model.get_layer("dense_tall_counter").calls == traces
+
+
+@pytest.mark.parametrize(
+    "method", [SVF(), SVFT(), LoRAXS(rank=2)], ids=method_id
+)
+def test_it_is_hardly_larger_than_what_it_holds(method, path):
+    """A few hundred bytes a layer; the real models have long paths too."""
+    model = saved(path, method, make=lambda: tiny_gemma(num_layers=20))
+    held = sum(v.nbytes for v in trainables(model).values())
+    assert path.stat().st_size - held < 300 * len(adapted(model))
 
 
 @pytest.mark.parametrize("enabled", [SVFT(), PiSSA(rank=1), PiSSA(rank=2)])

@@ -81,12 +81,12 @@ def pirate_pairs(seed: int = 0) -> list[Pair]:
     ]
 
 
-def corpus() -> list[tuple[str, str]]:
+def corpus(language: str = "english") -> list[tuple[str, str]]:
     """The opening question of every conversation, and its first answer."""
     package = require("chatterbot_corpus").__file__
     assert package is not None
     found = []
-    for file in sorted(Path(package).parent.glob("data/english/*.yml")):
+    for file in sorted(Path(package).parent.glob(f"data/{language}/*.yml")):
         text = file.read_text(encoding="utf-8")
         for lines in require("yaml").safe_load(text)["conversations"]:
             if len(lines) > 1:

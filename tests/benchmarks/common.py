@@ -145,8 +145,8 @@ def describe(info: dict[str, Any]) -> str:
     """One line about the machine, for tables and plots."""
     versions = info["versions"]
     return (
-        f"{info['cores']} cores, {info['backend']} on {info['device']}, "
-        f"keras {versions['keras']}, jax {versions['jax']}, "
+        f"{info['cores']} cores, {info['backend']} on "
+        f"{info.get('device', 'cpu')}, keras {versions['keras']}, jax {versions['jax']}, "
         f"{info['date'][:10]}, load {info['load_at_start']} to "
         f"{info['load_at_end']}"
     )
