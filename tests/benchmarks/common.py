@@ -146,9 +146,9 @@ def describe(info: dict[str, Any]) -> str:
     versions = info["versions"]
     return (
         f"{info['cores']} cores, {info['backend']} on "
-        f"{info.get('device', 'cpu')}, keras {versions['keras']}, jax {versions['jax']}, "
-        f"{info['date'][:10]}, load {info['load_at_start']} to "
-        f"{info['load_at_end']}"
+        f"{info.get('device', 'cpu')}, keras {versions['keras']}, "
+        f"jax {versions['jax']}, {info['date'][:10]}, load "
+        f"{info['load_at_start']} to {info['load_at_end']}"
     )
 
 
