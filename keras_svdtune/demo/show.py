@@ -168,25 +168,23 @@ def plot(results: list["Result"], file: Path) -> None:
     for result in results:
         steps = range(1, len(result.losses) + 1)
         (line,) = axes.plot(
-            steps, smooth(result.losses), label=f"{result.method}, training"
+            steps,
+            smooth(result.losses),
+            label=f"{result.method}: {result.after.loss:.2f} held out",
         )
         colour = line.get_color()
         if len(results) == 1:
             axes.plot(steps, result.losses, color=colour, alpha=0.25)
-        axes.plot(
-            [steps[-1]],
-            [result.after.loss],
-            "o",
-            color=colour,
-            label=f"{result.method}, held out: {result.after.loss:.2f}",
-        )
+        axes.plot([steps[-1]], [result.after.loss], "o", color=colour)
     base = results[0].before.loss
     axes.axhline(base, color="grey", linestyle="--", linewidth=1)
     axes.annotate(
         f"base model, held out: {base:.2f}",
         (1, base),
+        xycoords=("axes fraction", "data"),
         xytext=(0, 4),
         textcoords="offset points",
+        horizontalalignment="right",
         color="grey",
     )
     axes.set_xlabel("training step")
@@ -194,7 +192,12 @@ def plot(results: list["Result"], file: Path) -> None:
     axes.set_title(f"{results[0].model} learns to talk like a pirate")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    # Beside the curves: eight methods would cover them.
+    figure.legend(
+        loc="outside right upper",
+        frameon=False,
+        title="line: training\ndot: held out",
+    )
     figure.savefig(file, dpi=150)
     plt.close(figure)
 
