@@ -63,6 +63,7 @@ def written(tmp_path_factory):
     return folder
 
 
+@pytest.mark.xdist_group("other backend")
 @pytest.mark.parametrize("i", range(len(methods_for_small())))
 def test_trained_on_another_backend(i, written):
     keras.backend.clear_session(free_memory=False)

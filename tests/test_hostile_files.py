@@ -198,16 +198,19 @@ for i in range(10**6):
 """
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() != "jax", reason="writing knows no backend"
+)
 def test_killed_while_saving(tmp_path):
     """At any moment the file is a whole one."""
     path = tmp_path / "a.safetensors"
     rng = random.Random(0)
-    for _ in range(8):
+    for _ in range(4):
         child = subprocess.Popen(
             [sys.executable, "-c", SAVER, path], stdout=subprocess.PIPE
         )
         assert child.stdout.readline() == b"ready\n"
-        for _ in range(5):  # stopped at some point, as if killed there
+        for _ in range(10):  # stopped at some point, as if killed there
             time.sleep(rng.uniform(0.0, 0.05))
             os.kill(child.pid, signal.SIGSTOP)
             if path.exists():
