@@ -122,7 +122,7 @@ def main() -> None:
 def table_of(
     rows: dict[str, dict[str, float]], title: str, machine: Any
 ) -> Table:
-    """Loss on both tasks, and the share of the gain that is kept."""
+    """Loss on both tasks."""
     table = Table(
         title=f"Loss per answer token on held-out pairs: {title}",
         caption=common.describe(machine),
