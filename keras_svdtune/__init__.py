@@ -9,9 +9,13 @@ Backbone and Task. The same functions take any `keras.Model`.
 | `svd` | the decomposition of a matrix |
 | `methods/` | what each method trains, one file each |
 | `adapter`, `hosts` | the weights a method adds, and the layers they live in |
+| `maps` | the frozen product of a layer, as a method sees it |
+| `raw_kernels`, `bank` | kernels without a layer of their own: experts |
+| `quantized` | int8 and int4 kernels, read and written |
 | `attach`, `freezing`, `compiled` | converting a built layer, and back |
 | `targets`, `enable` | which layers, and the verb |
 | `files`, `adapter_file` | saving and loading; what is in a file |
+| `hub`, `hub_client` | the same through Hugging Face and Kaggle |
 | `file_checks`, `fingerprint` | whether a file belongs to a model |
 | `thin`, `convert` | what an adapter adds as a thin product: any as a LoRA |
 | `export`, `hf_names` | a folder for PEFT, in transformers' names |
@@ -35,6 +39,7 @@ from keras_svdtune.enable import (
 )
 from keras_svdtune.export import export_peft
 from keras_svdtune.files import load_adapter, save_adapter
+from keras_svdtune.hub import push_adapter
 from keras_svdtune.methods import (
     METHODS,
     SVF,
@@ -60,14 +65,62 @@ enable_lora_xs = _backbone.enable_function(LoRAXS)
 enable_adalora = _backbone.enable_function(AdaLoRA)
 enable_dora = _backbone.enable_function(DoRA)
 
-SVFDense, SVFEinsumDense = _layers.layer_classes(SVF)
-SVFTDense, SVFTEinsumDense = _layers.layer_classes(SVFT)
-PiSSADense, PiSSAEinsumDense = _layers.layer_classes(PiSSA)
-MiLoRADense, MiLoRAEinsumDense = _layers.layer_classes(MiLoRA)
-LoRAXSDense, LoRAXSEinsumDense = _layers.layer_classes(LoRAXS)
-LoRADense, LoRAEinsumDense = _layers.layer_classes(LoRA)
-AdaLoRADense, AdaLoRAEinsumDense = _layers.layer_classes(AdaLoRA)
-DoRADense, DoRAEinsumDense = _layers.layer_classes(DoRA)
+(
+    SVFDense,
+    SVFEinsumDense,
+    SVFConv1D,
+    SVFConv2D,
+    SVFConv3D,
+) = _layers.layer_classes(SVF)
+(
+    SVFTDense,
+    SVFTEinsumDense,
+    SVFTConv1D,
+    SVFTConv2D,
+    SVFTConv3D,
+) = _layers.layer_classes(SVFT)
+(
+    PiSSADense,
+    PiSSAEinsumDense,
+    PiSSAConv1D,
+    PiSSAConv2D,
+    PiSSAConv3D,
+) = _layers.layer_classes(PiSSA)
+(
+    MiLoRADense,
+    MiLoRAEinsumDense,
+    MiLoRAConv1D,
+    MiLoRAConv2D,
+    MiLoRAConv3D,
+) = _layers.layer_classes(MiLoRA)
+(
+    LoRAXSDense,
+    LoRAXSEinsumDense,
+    LoRAXSConv1D,
+    LoRAXSConv2D,
+    LoRAXSConv3D,
+) = _layers.layer_classes(LoRAXS)
+(
+    LoRADense,
+    LoRAEinsumDense,
+    LoRAConv1D,
+    LoRAConv2D,
+    LoRAConv3D,
+) = _layers.layer_classes(LoRA)
+(
+    AdaLoRADense,
+    AdaLoRAEinsumDense,
+    AdaLoRAConv1D,
+    AdaLoRAConv2D,
+    AdaLoRAConv3D,
+) = _layers.layer_classes(AdaLoRA)
+(
+    DoRADense,
+    DoRAEinsumDense,
+    DoRAConv1D,
+    DoRAConv2D,
+    DoRAConv3D,
+) = _layers.layer_classes(DoRA)
 
 _backbone.patch_keras_hub()
 
@@ -76,31 +129,55 @@ __all__ = [
     "SVF",
     "SVFT",
     "AdaLoRA",
+    "AdaLoRAConv1D",
+    "AdaLoRAConv2D",
+    "AdaLoRAConv3D",
     "AdaLoRADense",
     "AdaLoRAEinsumDense",
     "Conversion",
     "Cost",
     "DoRA",
+    "DoRAConv1D",
+    "DoRAConv2D",
+    "DoRAConv3D",
     "DoRADense",
     "DoRAEinsumDense",
     "LayerConversion",
     "LayerCost",
     "LoRA",
+    "LoRAConv1D",
+    "LoRAConv2D",
+    "LoRAConv3D",
     "LoRADense",
     "LoRAEinsumDense",
     "LoRAXS",
+    "LoRAXSConv1D",
+    "LoRAXSConv2D",
+    "LoRAXSConv3D",
     "LoRAXSDense",
     "LoRAXSEinsumDense",
     "Method",
     "MiLoRA",
+    "MiLoRAConv1D",
+    "MiLoRAConv2D",
+    "MiLoRAConv3D",
     "MiLoRADense",
     "MiLoRAEinsumDense",
     "PiSSA",
+    "PiSSAConv1D",
+    "PiSSAConv2D",
+    "PiSSAConv3D",
     "PiSSADense",
     "PiSSAEinsumDense",
     "RankAllocator",
+    "SVFConv1D",
+    "SVFConv2D",
+    "SVFConv3D",
     "SVFDense",
     "SVFEinsumDense",
+    "SVFTConv1D",
+    "SVFTConv2D",
+    "SVFTConv3D",
     "SVFTDense",
     "SVFTEinsumDense",
     "SavedAdapter",
@@ -119,6 +196,7 @@ __all__ = [
     "export_peft",
     "load_adapter",
     "merge_adapter",
+    "push_adapter",
     "remove_adapter",
     "save_adapter",
     "to_lora",

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_svdtune.bank import over_bank
 from keras_svdtune.fingerprint import fingerprint, matches
 from keras_svdtune.matrix import MatrixView
 from keras_svdtune.methods.base import LinearMap, Method, Weight
@@ -39,8 +40,9 @@ class Adapter(keras.layers.Layer):
         initial_value: Callable[[str], Any],
         dtype: Any = None,
         self_contained: bool = False,
+        name: str = "adapter",
     ):
-        super().__init__(name="adapter", dtype=dtype)
+        super().__init__(name=name, dtype=dtype)
         self.method = method
         self.view = view
         self.shape = view.shape
@@ -56,7 +58,7 @@ class Adapter(keras.layers.Layer):
         for weight in self.method.weights(self.shape):
             variable = self.add_weight(
                 name=f"{self.method.name}_{weight.name}",
-                shape=weight.shape,
+                shape=self.view.batch + weight.shape,
                 initializer=self._initializer(weight),
                 trainable=weight.trainable or weight.overwritten,
                 overwrite_with_gradient=weight.overwritten,
@@ -88,18 +90,26 @@ class Adapter(keras.layers.Layer):
         # `share` is known when all layers are adapted.
         return lambda variable: penalty(variable) * self.share
 
-    def call(self, x: Any, base: LinearMap) -> Any:
-        """The adapted product for x (tokens, in), by the method."""
-        return self.method.call(self, x, base)
+    def call(self, base: LinearMap) -> Any:
+        """The adapted product (tokens, out), by the method."""
+        return self.method.call(self, base)
 
     def merged(self, matrix: Any) -> Any:
-        """W' (in, out) in float32 for W (in, out)."""
-        return self.method.merged(self, ops.cast(matrix, "float32"))
+        """W' (in, out) in float32 for W (in, out); or for each of a bank."""
+        matrix = ops.cast(matrix, "float32")
+        if self.view.count is None:
+            return self.method.merged(self, matrix)
+        values = {
+            w.name: ops.convert_to_tensor(getattr(self, w.name))
+            for w in self.method.weights(self.shape)
+        }
+        return over_bank(self.method.merged, self.shape, values, matrix)
 
     def reset(self) -> None:
         """Sets the trainables so that the layer computes x·W again."""
         for name, value in self.method.neutral(self).items():
-            getattr(self, name).assign(value)
+            variable = getattr(self, name)
+            variable.assign(ops.broadcast_to(value, variable.shape))
 
     def save_own_variables(self, store: Any) -> None:
         for name, variable in self._stored().items():
@@ -174,7 +184,19 @@ class Plan:
 
 
 def plan(method: Method, matrix: Any, name: str) -> Plan:
-    """Decomposes W = `matrix` (in, out), the kernel of `name`."""
+    """Decomposes W = `matrix` (in, out), the kernel of `name`.
+
+    Or each matrix of a bank (count, in, out), whose weights are stacked.
+    """
+    if len(matrix.shape) == 2:
+        ready = _plan_one(method, matrix, name)
+    else:
+        ready = _plan_bank(method, matrix, name)
+    ready.base_fingerprint = fingerprint(ops.convert_to_numpy(matrix))
+    return ready
+
+
+def _plan_one(method: Method, matrix: Any, name: str) -> Plan:
     shape = tuple(matrix.shape)
     needs = method.needs(shape)
     factors = None if needs is None else decompose(matrix, needs, name)
@@ -188,4 +210,23 @@ def plan(method: Method, matrix: Any, name: str) -> Plan:
     seed = zlib.crc32(name.encode()) + getattr(method, "seed", 0)
     random = np.random.RandomState(seed % 2**32)
     values = method.initial_values(matrix, factors, random)
-    return Plan(method, values, fingerprint(ops.convert_to_numpy(matrix)))
+    return Plan(method, values, np.zeros(0))
+
+
+def _plan_bank(method: Method, matrices: Any, name: str) -> Plan:
+    def plans(method: Method) -> list[Plan]:
+        return [
+            _plan_one(method, matrices[i], f"{name}#{i}")
+            for i in range(matrices.shape[0])
+        ]
+
+    each = plans(method)
+    if len({p.method for p in each}) > 1:
+        # By energy the experts have several ranks; stacked they have one.
+        widest = max(each, key=lambda p: p.method.rank)  # type: ignore[attr-defined]
+        each = plans(widest.method)
+    values = {
+        key: np.stack([ops.convert_to_numpy(p.values[key]) for p in each])
+        for key in each[0].values
+    }
+    return Plan(each[0].method, values, np.zeros(0))

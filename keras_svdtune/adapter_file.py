@@ -30,6 +30,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from keras_svdtune import hub_client
+
 FORMAT_VERSION = 1
 FINGERPRINTS, EFFECTS = "base_fingerprints", "effects"
 _KEY, _DIGEST = "keras_svdtune", "sha256"
@@ -74,49 +76,53 @@ class SavedAdapter:
 
 
 def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
-    """Reads an adapter file.
+    """Reads an adapter file, from a hub if `path` is a URI.
 
     Raises:
-        ValueError: it is no adapter file, is damaged, or of another format.
+        ValueError: it is no adapter file, is damaged, or of another format;
+            or it could not be fetched.
     """
-    path = checked_path(path)
+    source = f"'{path}'"
+    path = checked_path(
+        hub_client.fetch(str(path)) if hub_client.is_uri(path) else path
+    )
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
-        raise ValueError(f"There is no file '{path}'.") from None
+        raise ValueError(f"There is no file {source}.") from None
     except Exception as error:
         raise ValueError(
-            f"'{path}' is not a safetensors file, or is damaged: {error}"
+            f"{source} is not a safetensors file, or is damaged: {error}"
         ) from None
     try:
         about = json.loads(metadata[_KEY])
         version = about["format_version"]
     except (KeyError, TypeError, ValueError, RecursionError):
         raise ValueError(
-            f"'{path}' is a safetensors file, but not an adapter that "
+            f"{source} is a safetensors file, but not an adapter that "
             f"`save_adapter` wrote: its metadata has no valid '{_KEY}'."
         ) from None
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"'{path}' has format version {version}; this release reads "
+            f"{source} has format version {version}; this release reads "
             f"version {FORMAT_VERSION}. Update keras_svdtune."
         )
     if about.pop(_DIGEST, None) != _digest(about, arrays):
         raise ValueError(
-            f"'{path}' is damaged, or was changed after it was written: its "
+            f"{source} is damaged, or was changed after it was written: its "
             f"contents do not agree with its '{_DIGEST}'."
         )
-    _check_about(about, path)
-    return SavedAdapter(about, arrays, f"'{path}'")
+    _check_about(about, source)
+    return SavedAdapter(about, arrays, source)
 
 
-def _check_about(about: dict[str, Any], path: pathlib.Path) -> None:
+def _check_about(about: dict[str, Any], source: str) -> None:
     expected = {"method": str, "settings": dict, "layers": dict}
     for key, kind in expected.items():
         if not isinstance(about.get(key), kind):
-            raise ValueError(f"The metadata of '{path}' has no valid '{key}'.")
+            raise ValueError(f"The metadata of {source} has no valid '{key}'.")
     for layer_path, entry in about["layers"].items():
         if (
             not isinstance(entry, dict)
@@ -125,7 +131,7 @@ def _check_about(about: dict[str, Any], path: pathlib.Path) -> None:
             or not isinstance(entry.get("settings", {}), dict)
         ):
             raise ValueError(
-                f"The metadata of '{path}' has no valid entry for layer "
+                f"The metadata of {source} has no valid entry for layer "
                 f"'{layer_path}': {entry!r}"
             )
 
@@ -144,6 +150,11 @@ def _digest(about: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
 
 def checked_path(path: str | os.PathLike[str]) -> pathlib.Path:
     """`path`, or a ValueError if it is not the name of an adapter file."""
+    if hub_client.is_uri(path):
+        raise ValueError(
+            "A file is saved here; `push_adapter` uploads one to a hub. "
+            f"Received: path='{path}'"
+        )
     path = pathlib.Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(

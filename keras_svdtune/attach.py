@@ -16,71 +16,111 @@ this package relies on of Keras' internals is in this file and `freezing.py`:
 from collections.abc import Callable
 from typing import Any
 
-import keras
 from keras import ops
 
 from keras_svdtune.adapter import Adapter, Plan, plan
 from keras_svdtune.hosts import (
     HOSTS,
-    AdaptedDense,
-    AdaptedEinsumDense,
+    AdaptedConvolution,
     AdapterHost,
-    plain_class,
+    kernel_of,
+    matrix_of,
+    view_of,
+    without_adapter,
 )
-from keras_svdtune.matrix import MatrixView
 from keras_svdtune.methods.base import Method
+from keras_svdtune.quantized import QUANTIZED_VARIABLES, requantized
+from keras_svdtune.raw_kernels import (
+    RawKernel,
+    ReadsMerged,
+    adapted_kernels,
+    reading_merged,
+)
 
 
-class _InPlace(AdapterHost):
+class _SavesMerged(AdapterHost):
     """What a converted layer does when the model is saved and loaded."""
 
-    def _get_kernel_with_merged_lora(self) -> tuple[Any, None, None]:
+    @property
+    def kernel(self) -> Any:
+        # What reads the kernel rather than call the layer, as Gemma 4's
+        # feed-forward block does, gets the adapted one.
+        return self.merged_in_compute_dtype()
+
+    def _get_kernel_with_merged_lora(self) -> tuple[Any, ...]:
         # Keras asks for (kernel, scale, zero point) to save here.
-        return self.merged_kernel(), None, None
+        merged = _merged_variables(self)
+        return tuple(merged.get(name) for name in QUANTIZED_VARIABLES)
 
     def load_own_variables(self, store: Any) -> None:
-        layer: Any = self
-        before = ops.copy(layer._kernel.value)
+        before = _copies(self)
         super().load_own_variables(store)  # type: ignore[misc]
-
-        def settle(adapted_file: bool) -> None:
-            if adapted_file:
-                # The kernel that was read is merged; the adapter comes on top.
-                layer._kernel.assign(before)
-            elif not bool(ops.all(ops.equal(layer._kernel.value, before))):
-                rebuild_basis(layer)
-
-        self.adapter.settle = settle
+        self.adapter.settle = _settle(self, before)
 
 
-class _InPlaceDense(_InPlace, AdaptedDense):
-    pass
+class _SavesMergedConvolution(_SavesMerged):
+    def save_own_variables(self, store: Any) -> None:
+        layer: Any = self
+        store["0"] = self.merged_kernel()
+        if layer.bias is not None:
+            store["1"] = layer.bias
 
 
-class _InPlaceEinsumDense(_InPlace, AdaptedEinsumDense):
-    pass
+class _OwnerSavesMerged(ReadsMerged):
+    """What the owner of raw kernels does when the model is saved and loaded."""
+
+    def save_own_variables(self, store: Any) -> None:
+        layer: Any = self
+        kernels = {id(x.variable): x for x in adapted_kernels(self)}
+        variables = layer._trainable_variables + layer._non_trainable_variables
+        for i, variable in enumerate(variables):
+            kernel = kernels.get(id(variable))
+            store[str(i)] = kernel.merged_kernel() if kernel else variable
+
+    def load_own_variables(self, store: Any) -> None:
+        before = [(x, _copies(x)) for x in adapted_kernels(self)]
+        super().load_own_variables(store)  # type: ignore[misc]
+        for kernel, copies in before:
+            kernel.adapter.settle = _settle(kernel, copies)
 
 
-_IN_PLACE: dict[type, type] = {
-    keras.layers.Dense: _InPlaceDense,
-    keras.layers.EinsumDense: _InPlaceEinsumDense,
-}
-for _plain, _class in _IN_PLACE.items():
-    _class.__name__ = _class.__qualname__ = _plain.__name__
+def _in_place(host: type[AdapterHost]) -> type:
+    """The class to swap in, which saves like the plain one."""
+    convolution = issubclass(host, AdaptedConvolution)
+    mixin = _SavesMergedConvolution if convolution else _SavesMerged
     # A config written from it names the plain layer.
-    _class.__module__ = "keras.layers"
+    return type(
+        host.plain.__name__, (mixin, host), {"__module__": "keras.layers"}
+    )
 
 
-def view_of(layer: Any) -> MatrixView:
-    """How the kernel of a plain or adapted layer reads as a matrix."""
-    host: Any = HOSTS.get(type(layer), type(layer))
-    return host.matrix_view(layer)
+_IN_PLACE = {plain: _in_place(host) for plain, host in HOSTS.items()}
 
 
-def matrix_of(layer: Any) -> Any:
-    """W (in, out) of a plain or adapted layer, a float32 tensor."""
-    kernel = ops.cast(layer._kernel.value, "float32")
-    return view_of(layer).to_matrix(kernel)
+def owner_of(layer: Any) -> Any:
+    """The Keras layer that a target is, or whose kernel it is."""
+    return layer.owner if isinstance(layer, RawKernel) else layer
+
+
+def adapter_of(layer: Any) -> Any:
+    """The adapter of a target, or None."""
+    return getattr(owner_of(layer), _slot(layer), None)
+
+
+def _slot(layer: Any) -> str:
+    """The attribute of the owner that holds the adapter."""
+    return layer.slot if isinstance(layer, RawKernel) else "adapter"
+
+
+def _host_class(layer: Any) -> type:
+    if not isinstance(layer, RawKernel):
+        return _IN_PLACE[type(layer)]
+    owner = type(layer.owner)
+    return (
+        owner
+        if issubclass(owner, ReadsMerged)
+        else reading_merged(owner, _OwnerSavesMerged)  # type: ignore[arg-type]
+    )
 
 
 def attach(
@@ -92,31 +132,35 @@ def attach(
     """Gives `layer` an adapter, and the class that computes through it.
 
     Args:
-        layer: a built Dense or EinsumDense.
+        layer: a built layer of a class in `HOSTS`, or a `RawKernel`.
         method: `Method`.
         initial_value: function from a weight's name to its first value,
             None for zeros.
         host_class: the class to swap in; None for the one that saves like
             a plain layer. A layer that has it already keeps it.
     """
-    host_class = host_class or _IN_PLACE[type(layer)]
+    declared = host_class is not None
+    host_class = host_class or _host_class(layer)
     adapter = Adapter(
         method,
         view_of(layer),
         initial_value,
-        dtype=layer.dtype_policy,
-        self_contained=not issubclass(host_class, _InPlace),
+        # What an adapter adds to a quantized kernel is of the float policy.
+        dtype=layer.dtype_policy.name.split("_from_")[-1],
+        self_contained=declared,
+        name=_slot(layer),
     )
-    locked = layer._tracker.locked
-    layer._tracker.unlock()
+    owner = owner_of(layer)
+    locked = owner._tracker.locked
+    owner._tracker.unlock()
     try:
-        with layer._open_name_scope():
+        with owner._open_name_scope():
             adapter.build(None)
-        layer.adapter = adapter
+        setattr(owner, _slot(layer), adapter)
     finally:
         if locked:
-            layer._tracker.lock()
-    layer.__class__ = host_class
+            owner._tracker.lock()
+    owner.__class__ = host_class
 
 
 def attach_plan(layer: Any, ready: Plan) -> None:
@@ -127,13 +171,13 @@ def attach_plan(layer: Any, ready: Plan) -> None:
 
 def detach(layer: Any) -> None:
     """Takes the adapter away; the layer is a plain Keras layer again."""
-    adapter = layer.adapter
-    layer._tracker.unlock()
-    delattr(layer, "adapter")
-    layer._tracker.untrack(adapter)
-    layer._tracker.lock()
-    if isinstance(layer, AdapterHost):
-        layer.__class__ = plain_class(layer)
+    owner = owner_of(layer)
+    _drop(owner, _slot(layer))
+    if isinstance(layer, RawKernel):
+        if isinstance(owner, ReadsMerged) and not adapted_kernels(owner):
+            owner.__class__ = owner.plain
+    elif isinstance(owner, AdapterHost):
+        owner.__class__ = owner.plain
 
 
 def put_back(layer: Any, adapter: Adapter, host_class: type) -> None:
@@ -141,21 +185,30 @@ def put_back(layer: Any, adapter: Adapter, host_class: type) -> None:
 
     Args:
         layer: a layer that was adapted; plain, adapted, or in between.
-        adapter, host_class: the adapter and the class that it had.
+        adapter, host_class: the adapter, and the class that its owner had.
     """
-    layer._tracker.unlock()
-    now = getattr(layer, "adapter", None)
-    if now is not None and now is not adapter:
-        delattr(layer, "adapter")
-        layer._tracker.untrack(now)
-    layer.adapter = adapter
-    layer._tracker.lock()
-    layer.__class__ = host_class
+    owner = owner_of(layer)
+    if adapter_of(layer) not in (None, adapter):
+        _drop(owner, _slot(layer))
+    owner._tracker.unlock()
+    setattr(owner, _slot(layer), adapter)
+    owner._tracker.lock()
+    owner.__class__ = host_class
+
+
+def _drop(owner: Any, slot: str) -> None:
+    adapter = getattr(owner, slot)
+    owner._tracker.unlock()
+    delattr(owner, slot)
+    owner._tracker.untrack(adapter)
+    owner._tracker.lock()
 
 
 def merge(layer: Any) -> None:
     """Folds the adapter into the kernel and takes it away."""
-    layer._kernel.assign(layer.merged_kernel())
+    merged = _merged_variables(layer)
+    for name, variable in _kernel_variables(layer).items():
+        variable.assign(merged[name])
     detach(layer)
 
 
@@ -167,3 +220,42 @@ def rebuild_basis(layer: Any) -> None:
         getattr(adapter, name).assign(value)
     adapter.reset()
     adapter.base_fingerprint = new.base_fingerprint
+
+
+def _kernel_variables(layer: Any) -> dict[str, Any]:
+    """The variables that hold the kernel: several if it is quantized."""
+    if layer.quantization_mode is None:
+        return {"_kernel": kernel_of(layer)}
+    found = {x: getattr(layer, x, None) for x in QUANTIZED_VARIABLES}
+    return {name: x for name, x in found.items() if x is not None}
+
+
+def _merged_variables(layer: Any) -> dict[str, Any]:
+    """What they are for the merged kernel."""
+    merged = layer.merged_kernel()
+    if layer.quantization_mode is None:
+        return {"_kernel": merged}
+    return requantized(without_adapter(layer), merged)
+
+
+def _copies(layer: Any) -> dict[str, Any]:
+    variables = _kernel_variables(layer)
+    return {name: ops.copy(x.value) for name, x in variables.items()}
+
+
+def _settle(layer: Any, before: dict[str, Any]) -> Callable[[bool], None]:
+    """What is left to do once a weights file was read."""
+
+    def settle(adapted_file: bool) -> None:
+        variables = _kernel_variables(layer)
+        if adapted_file:
+            # The kernel that was read is merged; the adapter comes on top.
+            for name, variable in variables.items():
+                variable.assign(before[name])
+        elif not all(
+            bool(ops.all(ops.equal(variable.value, before[name])))
+            for name, variable in variables.items()
+        ):
+            rebuild_basis(layer)
+
+    return settle

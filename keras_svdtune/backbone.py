@@ -11,7 +11,7 @@ from typing import Any
 
 import keras_hub
 
-from keras_svdtune import convert, enable, export, files, report
+from keras_svdtune import convert, enable, export, files, hub, report
 from keras_svdtune.methods.base import METHODS, Method
 
 
@@ -53,6 +53,7 @@ def functions() -> dict[str, Callable[..., Any]]:
         enable.adapter_disabled,
         files.save_adapter,
         files.load_adapter,
+        hub.push_adapter,
         convert.to_lora,
         export.export_peft,
         report.adapter_summary,

@@ -11,13 +11,14 @@ import keras
 import keras_hub
 from keras import ops
 
-from keras_svdtune import attach
+from keras_svdtune import attach, quantized
 from keras_svdtune.adapter import Plan, plan
 from keras_svdtune.compiled import reset_compiled
 from keras_svdtune.freezing import freeze
 from keras_svdtune.hosts import HOSTS
 from keras_svdtune.methods.base import METHODS, Method, nearest
 from keras_svdtune.progress import run_all
+from keras_svdtune.raw_kernels import RawKernel
 from keras_svdtune.targets import adapted_layers, all_layers, find_targets
 
 
@@ -52,9 +53,9 @@ def enable_adapter(
         model: a KerasHub Backbone; a Task, which means its backbone; or any
             built `keras.Model`.
         method: the method with its settings, such as `SVF()`.
-        target_layer_names: None for every Dense and EinsumDense layer;
-            or a list of layer names (`"query"`) and regular expressions that
-            match a whole layer path (`".*ffw.*"`).
+        target_layer_names: None for every Dense, EinsumDense and convolution
+            and every bank of experts; or a list of layer names (`"query"`)
+            and regular expressions that match a whole layer path (`".*ffw.*"`).
 
     Raises:
         ValueError: an adapter is enabled already, a target matches nothing,
@@ -96,12 +97,12 @@ def attach_plans(
             layer.adapter.share = 1.0 / len(layers)
     except BaseException:
         for layer in layers.values():
-            if hasattr(layer, "adapter"):
+            if attach.adapter_of(layer) is not None:
                 attach.detach(layer)
         unfreeze()
         raise
     _ENABLED[root] = _Enabled(method, unfreeze)
-    reset_compiled(layers.values())
+    reset_compiled(attach.owner_of(x) for x in layers.values())
 
 
 def replace_adapters(
@@ -121,13 +122,16 @@ def replace_adapters(
     """
     layers = require_adapted(root)
     owners = _owners(root, layers)
-    before = {path: (x.adapter, type(x)) for path, x in layers.items()}
+    before = {
+        path: (x.adapter, type(attach.owner_of(x)))
+        for path, x in layers.items()
+    }
     try:
         for path, layer in layers.items():
             attach.detach(layer)
             attach.attach_plan(layer, plans[path])
             layer.adapter.share = before[path][0].share
-        reset_compiled(layers.values())
+        reset_compiled(attach.owner_of(x) for x in layers.values())
     except BaseException:
         for path, layer in layers.items():
             attach.put_back(layer, *before[path])
@@ -173,16 +177,17 @@ def _give_back(model: keras.Model, end: Callable[[Any], None]) -> None:
         end(layer)
     for owner in owners:
         _ENABLED.pop(owner).unfreeze()
-    reset_compiled(layers.values())
+    reset_compiled(attach.owner_of(x) for x in layers.values())
 
 
 def _owners(root: keras.Model, layers: dict[str, Any]) -> list[keras.Model]:
     """The models in `root` that `layers` were enabled on."""
     inside = {id(x) for x in all_layers(root)}
-    ours = [id(x) for x in layers.values()]
+    ours = [id(attach.owner_of(x)) for x in layers.values()]
     for owner in list(_ENABLED):
         if id(owner) not in inside and any(
-            id(x) in ours for x in adapted_layers(owner).values()
+            id(attach.owner_of(x)) in ours
+            for x in adapted_layers(owner).values()
         ):
             raise ValueError(
                 f"The adapter was enabled on '{owner.name}', which holds "
@@ -303,7 +308,7 @@ def targets_for(
 
 def check_layer(path: str, layer: Any, method: Method) -> None:
     """Raises a ValueError that names the layer if `method` cannot adapt it."""
-    if type(layer) not in HOSTS:
+    if type(layer) not in HOSTS and not isinstance(layer, RawKernel):
         raise ValueError(
             f"Layer '{path}' is a {type(layer).__name__}, which cannot be "
             "adapted. Leave it out of `target_layer_names`."
@@ -315,17 +320,23 @@ def check_fit(path: str, layer: Any, method: Method) -> None:
     """Raises a ValueError if the settings of layer and method do not fit."""
     if layer.lora_enabled:
         problem = "has Keras LoRA enabled; load the model without it"
-    elif layer.quantization_mode is not None:
-        problem = f"is quantized ({layer.quantization_mode})"
+    elif layer.quantization_mode not in (None, *quantized.MODES):
+        problem = (
+            f"is quantized to {layer.quantization_mode}, and adapters know "
+            f"{' and '.join(quantized.MODES)} only"
+        )
     elif layer.kernel_constraint is not None:
         problem = (
             "has a kernel constraint, which an adapter cannot respect; build "
             "it without `kernel_constraint`"
         )
     else:
-        shape = attach.view_of(layer).shape
+        view = attach.view_of(layer)
+        shape = view.shape
         try:
             method.check(shape)
+            if view.count is not None and not method.banks:
+                raise ValueError(f"{method.title} takes no bank of matrices.")
         except ValueError as error:
             raise ValueError(
                 f"Layer '{path}', a matrix of {shape[0]} x {shape[1]}: {error}"

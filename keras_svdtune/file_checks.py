@@ -8,8 +8,8 @@ from keras import ops
 
 from keras_svdtune.adapter import Plan
 from keras_svdtune.adapter_file import EFFECTS, FINGERPRINTS, SavedAdapter
-from keras_svdtune.attach import matrix_of
 from keras_svdtune.fingerprint import effect, fingerprint, matches, same_effect
+from keras_svdtune.hosts import kernel_of, kernel_shape, matrix_of, view_of
 from keras_svdtune.methods.base import METHODS, Method, Weight, nearest
 
 
@@ -51,7 +51,7 @@ def find_layers(adapter: SavedAdapter, ours: dict[str, Any]) -> dict[str, Any]:
                 f"not have. {nearest(layer_path, list(ours))}"
             )
         layer = ours[layer_path]
-        shape = tuple(getattr(layer, "_kernel", np.zeros(())).shape)
+        shape = _shape_of(layer)
         if shape != tuple(entry["kernel_shape"]):
             raise ValueError(
                 f"{adapter.source} was made for another model: layer "
@@ -60,6 +60,13 @@ def find_layers(adapter: SavedAdapter, ours: dict[str, Any]) -> dict[str, Any]:
             )
         layers[layer_path] = layer
     return layers
+
+
+def _shape_of(layer: Any) -> tuple[int, ...]:
+    try:
+        return kernel_shape(layer)
+    except AttributeError:  # it has none
+        return ()
 
 
 def values_for(
@@ -72,11 +79,15 @@ def values_for(
     for layer_path, layer in layers.items():
         method = methods[layer_path]
         values[layer_path] = {}
-        for weight in method.weights(tuple(matrix_of(layer).shape)):
+        view = view_of(layer)
+        for weight in method.weights(view.shape):
             key = array_key(layer_path, method, weight.name)
             if weight.saved or (key in arrays and not weight.overwritten):
                 values[layer_path][weight.name] = _checked(
-                    adapter, key, weight.shape, dtype_in_file(weight)
+                    adapter,
+                    key,
+                    view.batch + weight.shape,
+                    dtype_in_file(weight),
                 )
                 known.add(key)
     for name, count in ((FINGERPRINTS, 5), (EFFECTS, 8)):
@@ -112,7 +123,7 @@ def check_bases(adapter: SavedAdapter, layers: dict[str, Any]) -> None:
     for row, (layer_path, layer) in enumerate(layers.items()):
         entry = adapter.about["layers"][layer_path]
         theirs = adapter.arrays[FINGERPRINTS][row]
-        dtypes = (entry["dtype"], layer._kernel.dtype)
+        dtypes = (entry["dtype"], kernel_of(layer).dtype)
         if not matches(fingerprint_of(layer), theirs, *dtypes):
             raise ValueError(
                 f"{adapter.source} was trained on other weights: the kernel of "
@@ -127,16 +138,18 @@ def check_effect(
 ) -> None:
     """Whether the weights to load do here what they did in training."""
     matrix = matrix_of(layer)
-    weights = types.SimpleNamespace(shape=tuple(matrix.shape))
+    view = view_of(layer)
+    weights = types.SimpleNamespace(shape=view.shape)
     for weight in ready.method.weights(weights.shape):
         value = ready.values.get(weight.name)
         dtype = weight.dtype or layer.variable_dtype
-        value = ops.zeros(weight.shape) if value is None else value
+        if value is None:
+            value = ops.zeros(view.batch + weight.shape)
         setattr(weights, weight.name, ops.cast(value, dtype))
     layer_path = list(adapter.about["layers"])[row]
     dtypes = (
         adapter.about["layers"][layer_path]["dtype"],
-        layer._kernel.dtype,
+        kernel_of(layer).dtype,
     )
     if not same_effect(
         effect(ready.method, weights, matrix),

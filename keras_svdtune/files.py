@@ -22,7 +22,6 @@ from keras_svdtune.adapter_file import (
     checked_path,
     read_adapter,
 )
-from keras_svdtune.attach import matrix_of
 from keras_svdtune.enable import (
     adapted_part,
     attach_plans,
@@ -41,9 +40,10 @@ from keras_svdtune.file_checks import (
     values_for,
 )
 from keras_svdtune.fingerprint import effect, fingerprint
+from keras_svdtune.hosts import kernel_of, kernel_shape, matrix_of
 from keras_svdtune.methods.base import Method
 from keras_svdtune.progress import run_all
-from keras_svdtune.targets import adapted_layers, all_layers, layers_by_path
+from keras_svdtune.targets import adapted_layers, loadable_layers
 
 
 def save_adapter(
@@ -93,8 +93,8 @@ def saved_adapter(
         fingerprints.append(fingerprint_of(layer))
         effects.append(effect(adapter.method, adapter, matrix))
         entry = {
-            "kernel_shape": list(layer._kernel.shape),
-            "dtype": layer._kernel.dtype,
+            "kernel_shape": list(kernel_shape(layer)),
+            "dtype": kernel_of(layer).dtype,
         }
         if adapter.method != method:
             entry["settings"] = adapter.method.settings()
@@ -126,20 +126,25 @@ def load_adapter(
 
     Args:
         model: the base model, or the same with the same method enabled.
-        adapter: a file that `save_adapter` wrote, or what `compose` returned.
+        adapter: a file that `save_adapter` wrote; the URI of what
+            `push_adapter` uploaded, `"hf://user/name"`, also with
+            `"@revision"`, or `"kaggle://user/model/keras/variation"`, also
+            with `"/version"`; or what `compose` returned.
 
     Raises:
+        ImportError: a URI needs `pip install keras_svdtune[hub]`.
         ValueError: the file is no adapter file, or does not belong to this
             model: other layers, shapes, method or base weights, or
             singular vectors that come out otherwise here than where it was
-            trained. The model is as it was.
+            trained. Or the hub has none, or does not answer. The model is as
+            it was.
     """
     if not isinstance(adapter, SavedAdapter):
         adapter = read_adapter(adapter)
     root = adapted_part(model)
     adapted = adapted_layers(root)
     method, methods = methods_of(adapter)
-    layers = find_layers(adapter, adapted or layers_by_path(all_layers(root)))
+    layers = find_layers(adapter, adapted or loadable_layers(root))
     if not adapted:
         for layer_path, layer in layers.items():
             _check_layer(adapter, layer_path, layer, methods[layer_path])
@@ -192,7 +197,9 @@ def _plan(
 ) -> Plan:
     matrix = matrix_of(layer)
     computed = {
-        w.name for w in method.weights(tuple(matrix.shape)) if not w.overwritten
+        w.name
+        for w in method.weights(tuple(matrix.shape[-2:]))
+        if not w.overwritten
     } - set(values)
     if not computed:  # nothing to decompose
         known = fingerprint(ops.convert_to_numpy(matrix))

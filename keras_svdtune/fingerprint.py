@@ -14,11 +14,14 @@ with: singular vectors of other signs, or turned among equal singular values,
 give another ΔW wherever that matters, and the same one where it does not.
 """
 
+import functools
+import math
 from typing import Any
 
 import numpy as np
 from keras import ops
 
+from keras_svdtune.bank import over_bank
 from keras_svdtune.svd import full_precision
 
 _BASE_PROBES, _EFFECT_PROBES = 4, 8
@@ -30,8 +33,9 @@ _EFFECT_TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 
 
 def fingerprint(matrix: np.ndarray) -> np.ndarray:
-    """(5,) float32 for a matrix W (in, out)."""
+    """(5,) float32 for a matrix W (in, out), or a bank (count, in, out)."""
     w = np.asarray(matrix, "float64")
+    w = w.reshape(-1, w.shape[-1])
     a, b = _probes(w.shape, _BASE_PROBES)
     values = [np.sqrt(np.sum(w * w)), *np.sum((a @ w) * b, axis=1)]
     return np.array(values, "float32")
@@ -58,13 +62,32 @@ def effect(method: Any, weights: Any, matrix: Any) -> np.ndarray:
         method: a Method.
         weights: what its `call` takes: an adapter, or an object with
             the weights as attributes.
-        matrix: W (in, out), float32.
+        matrix: W (in, out), float32; or a bank, with its matrices one
+            below the other.
     """
-    a, b = _probes(weights.shape, _EFFECT_PROBES)
+    rows, columns = weights.shape
+    count = math.prod(matrix.shape[:-2])
+    a, b = _probes((count * rows, columns), _EFFECT_PROBES)
     x = ops.convert_to_tensor(a, "float32")
-    base = _Product(matrix)
     with full_precision():
-        change = ops.cast(method.call(weights, x, base), "float32") - base(x)
+        if len(matrix.shape) == 2:
+            change = _change(method, weights, x, matrix)
+        else:
+            x = ops.swapaxes(ops.reshape(x, (-1, count, rows)), 0, 1)
+            values = {
+                w.name: ops.convert_to_tensor(getattr(weights, w.name))
+                for w in method.weights(weights.shape)
+            }
+            change = ops.sum(
+                over_bank(
+                    functools.partial(_change, method),
+                    weights.shape,
+                    values,
+                    x,
+                    matrix,
+                ),
+                axis=0,
+            )
     change = ops.convert_to_numpy(change).astype("float64")
     return np.sum(change * b, axis=1).astype("float32")
 
@@ -93,16 +116,31 @@ def same_effect(
     return bool((np.abs(f - g) <= tolerance * size + 1e-5 * norm).all())
 
 
+def _change(method: Any, weights: Any, x: Any, matrix: Any) -> Any:
+    """x·ΔW in float32."""
+    base = _Product(x, matrix)
+    return ops.cast(method.call(weights, base), "float32") - base()
+
+
 class _Product:
     """x·W in float32, as a method's `call` wants it."""
 
-    def __init__(self, matrix: Any):
-        self._matrix = matrix
+    dtype = "float32"
 
-    def __call__(self, x: Any) -> Any:
-        return ops.matmul(x, self._matrix)
+    def __init__(self, x: Any, matrix: Any):
+        self._x, self._matrix = x, matrix
 
-    rows = __call__
+    def __call__(self) -> Any:
+        return self.rows(self._x)
+
+    def times(self, a: Any) -> Any:
+        return ops.matmul(self._x, a)
+
+    def moved(self, change: Any) -> Any:
+        return self.rows(self._x + change)
+
+    def rows(self, r: Any) -> Any:
+        return ops.matmul(r, self._matrix)
 
 
 def _probes(shape: Any, count: int) -> tuple[np.ndarray, np.ndarray]:

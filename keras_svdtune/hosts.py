@@ -1,108 +1,170 @@
-"""Layers that an adapter can live in: Dense and EinsumDense.
+"""Layers that an adapter can live in: Dense, EinsumDense, convolutions.
 
-`AdapterHost` turns a layer's `call` into: flatten to (tokens, in), let the
-adapter compute from there with the layer's own product as the frozen map,
-and shape the result back. Bias and activation follow as ever.
+`AdapterHost` turns a layer's `call` into: let the adapter compute, with the
+layer's own product as the frozen map, and shape the result back. Bias and
+activation follow as ever. Embeddings are in `embeddings.py`, kernels that a
+layer reads without a layer of their own in `raw_kernels.py`.
 
 To add a kind of layer, subclass it here, say how its kernel is a matrix
-(`matrix_view`) and how it multiplies (`linear`), and enter it in `HOSTS`.
+(`matrix_view`) and how its input is reached (`map_class`), and enter it in
+`HOSTS`.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 from keras import ops
 
 from keras_svdtune.adapter import Adapter
-from keras_svdtune.matrix import DENSE_EQUATION, MatrixView
-
-
-class FrozenMap:
-    """The frozen product of a layer, for flat tensors.
-
-    Args:
-        layer: the host.
-        inputs: what the layer was called with; `x` is the same, flat.
-    """
-
-    def __init__(self, layer: "AdapterHost", inputs: Any):
-        self._layer, self._inputs = layer, inputs
-        self._view = layer.adapter.view
-        self.x = self._view.flatten_inputs(inputs)
-        self.batch_dims = self._view.batch_dims(inputs)
-
-    def __call__(self, x: Any) -> Any:
-        """(tokens, in) -> (tokens, out), tokens as in `inputs`."""
-        if x is self.x:
-            return self._product(self._inputs)
-        return self._product(self._view.unflatten_inputs(x, self.batch_dims))
-
-    def rows(self, x: Any) -> Any:
-        """(k, in) -> (k, out) for any k."""
-        dims = (x.shape[0],) + (1,) * (len(self.batch_dims) - 1)
-        return self._product(self._view.unflatten_inputs(x, dims))
-
-    def _product(self, tensor: Any) -> Any:
-        return self._view.flatten_outputs(self._layer.linear(tensor))
+from keras_svdtune.maps import ConvolutionMap, FrozenMap
+from keras_svdtune.matrix import DENSE_EQUATION, GroupedView, MatrixView
+from keras_svdtune.quantized import identity_rows
 
 
 class AdapterHost:
-    """Mixin before a Keras layer class: computes through `self.adapter`."""
+    """Mixin before a Keras layer class: computes through `self.adapter`.
+
+    Attributes:
+        plain: the class without an adapter.
+        kernel_name: str, the attribute that holds the kernel.
+        map_class: what gives a method the frozen product.
+    """
 
     adapter: Adapter
+    plain: ClassVar[type]
+    kernel_name: ClassVar[str] = "_kernel"
+    map_class: ClassVar[type] = FrozenMap
 
     @staticmethod
     def matrix_view(layer: Any) -> MatrixView:
         """How the kernel of `layer` reads as a matrix."""
         raise NotImplementedError
 
-    def linear(self, inputs: Any) -> Any:
-        """The layer's own product of `inputs` and its frozen kernel.
+    def linear(self, inputs: Any, kernel: Any = None) -> Any:
+        """The layer's own product of `inputs` and its kernel, or another.
 
         The very op of the plain layer, on tensors of the same shape: this is
         what makes the first step bit-identical.
         """
-        raise NotImplementedError
+        kernels = {} if kernel is None else {self.kernel_name: kernel}
+        layer = without_adapter(self, bias=None, activation=None, **kernels)
+        if kernel is None and layer.quantization_mode is not None:
+            return layer.quantized_call(inputs)
+        return layer.call(inputs)
 
     def call(self, inputs: Any, training: Any = None) -> Any:
         layer: Any = self
-        base = FrozenMap(layer, inputs)
-        y = self.adapter.call(base.x, base)
-        y = self.adapter.view.unflatten_outputs(y, base.batch_dims)
+        if self.adapter.view.count is not None:
+            y = self.linear(inputs, self.merged_in_compute_dtype())
+        else:
+            base = self.map_class(layer, inputs)
+            y = base.to_output(self.adapter.call(base))
         if layer.bias is not None:
-            y = ops.add(y, layer.bias)
+            y = ops.add(y, self._bias())
         if layer.activation is not None:
             y = layer.activation(y)
         return y
 
+    # What Keras calls instead where the kernel is quantized.
+    _int8_call = _int4_call = call
+
+    def matrix(self) -> Any:
+        """W (in, out), dequantized, a float32 tensor."""
+        return matrix_of(self)
+
     def merged_kernel(self) -> Any:
-        """The kernel of the plain layer that computes the same."""
+        """The kernel of the plain layer that computes the same.
+
+        In the dtype of the kernel; float32 if that is quantized.
+        """
         layer: Any = self
-        view = self.adapter.view
-        merged = self.adapter.merged(view.to_matrix(layer._kernel.value))
-        return ops.cast(view.to_kernel(merged), layer._kernel.dtype)
+        merged = self.adapter.view.to_kernel(self.adapter.merged(self.matrix()))
+        if layer.quantization_mode is not None:
+            return merged
+        return ops.cast(merged, kernel_of(layer).dtype)
+
+    def merged_in_compute_dtype(self) -> Any:
+        """The same, as the plain layer would read it."""
+        layer: Any = self
+        return ops.cast(self.merged_kernel(), layer.compute_dtype)
+
+    def _bias(self) -> Any:
+        layer: Any = self
+        return layer.bias
 
 
 class AdaptedDense(AdapterHost, keras.layers.Dense):
     """A Dense layer with an adapter."""
 
+    plain = keras.layers.Dense
+
     @staticmethod
     def matrix_view(layer: Any) -> MatrixView:
-        return MatrixView(DENSE_EQUATION, tuple(layer._kernel.shape))
-
-    def linear(self, inputs: Any) -> Any:
-        return ops.matmul(inputs, self.kernel)
+        return MatrixView(DENSE_EQUATION, kernel_shape(layer))
 
 
 class AdaptedEinsumDense(AdapterHost, keras.layers.EinsumDense):
     """An EinsumDense layer with an adapter."""
 
+    plain = keras.layers.EinsumDense
+
     @staticmethod
     def matrix_view(layer: Any) -> MatrixView:
-        return MatrixView(layer.equation, tuple(layer._kernel.shape))
+        return MatrixView(layer.equation, kernel_shape(layer))
 
-    def linear(self, inputs: Any) -> Any:
-        return ops.einsum(self.equation, inputs, self.kernel)
+
+class AdaptedConvolution(AdapterHost):
+    """A convolution with an adapter.
+
+    The kernel (*window, in, out) is the matrix (window·in, out) that takes a
+    patch of the input to a pixel of the output. A convolution in groups is a
+    bank of such matrices; it computes with the merged kernel.
+    """
+
+    map_class = ConvolutionMap
+
+    @staticmethod
+    def matrix_view(layer: Any) -> MatrixView:
+        shape = kernel_shape(layer)
+        if layer.groups > 1 and shape[-2] == 1:
+            raise ValueError(
+                "a depthwise kernel is no matrix: each of its outputs reads "
+                "one channel only."
+            )
+        if layer.groups > 1:
+            return GroupedView(shape, layer.groups)
+        window = "xyz"[: layer.rank]
+        pixels = "hwd"[: layer.rank]
+        if layer.data_format == "channels_last":
+            output = f"n{pixels}o"
+        else:
+            output = f"no{pixels}"
+        return MatrixView(f"n{pixels}{window}i,{window}io->{output}", shape)
+
+    def _bias(self) -> Any:
+        layer: Any = self
+        ones = (1,) * layer.rank
+        if layer.data_format == "channels_last":
+            return ops.reshape(layer.bias, (1, *ones, layer.filters))
+        return ops.reshape(layer.bias, (1, layer.filters, *ones))
+
+
+class AdaptedConv1D(AdaptedConvolution, keras.layers.Conv1D):
+    """A Conv1D layer with an adapter."""
+
+    plain = keras.layers.Conv1D
+
+
+class AdaptedConv2D(AdaptedConvolution, keras.layers.Conv2D):
+    """A Conv2D layer with an adapter."""
+
+    plain = keras.layers.Conv2D
+
+
+class AdaptedConv3D(AdaptedConvolution, keras.layers.Conv3D):
+    """A Conv3D layer with an adapter."""
+
+    plain = keras.layers.Conv3D
 
 
 # The plain class -> the class with an adapter. A subclass of a plain class
@@ -110,9 +172,57 @@ class AdaptedEinsumDense(AdapterHost, keras.layers.EinsumDense):
 HOSTS: dict[type, type[AdapterHost]] = {
     keras.layers.Dense: AdaptedDense,
     keras.layers.EinsumDense: AdaptedEinsumDense,
+    keras.layers.Conv1D: AdaptedConv1D,
+    keras.layers.Conv2D: AdaptedConv2D,
+    keras.layers.Conv3D: AdaptedConv3D,
 }
 
 
-def plain_class(host: AdapterHost) -> type:
-    """The class that `host` is without its adapter."""
-    return next(p for p, a in HOSTS.items() if isinstance(host, a))
+def without_adapter(host: Any, **replaced: Any) -> Any:
+    """A layer of the plain class that shares the variables of `host`.
+
+    Args:
+        host: an `AdapterHost`, or a plain layer.
+        **replaced: attributes that it has instead of the host's.
+    """
+    layer = object.__new__(getattr(host, "plain", type(host)))
+    layer.__dict__.update(host.__dict__)
+    if replaced.get("bias", host) is None:
+        replaced["use_bias"] = False  # which convolutions ask
+    layer.__dict__.update(replaced)
+    return layer
+
+
+def kernel_of(layer: Any) -> Any:
+    """The variable that holds the kernel of a plain or adapted layer."""
+    host: Any = HOSTS.get(type(layer), layer)
+    return getattr(layer, host.kernel_name)
+
+
+def kernel_shape(layer: Any) -> tuple[int, ...]:
+    """The shape of a layer's kernel; that of the float one if quantized."""
+    shape = getattr(layer, "original_kernel_shape", None)  # packed EinsumDense
+    if shape is None and layer.quantization_mode == "int4":
+        shape = (layer._orig_input_dim, layer._orig_output_dim)
+    return tuple(kernel_of(layer).shape if shape is None else shape)
+
+
+def view_of(layer: Any) -> MatrixView:
+    """How the kernel of a plain or adapted layer reads as a matrix."""
+    host: Any = HOSTS.get(type(layer), layer)
+    return host.matrix_view(layer)
+
+
+def matrix_of(layer: Any) -> Any:
+    """W (in, out) of a plain or adapted layer, a float32 tensor.
+
+    A quantized kernel is read through the layer's own product, as it is
+    scaled and packed in ways that only Keras knows.
+    """
+    view = view_of(layer)
+    if layer.quantization_mode is None:
+        return view.to_matrix(ops.cast(kernel_of(layer).value, "float32"))
+    bare = without_adapter(
+        layer, bias=None, activation=None, inputs_quantizer=None
+    )
+    return identity_rows(bare.quantized_call, view, layer.compute_dtype)

@@ -15,7 +15,7 @@ from keras_svdtune import attach
 from keras_svdtune.adapter import Plan, plan
 from keras_svdtune.enable import check_fit
 from keras_svdtune.freezing import freeze_own_variables
-from keras_svdtune.hosts import HOSTS, AdapterHost
+from keras_svdtune.hosts import HOSTS, AdapterHost, matrix_of
 from keras_svdtune.methods.base import Method
 
 
@@ -51,7 +51,7 @@ class DeclaredLayer(AdapterHost):
 
     def _plan(self) -> Plan:
         layer: Any = self
-        return plan(self.method, attach.matrix_of(self), layer.name)
+        return plan(self.method, matrix_of(self), layer.name)
 
     def load_own_variables(self, store: Any) -> None:
         super().load_own_variables(store)  # type: ignore[misc]
@@ -115,6 +115,7 @@ def _layer_class(method: type[Method], plain: type) -> type:
     example = {
         "Dense": f"{name}(64{method.example})",
         "EinsumDense": f'{name}("abc,cd->abd", (None, 64){method.example})',
+        **{f"Conv{n}D": f"{name}(64, 3{method.example})" for n in (1, 2, 3)},
     }
     cls = type(
         name,

@@ -7,7 +7,9 @@ Every linear Keras layer multiplies its input by a matrix W of shape
 how kernel, input and output look as matrices, and how to come back.
 
 Nothing else in the package knows einsum. A `Dense` layer is the equation
-`...i,io->...o`.
+`...i,io->...o`, a 2-D convolution `nhwxyi,xyio->nhwo` on the patches of an
+image, and a bank of experts, (experts, in, out), is one matrix for each label
+that all three operands share: `eti,eio->eto`.
 
 Example:
 
@@ -38,21 +40,30 @@ class MatrixView:
     the input, in the input's order; out is the product of those that it
     hands on to the output, in the output's order.
 
+    Attributes:
+        shape: (in, out).
+        count: int or None. How many matrices a bank holds; None where the
+            kernel is one matrix.
+
     Args:
         equation: str. `"input,kernel->output"`, e.g. `"btd,ndh->btnh"`.
             An ellipsis may stand for batch axes in input and output.
         kernel_shape: tuple of int. The shape of the kernel.
+        bank: bool. Whether the kernel may be a bank of matrices.
 
     Raises:
         ValueError: the kernel is not one matrix: an axis that input, kernel
-            and output share (a batch of matrices), a label that only one of
-            the three has, or a label that occurs twice in one of them.
+            and output share (a bank) where that is not expected, a label that
+            only one of the three has, or a label that occurs twice in one of
+            them.
     """
 
-    def __init__(self, equation: str, kernel_shape: tuple[int, ...]):
+    def __init__(
+        self, equation: str, kernel_shape: tuple[int, ...], bank: bool = False
+    ):
         self.equation = equation
         self.kernel_shape = tuple(kernel_shape)
-        inputs, kernel, outputs = _split(equation)
+        inputs, kernel, outputs = _split(equation, bank)
         if len(kernel) != len(kernel_shape):
             raise ValueError(
                 f"The equation '{equation}' wants a kernel of rank "
@@ -61,22 +72,35 @@ class MatrixView:
         self._inputs, self._kernel, self._outputs = inputs, kernel, outputs
         size = dict(zip(kernel, self.kernel_shape, strict=True))
         self._batch = tuple(x for x in outputs if x not in kernel)
-        self._contracted = tuple(x for x in inputs if x in kernel)
-        self._produced = tuple(x for x in outputs if x in kernel)
-        self._in_dims = tuple(size[x] for x in self._contracted)
+        self._shared = tuple(x for x in outputs if x in kernel and x in inputs)
+        self._contracted = tuple(
+            x for x in inputs if x in kernel and x not in outputs
+        )
+        self._produced = tuple(
+            x for x in outputs if x in kernel and x not in inputs
+        )
+        self._counts = tuple(size[x] for x in self._shared)
+        self.in_dims = tuple(size[x] for x in self._contracted)
         self._out_dims = tuple(size[x] for x in self._produced)
-        self.shape = (math.prod(self._in_dims), math.prod(self._out_dims))
+        self.shape = (math.prod(self.in_dims), math.prod(self._out_dims))
+        self.count = math.prod(self._counts) if self._shared else None
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """(count,) for a bank, () for one matrix: what comes before `shape`."""
+        return () if self.count is None else (self.count,)
 
     def to_matrix(self, kernel: Any) -> Any:
-        """Kernel of `kernel_shape` -> W (in, out)."""
-        labels = self._contracted + self._produced
-        return ops.reshape(_permute(kernel, self._kernel, labels), self.shape)
+        """Kernel of `kernel_shape` -> W (in, out), or (count, in, out)."""
+        labels = self._shared + self._contracted + self._produced
+        kernel = _permute(kernel, self._kernel, labels)
+        return ops.reshape(kernel, self.batch + self.shape)
 
     def to_kernel(self, matrix: Any) -> Any:
-        """W (in, out) -> kernel of `kernel_shape`."""
-        labels = self._contracted + self._produced
-        kernel = ops.reshape(matrix, self._in_dims + self._out_dims)
-        return _permute(kernel, labels, self._kernel)
+        """W (in, out), or (count, in, out) -> kernel of `kernel_shape`."""
+        labels = self._shared + self._contracted + self._produced
+        dims = self._counts + self.in_dims + self._out_dims
+        return _permute(ops.reshape(matrix, dims), labels, self._kernel)
 
     def flatten_inputs(self, x: Any) -> Any:
         """Layer input of any rank -> (tokens, in)."""
@@ -85,7 +109,7 @@ class MatrixView:
 
     def unflatten_inputs(self, flat: Any, batch_dims: tuple[Any, ...]) -> Any:
         """(tokens, in) -> a layer input with these batch axes."""
-        x = ops.reshape(flat, batch_dims + self._in_dims)
+        x = ops.reshape(flat, batch_dims + self.in_dims)
         return _permute(x, self._batch + self._contracted, self._inputs)
 
     def flatten_outputs(self, y: Any) -> Any:
@@ -104,14 +128,45 @@ class MatrixView:
             self._inputs, self._batch + self._contracted, len(x.shape)
         )
         shape = ops.shape(x)
-        return tuple(shape[i] for i in order[: len(order) - len(self._in_dims)])
+        return tuple(shape[i] for i in order[: len(order) - len(self.in_dims)])
+
+    def batch_dims_of_output(self, y: Any) -> tuple[Any, ...]:
+        """Sizes of the batch axes of the layer output `y`, in its order."""
+        order = _axes(self._outputs, self._batch + self._produced, len(y.shape))
+        shape = ops.shape(y)
+        return tuple(
+            shape[i] for i in order[: len(order) - len(self._out_dims)]
+        )
 
     def __repr__(self) -> str:
         rows, columns = self.shape
-        return f"<MatrixView {self.equation} as {rows} x {columns}>"
+        bank = "" if self.count is None else f"{self.count} of "
+        return f"<MatrixView {self.equation} as {bank}{rows} x {columns}>"
 
 
-def _split(equation: str) -> tuple[_Labels, _Labels, _Labels]:
+class GroupedView(MatrixView):
+    """How the kernel of a convolution in groups reads as a bank of matrices.
+
+    The kernel (*window, in / groups, out) holds one matrix for each group,
+    (window·in / groups, out / groups): group g makes the g-th part of the
+    outputs from the g-th part of the inputs.
+    """
+
+    def __init__(self, kernel_shape: tuple[int, ...], groups: int):
+        *window, columns = kernel_shape
+        self._split_shape = (*window, groups, columns // groups)
+        labels = "uvwxyz"[: len(window)]
+        super().__init__(f"gt{labels},{labels}go->gto", self._split_shape, True)
+        self.kernel_shape = tuple(kernel_shape)
+
+    def to_matrix(self, kernel: Any) -> Any:
+        return super().to_matrix(ops.reshape(kernel, self._split_shape))
+
+    def to_kernel(self, matrix: Any) -> Any:
+        return ops.reshape(super().to_kernel(matrix), self.kernel_shape)
+
+
+def _split(equation: str, bank: bool) -> tuple[_Labels, _Labels, _Labels]:
     """Splits and checks an equation; an ellipsis becomes one label."""
     operands, arrow, outputs = equation.replace(" ", "").partition("->")
     parts = [*operands.split(","), outputs]
@@ -128,7 +183,7 @@ def _split(equation: str) -> tuple[_Labels, _Labels, _Labels]:
                 f"matrix product. Received: equation='{equation}'"
             )
     shared = set(inputs) & set(kernel) & set(out)
-    if shared:
+    if shared and not bank:
         raise ValueError(
             f"The kernel of '{equation}' is a batch of matrices, one for each "
             f"{'/'.join(sorted(shared))}, not one matrix. Leave this layer "

@@ -188,15 +188,23 @@ def estimate(
         _cost(path, _with_rank(method, x, path), x)
         for path, x in layers.items()
     )
-    work = sum(_operations(method, x.matrix) for x in costs)
+    work = sum(
+        _operations(method, x.shape) * math.prod(x.batch)
+        for x in map(attach.view_of, layers.values())
+    )
     seconds = work * _seconds_per_operation() if work else None
     return Cost(method, costs, root.count_params(), seconds)
 
 
 def _cost(path: str, method: Method, layer: Any) -> LayerCost:
-    shape = attach.view_of(layer).shape
+    view = attach.view_of(layer)
+    shape = view.shape
     weights = [
-        (math.prod(w.shape), w.trainable, w.dtype or layer.variable_dtype)
+        (
+            math.prod(view.batch + w.shape),
+            w.trainable,
+            w.dtype or layer.variable_dtype,
+        )
         for w in method.weights(shape)
     ]
     return LayerCost(
@@ -219,10 +227,17 @@ def _with_rank(method: Method, layer: Any, path: str) -> Method:
     if not isinstance(energy, float):
         return method
     matrix = attach.matrix_of(layer)
-    needs = method.needs(tuple(matrix.shape))
+    needs = method.needs(tuple(matrix.shape[-2:]))
     assert needs is not None
-    s = svd.decompose(matrix, svd.Needs("small_side"), path).s
-    rank = svd.rank_of_energy(s, energy, needs.part)
+    each = matrix if len(matrix.shape) == 3 else matrix[None]
+    rank = max(
+        svd.rank_of_energy(
+            svd.decompose(one, svd.Needs("small_side"), path).s,
+            energy,
+            needs.part,
+        )
+        for one in each
+    )
     return dataclasses.replace(method, rank=rank)  # type: ignore[call-arg]
 
 

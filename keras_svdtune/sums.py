@@ -99,6 +99,11 @@ def add(layer: str, parts: list[Part]) -> Sum:
 def concatenate(layer: str, parts: list[Part], rank: int | None) -> Sum:
     """For low-rank methods: one LoRA, exact or of a given rank."""
     products = [_product(layer, part) for part in parts]
+    if any(a.ndim > 2 for a, _ in products):
+        raise ValueError(
+            f"Layer '{layer}' is a bank of matrices. Of these only SVF, SVFT "
+            "and LoRA-XS add up."
+        )
     a = np.concatenate([a for a, _ in products], axis=1)
     b = np.concatenate([b for _, b in products], axis=0)
     n = min(a.shape[0], b.shape[1])

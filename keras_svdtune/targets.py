@@ -7,8 +7,9 @@ from typing import Any
 
 import keras
 
-from keras_svdtune.hosts import HOSTS, AdapterHost
+from keras_svdtune.hosts import HOSTS, AdapterHost, view_of
 from keras_svdtune.methods.base import nearest
+from keras_svdtune.raw_kernels import adapted_kernels, raw_kernels
 
 
 def find_targets(
@@ -18,9 +19,10 @@ def find_targets(
 
     Args:
         model: a built `keras.Model`.
-        target_layer_names: None for every Dense and EinsumDense layer; or
-            names of layers (`"query"`), or regular expressions that match
-            a whole layer path (`".*attention/(query|value)"`).
+        target_layer_names: None for every Dense, EinsumDense and convolution
+            and every bank of experts; or names of layers (`"query"`), or
+            regular expressions that match a whole layer path
+            (`".*attention/(query|value)"`).
 
     Returns:
         dict from layer path to layer, in the model's order. A layer that the
@@ -41,14 +43,15 @@ def find_targets(
             f"string {target_layer_names!r}; write [{target_layer_names!r}]."
         )
     candidates = layers_by_path(
-        layer
+        target
         for layer in all_layers(model)
-        if type(layer) in HOSTS and layer.built
+        if layer.built
+        for target in _targets_in(layer)
     )
     if not candidates:
         raise ValueError(
-            f"Model '{model.name}' has no Dense or EinsumDense layer that is "
-            "built and not yet adapted."
+            f"Model '{model.name}' has no Dense, EinsumDense or convolution "
+            "that is built and not yet adapted."
         )
     if target_layer_names is None:
         return _matrices_only(candidates)
@@ -62,19 +65,37 @@ def find_targets(
     chosen = {p: x for p, x in candidates.items() if p in targets}
     for path, layer in chosen.items():
         try:
-            HOSTS[type(layer)].matrix_view(layer)
+            view_of(layer)
         except ValueError as error:
             raise ValueError(f"Layer '{path}': {error}") from None
     return chosen
 
 
 def adapted_layers(model: keras.Model) -> dict[str, Any]:
-    """The built layers of `model` that hold an adapter, by path."""
+    """The built layers and raw kernels of `model` with an adapter, by path."""
     return layers_by_path(
-        layer
+        target
         for layer in all_layers(model)
-        if layer.built and isinstance(layer, AdapterHost)
+        if layer.built
+        for target in (
+            [layer]
+            if isinstance(layer, AdapterHost)
+            else adapted_kernels(layer)
+        )
     )
+
+
+def loadable_layers(model: keras.Model) -> dict[str, Any]:
+    """All that has a path: the layers, and their raw kernels."""
+    return layers_by_path(
+        target
+        for layer in all_layers(model)
+        for target in (layer, *raw_kernels(layer))
+    )
+
+
+def _targets_in(layer: Any) -> list[Any]:
+    return [layer] if type(layer) in HOSTS else list(raw_kernels(layer))
 
 
 def all_layers(model: keras.Model) -> Iterator[Any]:
@@ -118,7 +139,7 @@ def _matching(wanted: str, candidates: dict[str, Any]) -> list[str]:
     if not by_path:
         names = [layer.name for layer in candidates.values()]
         raise ValueError(
-            f"The target {wanted!r} matches no layer: no Dense or EinsumDense "
+            f"The target {wanted!r} matches no layer: none with a kernel "
             "has this name, and as a regular expression it matches no whole "
             f"path such as '{next(iter(candidates))}'. "
             f"{nearest(wanted, sorted(set(names)) + list(candidates))}"
@@ -130,7 +151,7 @@ def _matrices_only(candidates: dict[str, Any]) -> dict[str, Any]:
     chosen, left_out = {}, []
     for path, layer in candidates.items():
         try:
-            HOSTS[type(layer)].matrix_view(layer)
+            view_of(layer)
         except ValueError:
             left_out.append(path)
         else:

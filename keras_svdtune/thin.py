@@ -109,6 +109,11 @@ def _thin(
 
 def change_of(path: str, layer: Any) -> tuple[Any, np.ndarray]:
     """W of an adapted layer, and its dW = W' - W in float64."""
+    if len(layer.adapter.view.batch) > 0:
+        raise ValueError(
+            f"Layer '{path}' is a bank of matrices, of which no single A·B is "
+            "made. Merge the adapter instead."
+        )
     matrix = matrix_of(layer)
     merged = ops.convert_to_numpy(layer.adapter.merged(matrix))
     change = merged.astype("float64") - ops.convert_to_numpy(matrix)

@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 import keras_svdtune
+from keras_svdtune.adapter import Adapter
 from keras_svdtune.hosts import AdapterHost
 
 POLICIES = ("float32", "bfloat16", "mixed_bfloat16")
@@ -121,6 +122,16 @@ HOSTS = {
             "...x,xy->...y", 6, bias_axes="y", **k
         ),
     ),
+    "conv_tall": (
+        (5, 5, 2),
+        lambda **k: keras.layers.Conv2D(
+            6, 3, strides=2, padding="same", activation="tanh", **k
+        ),
+    ),
+    "conv_wide": (
+        (5, 6),
+        lambda **k: keras.layers.Conv1D(16, 2, padding="causal", **k),
+    ),
 }
 
 
@@ -194,10 +205,10 @@ def trainables(model):
 def perturb(model, seed=1, size=0.3):
     """Moves every trainable of every adapter away from where it starts."""
     rng = np.random.default_rng(seed)
-    layers = adapted(model)
-    assert layers
-    for layer in layers.values():
-        for v in layer.adapter.variables_by_name(trainable=True).values():
+    adapters = [x for x in flat(model) if isinstance(x, Adapter)]
+    assert adapters
+    for adapter in adapters:
+        for v in adapter.variables_by_name(trainable=True).values():
             step = size * rng.standard_normal(tuple(v.shape))
             v.assign(numpy(v) + step.astype("float32"))
 

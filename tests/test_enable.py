@@ -316,8 +316,8 @@ def test_keras_hub_lora():
 @pytest.mark.filterwarnings("ignore")
 def test_quantized():
     model = small_model()
-    model.quantize("int8")
-    refused(model, ("first' is quantized (int8)", "leave it out"))
+    model.quantize("float8")
+    refused(model, ("first' is quantized to float8", "leave it out"))
 
 
 @pytest.mark.parametrize("rank", [0, -1, 5, 2.5, 0.0, True, "8", None])
@@ -358,7 +358,7 @@ def test_no_model(model):
 def test_nothing_to_adapt():
     x = keras.Input((6,))
     model = keras.Model(x, keras.layers.LayerNormalization()(x), name="none")
-    refused(model, "'none' has no Dense or EinsumDense layer")
+    refused(model, "'none' has no Dense, EinsumDense or convolution")
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ class AdaLoRA(Method):
     title = "AdaLoRA"
     suggested_learning_rate = 1e-3
     example = ", rank=8"
+    banks = False  # one rank for each expert would be needed
 
     rank: int
     initial_rank: int | None = None
@@ -143,17 +144,19 @@ class AdaLoRA(Method):
     def neutral(self, weights: Any) -> dict[str, Any]:
         return {"singular_values": ops.zeros((self.first_rank,))}
 
-    def call(self, weights: Any, x: Any, base: LinearMap) -> Any:
+    def call(self, weights: Any, base: LinearMap) -> Any:
         p = self._sensed(weights, "p")
         q = self._sensed(weights, "q")
         values = self._sensed(weights, "singular_values") * weights.mask
         scale = scale_of(self.alpha, self.first_rank)
-        return base(x) + branch(x, p * values, q, scale)
+        return base() + branch(base, p * values, q, scale)
 
     def merged(self, weights: Any, matrix: Any) -> Any:
-        values = weights.singular_values * weights.mask
+        # Sensed here too: some layers compute with the merged kernel.
+        p, q = self._sensed(weights, "p"), self._sensed(weights, "q")
+        values = self._sensed(weights, "singular_values") * weights.mask
         scale = scale_of(self.alpha, self.first_rank)
-        return matrix + scale * ops.matmul(weights.p * values, weights.q)
+        return matrix + scale * ops.matmul(p * values, q)
 
     def low_rank_factors(
         self, weights: Any, matrix: Any = None

@@ -9,7 +9,8 @@ that says, for a matrix of a given shape,
 - `call`: the adapted product, from x and the frozen map;
 - `merged`: the matrix that would give the same product at once.
 
-It never sees a layer, an einsum or a batch axis: `x` is always (tokens, in).
+It never sees a layer, an einsum, a convolution or a batch axis: x is always
+(tokens, in), and is reached through a `LinearMap`.
 To add a method, copy `svf.py`, the shortest one, and decorate the class with
 `@register`; the `enable_*` method, the layers and the demo follow from it.
 """
@@ -59,13 +60,28 @@ class Weight:
 
 
 class LinearMap(Protocol):
-    """The frozen map x·W of a layer, computed as the layer computes it."""
+    """The frozen product x·W of a layer, x (tokens, in) its present input.
 
-    def __call__(self, x: Any) -> Any:
-        """x (tokens, in) -> x·W (tokens, out), tokens as in the input."""
+    x itself may exist nowhere: for a convolution it is the patches of an
+    image, for an embedding one-hot rows.
 
-    def rows(self, x: Any) -> Any:
-        """The same for any number of rows: (k, in) -> (k, out)."""
+    Attributes:
+        dtype: str, the layer's compute dtype.
+    """
+
+    dtype: str
+
+    def __call__(self) -> Any:
+        """x·W (tokens, out), as the layer computes it."""
+
+    def times(self, a: Any) -> Any:
+        """x·A (tokens, k) for A (in, k)."""
+
+    def moved(self, change: Any) -> Any:
+        """(x + change)·W for a change (tokens, in) of the input."""
+
+    def rows(self, r: Any) -> Any:
+        """r·W (k, out) for any r (k, in)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +103,8 @@ class Method:
     # Whether ΔW is linear in the trainables: adapters with the same settings
     # then add up by adding these.
     linear: ClassVar[bool] = False
+    # Whether it works where only the merged kernels of a bank are read.
+    banks: ClassVar[bool] = True
     # Whether there is an `enable_<name>`; not where Keras has one already.
     has_enable: ClassVar[bool] = True
 
@@ -152,22 +170,21 @@ class Method:
         """
         raise NotImplementedError
 
-    def call(self, weights: Any, x: Any, base: LinearMap) -> Any:
+    def call(self, weights: Any, base: LinearMap) -> Any:
         """The adapted product.
 
         Args:
             weights: holds the weights as attributes, and the matrix's
                 `shape` (in, out).
-            x: (tokens, in), in the layer's compute dtype.
-            base: the frozen map x -> x·W.
+            base: the frozen product x·W.
 
         Returns:
-            (tokens, out). With the initial weights, `base(x)` to the bit.
+            (tokens, out). With the initial weights, `base()` to the bit.
         """
         raise NotImplementedError
 
     def merged(self, weights: Any, matrix: Any) -> Any:
-        """W' (in, out) in float32, with `call(weights, x, base) == x·W'`.
+        """W' (in, out) in float32, with `call(weights, base) == x·W'`.
 
         Args:
             weights: as in `call`.

@@ -93,10 +93,10 @@ class DoRA(Method):
             "magnitude_change": ops.zeros(weights.magnitude_change.shape),
         }
 
-    def call(self, weights: Any, x: Any, base: LinearMap) -> Any:
+    def call(self, weights: Any, base: LinearMap) -> Any:
         scale = scale_of(self.alpha, self.rank)
-        y = base(x) + branch(x, weights.a, weights.b, scale)
-        at = ops.transpose(ops.cast(weights.a, x.dtype))
+        y = base() + branch(base, weights.a, weights.b, scale)
+        at = ops.transpose(ops.cast(weights.a, base.dtype))
         excess = self._excess(weights, ops.cast(base.rows(at), "float32"))
         return ops.cast(ops.cast(y, "float32") * (1.0 + excess), y.dtype)
 

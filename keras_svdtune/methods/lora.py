@@ -80,9 +80,9 @@ class LoRA(Method):
     def neutral(self, weights: Any) -> dict[str, Any]:
         return {"b": ops.zeros(weights.b.shape)}
 
-    def call(self, weights: Any, x: Any, base: LinearMap) -> Any:
+    def call(self, weights: Any, base: LinearMap) -> Any:
         scale = scale_of(self.alpha, self.rank)
-        return base(x) + branch(x, weights.a, weights.b, scale)
+        return base() + branch(base, weights.a, weights.b, scale)
 
     def merged(self, weights: Any, matrix: Any) -> Any:
         scale = scale_of(self.alpha, self.rank)

@@ -82,8 +82,8 @@ class LoRAXS(Method):
         assert factors is not None
         return {"v": factors.v}
 
-    def call(self, weights: Any, x: Any, base: LinearMap) -> Any:
-        h = base(x)
+    def call(self, weights: Any, base: LinearMap) -> Any:
+        h = base()
         return h + self._change(h, weights.v, weights.r)
 
     def merged(self, weights: Any, matrix: Any) -> Any:

@@ -4,15 +4,18 @@ from typing import Any
 
 from keras import ops
 
+from keras_svdtune.methods.base import LinearMap
 
-def branch(x: Any, a: Any, b: Any, scale: float) -> Any:
-    """scale·(x·A)·B for x (tokens, in), A (in, r), B (r, out), in x's dtype.
+
+def branch(base: LinearMap, a: Any, b: Any, scale: float) -> Any:
+    """scale·(x·A)·B for the x of `base`, A (in, r), B (r, out), in its dtype.
 
     A·B is never formed: with it the backward pass would form dW.
     """
     if scale != 1.0:
         b = b * scale  # r·out numbers, not tokens·out
-    return ops.matmul(ops.matmul(x, ops.cast(a, x.dtype)), ops.cast(b, x.dtype))
+    xa = base.times(ops.cast(a, base.dtype))
+    return ops.matmul(xa, ops.cast(b, base.dtype))
 
 
 def scale_of(alpha: float | None, rank: int | float) -> float:

@@ -60,7 +60,7 @@ class SpectralLoRA(Method):
         root = np.sqrt(factors.s / scale_of(self.alpha, self.rank))
         return {"a0": factors.u * root, "b0": root[:, None] * factors.v.T}
 
-    def call(self, weights: Any, x: Any, base: LinearMap) -> Any:
+    def call(self, weights: Any, base: LinearMap) -> Any:
         a = [weights.delta_a, ops.cast(weights.a0, "float32")]
         b = [
             weights.delta_b + ops.cast(weights.b0, "float32"),
@@ -68,8 +68,8 @@ class SpectralLoRA(Method):
         ]
         scale = scale_of(self.alpha, self.rank)
         # One product of rank 2r rather than two of rank r.
-        return base(x) + branch(
-            x, ops.concatenate(a, axis=1), ops.concatenate(b, axis=0), scale
+        return base() + branch(
+            base, ops.concatenate(a, axis=1), ops.concatenate(b, axis=0), scale
         )
 
     def merged(self, weights: Any, matrix: Any) -> Any:

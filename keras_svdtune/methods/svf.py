@@ -72,12 +72,13 @@ class SVF(Method):
         assert factors is not None
         return {"basis": factors.v if factors.u is None else factors.u}
 
-    def call(self, weights: Any, x: Any, base: LinearMap) -> Any:
+    def call(self, weights: Any, base: LinearMap) -> Any:
         rows, columns = weights.shape
+        basis, delta = weights.basis, weights.delta
         if columns <= rows:
-            h = base(x)
-            return h + scaled_components(h, weights.basis, weights.delta)
-        return base(x + scaled_components(x, weights.basis, weights.delta))
+            h = base()
+            return h + scaled_components(h, basis, delta)
+        return base.moved(scaled(base.times(basis), basis, delta))
 
     def merged(self, weights: Any, matrix: Any) -> Any:
         rows, columns = weights.shape
@@ -89,10 +90,15 @@ class SVF(Method):
 
 
 def scaled_components(h: Any, basis: Any, delta: Any) -> Any:
-    """((h·B) ⊙ δ)·Bᵀ for h (tokens, n), B (n, n) orthonormal, δ (n,).
+    """((h·B) ⊙ δ)·Bᵀ for h (tokens, n), B (n, n) orthonormal, δ (n,)."""
+    return scaled(ops.matmul(h, basis), basis, delta)
+
+
+def scaled(components: Any, basis: Any, delta: Any) -> Any:
+    """(components ⊙ δ)·Bᵀ, the same when h·B is known.
 
     The product with δ is taken in float32: a bfloat16 sum over the tokens
     would lose most of δ's gradient.
     """
-    components = ops.cast(ops.matmul(h, basis), delta.dtype) * delta
-    return ops.matmul(ops.cast(components, h.dtype), ops.transpose(basis))
+    change = ops.cast(components, delta.dtype) * delta
+    return ops.matmul(ops.cast(change, components.dtype), ops.transpose(basis))

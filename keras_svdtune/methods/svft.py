@@ -151,28 +151,27 @@ class SVFT(Method):
             _say_once_that_top_k_is_banded()
         return values
 
-    def call(self, weights: Any, x: Any, base: LinearMap) -> Any:
+    def call(self, weights: Any, base: LinearMap) -> Any:
         rows, columns = weights.shape
+        basis = weights.basis
         if columns <= rows:
-            h = base(x)
-            return h + self._change(weights, h, weights.basis)
-        return base(x + self._change(weights, x, weights.basis))
+            h = base()
+            return h + self._change(weights, ops.matmul(h, basis), basis)
+        return base.moved(self._change(weights, base.times(basis), basis))
 
     def merged(self, weights: Any, matrix: Any) -> Any:
         rows, columns = weights.shape
         basis = ops.cast(weights.basis, "float32")
         if columns <= rows:
-            return matrix + self._change(weights, matrix, basis)
-        identity = ops.eye(rows)
-        return matrix + ops.matmul(
-            self._change(weights, identity, basis), matrix
-        )
+            components = ops.matmul(matrix, basis)
+            return matrix + self._change(weights, components, basis)
+        # The components of the identity are the basis itself.
+        return matrix + ops.matmul(self._change(weights, basis, basis), matrix)
 
-    def _change(self, weights: Any, h: Any, basis: Any) -> Any:
-        """(h·basis)·N·basisᵀ for h (tokens, n), N = M scaled by 1 / s."""
+    def _change(self, weights: Any, components: Any, basis: Any) -> Any:
+        """components·N·basisᵀ for (tokens, n), N = M scaled by 1 / s."""
         rows, columns = weights.shape
         by_rows = columns <= rows
-        components = ops.matmul(h, basis)
         if self._pattern(weights.shape) in ("random", "top_k"):
             # Dense, for this one product: it is faster than to gather
             # (tokens, entries) and add them up again by columns.
@@ -180,11 +179,12 @@ class SVFT(Method):
             index = ops.expand_dims(weights.positions, 1)
             m = ops.scatter(index, weights.m, (n * n,))
             s = ops.reshape(weights.inverse_s, (n, 1) if by_rows else (1, n))
-            m = ops.cast(ops.reshape(m, (n, n)) * s, h.dtype)
+            m = ops.cast(ops.reshape(m, (n, n)) * s, components.dtype)
             mixed = ops.matmul(components, m)
         else:
             mixed = self._banded(weights, components, by_rows)
-        return ops.matmul(ops.cast(mixed, h.dtype), ops.transpose(basis))
+        mixed = ops.cast(mixed, components.dtype)
+        return ops.matmul(mixed, ops.transpose(basis))
 
     def _banded(self, weights: Any, components: Any, by_rows: bool) -> Any:
         """components·N for banded N, its entries m scaled by 1 / s."""
