@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -301,6 +302,19 @@ def targets_for(
             "`remove_adapter()` first."
         )
     layers = find_targets(root, target_layer_names)
+    if target_layer_names is None and not method.banks:
+        banks = [p for p, x in layers.items() if attach.view_of(x).batch]
+        layers = {p: x for p, x in layers.items() if p not in banks}
+        if banks and layers:
+            warnings.warn(
+                f"{method.title} takes no banks of matrices; left out: {banks}",
+                stacklevel=4,
+            )
+        elif banks:
+            raise ValueError(
+                f"{method.title} takes no bank of matrices, and model "
+                f"'{root.name}' has nothing else."
+            )
     for path, layer in layers.items():
         check_layer(path, layer, method)
     return layers

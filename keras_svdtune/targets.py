@@ -42,12 +42,7 @@ def find_targets(
             "`target_layer_names` must be a list of strings. Received the "
             f"string {target_layer_names!r}; write [{target_layer_names!r}]."
         )
-    candidates = layers_by_path(
-        target
-        for layer in all_layers(model)
-        if layer.built
-        for target in _targets_in(layer)
-    )
+    candidates = _candidates(model)
     if not candidates:
         raise ValueError(
             f"Model '{model.name}' has no Dense, EinsumDense or convolution "
@@ -86,11 +81,19 @@ def adapted_layers(model: keras.Model) -> dict[str, Any]:
 
 
 def loadable_layers(model: keras.Model) -> dict[str, Any]:
-    """All that has a path: the layers, and their raw kernels."""
+    """All that has a path: every layer, and the targets by their own.
+
+    A target may have the path of a layer around it: then it has it here.
+    """
+    return layers_by_path(all_layers(model)) | _candidates(model)
+
+
+def _candidates(model: keras.Model) -> dict[str, Any]:
     return layers_by_path(
         target
         for layer in all_layers(model)
-        for target in (layer, *raw_kernels(layer))
+        if layer.built
+        for target in _targets_in(layer)
     )
 
 
