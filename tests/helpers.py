@@ -134,6 +134,9 @@ HOSTS = {
     ),
 }
 
+# Those that transformers' adapters know too.
+LINEAR = tuple(name for name in HOSTS if not name.startswith("conv"))
+
 
 def hosts_model(dtype="float32", names=tuple(HOSTS)):
     """A model with a branch for every kind of host, and a Counter.

@@ -5,6 +5,7 @@ import keras
 import numpy as np
 import pytest
 from helpers import (
+    LINEAR,
     adapted,
     all_methods,
     assert_close,
@@ -39,7 +40,7 @@ from keras_svdtune import (
 )
 
 X, Y = small_data()
-DATA = hosts_data()
+DATA = hosts_data(LINEAR)
 # Methods without an exact form; the others have one without a rank.
 NEED_A_RANK = ("svf", "svft", "dora")
 METHODS = all_methods()
@@ -49,7 +50,7 @@ every_method = pytest.mark.parametrize("method", METHODS, ids=method_id)
 
 def adapted_hosts(method):
     """A model with every kind of layer, adapted and trained a little."""
-    model = hosts_model()
+    model = hosts_model(names=LINEAR)
     keras_svdtune.enable_adapter(model, method)
     perturb(model)
     return model
@@ -187,7 +188,7 @@ def test_twice():
 @pytest.mark.parametrize("method", EXACT[:1] + EXACT[-2:], ids=method_id)
 def test_lower_precision(dtype, method):
     """dW is as exact as in float32, whatever the model computes in."""
-    model = hosts_model(dtype)
+    model = hosts_model(dtype, LINEAR)
     keras_svdtune.enable_adapter(model, method)
     perturb(model)
     report = keras_svdtune.to_lora(model)
@@ -261,7 +262,7 @@ def test_save_and_load(method, rank, tmp_path):
     keras_svdtune.to_lora(model, rank)
     expected = eager(model, DATA)
     keras_svdtune.save_adapter(model, path)
-    fresh = hosts_model()
+    fresh = hosts_model(names=LINEAR)
     keras_svdtune.load_adapter(fresh, path)
     assert ranks(fresh) == ranks(model)
     assert_same(eager(fresh, DATA), expected)

@@ -4,9 +4,9 @@ import keras
 import numpy as np
 import pytest
 from helpers import (
-    all_methods,
     assert_close,
     assert_same,
+    default_methods,
     method_id,
     numpy,
     perturb,
@@ -16,9 +16,10 @@ from keras import layers, ops
 from keras_hub.src.models.mixtral.mixtral_decoder import MixtralMoeExperts
 
 import keras_svdtune
+from keras_svdtune import PiSSA
 from keras_svdtune.targets import adapted_layers
 
-METHODS = [m for m in all_methods() if m.banks]
+METHODS = [*(m for m in default_methods() if m.banks), PiSSA(0.5)]
 
 
 def experts():

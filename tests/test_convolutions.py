@@ -1,0 +1,94 @@
+"""Convolutions: what an adapter computes against its merged kernel."""
+
+import numpy as np
+import pytest
+from helpers import (
+    all_methods,
+    assert_close,
+    assert_same,
+    dot,
+    gradient_function,
+    method_id,
+    numpy,
+    perturb,
+    randomise,
+)
+from keras import KerasTensor, Sequential, layers, ops
+
+import keras_svdtune
+from keras_svdtune import SVF, DoRA
+from keras_svdtune.hosts import without_adapter
+
+CASES = {
+    "strided": (layers.Conv2D(6, 3, strides=2, padding="same"), (5, 5, 2)),
+    "dilated": (layers.Conv2D(6, 2, dilation_rate=2), (5, 5, 3)),
+    "wide": (layers.Conv2D(9, 1), (3, 3, 6)),
+    "causal": (layers.Conv1D(16, 2, padding="causal"), (5, 6)),
+    "volume": (layers.Conv3D(6, 2), (3, 3, 3, 1)),
+}
+
+
+def adapted(name, method):
+    kind, shape = CASES[name]
+    layer = type(kind).from_config(kind.get_config())
+    model = Sequential([layers.Input(shape), layer])
+    randomise(model)
+    keras_svdtune.enable_adapter(model, method)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, *shape)).astype("float32")
+    return model, layer, ops.convert_to_tensor(x)
+
+
+@pytest.mark.parametrize(
+    "name, method",
+    [
+        pytest.param(name, method, id=f"{name}-{method_id(method)}")
+        for name in CASES
+        # The kinds differ in how x is reached, which two methods show.
+        for method in (
+            all_methods() if name == "strided" else (SVF(), DoRA(rank=2))
+        )
+    ],
+)
+def test_output_and_gradients_are_those_of_the_merged_kernel(name, method):
+    model, layer, x = adapted(name, method)
+    base = numpy(without_adapter(layer).call(x))
+    assert_same(numpy(layer(x)), base, "first step")
+    perturb(model)
+
+    def dense():
+        merged = layer.merged_kernel()
+        return without_adapter(layer, _kernel=merged).call(x)
+
+    assert_close(numpy(layer(x)), numpy(dense()), 1e-5, "output")
+    dy = np.random.default_rng(2).standard_normal(base.shape).astype("float32")
+    trainables = model.trainable_variables
+    found = gradient_function(lambda: dot(layer(x), dy), trainables)()
+    expected = gradient_function(lambda: dot(dense(), dy), trainables)()
+    for v, ours, theirs in zip(trainables, found, expected, strict=True):
+        assert_close(ours, theirs, 1e-4, v.path)
+
+
+def test_channels_first_has_the_same_matrix():
+    first = layers.Conv2D(4, 3, data_format="channels_first")
+    last = layers.Conv2D(4, 3, data_format="channels_last")
+    first.build((None, 2, 5, 5))
+    last.build((None, 5, 5, 2))
+    found = [keras_svdtune.hosts.view_of(x) for x in (first, last)]
+    assert found[0].shape == found[1].shape == (18, 4)
+    y = KerasTensor((2, 4, 3, 3))
+    assert found[0].batch_dims_of_output(y) == (2, 3, 3)
+
+
+def test_a_depthwise_kernel_is_left_out():
+    model = Sequential(
+        [
+            layers.Input((4, 4, 6)),
+            layers.Conv2D(6, 3, groups=6, name="depthwise"),
+            layers.Conv2D(4, 1, name="pointwise"),
+        ]
+    )
+    with pytest.warns(UserWarning, match="depthwise"):
+        keras_svdtune.enable_svf(model)
+    assert not hasattr(model.get_layer("depthwise"), "adapter")
+    assert hasattr(model.get_layer("pointwise"), "adapter")
