@@ -99,11 +99,7 @@ class Adapter(keras.layers.Layer):
         matrix = ops.cast(matrix, "float32")
         if self.view.count is None:
             return self.method.merged(self, matrix)
-        values = {
-            w.name: ops.convert_to_tensor(getattr(self, w.name))
-            for w in self.method.weights(self.shape)
-        }
-        return over_bank(self.method.merged, self.shape, values, matrix)
+        return over_bank(self.method.merged, self.method, self, matrix)
 
     def reset(self) -> None:
         """Sets the trainables so that the layer computes x·W again."""
@@ -188,15 +184,15 @@ def plan(method: Method, matrix: Any, name: str) -> Plan:
 
     Or each matrix of a bank (count, in, out), whose weights are stacked.
     """
-    if len(matrix.shape) == 2:
-        ready = _plan_one(method, matrix, name)
-    else:
-        ready = _plan_bank(method, matrix, name)
-    ready.base_fingerprint = fingerprint(ops.convert_to_numpy(matrix))
-    return ready
+    start = _start_one if len(matrix.shape) == 2 else _start_bank
+    method, values = start(method, matrix, name)
+    return Plan(method, values, fingerprint(ops.convert_to_numpy(matrix)))
 
 
-def _plan_one(method: Method, matrix: Any, name: str) -> Plan:
+def _start_one(
+    method: Method, matrix: Any, name: str
+) -> tuple[Method, dict[str, Any]]:
+    """The method, its settings resolved, and the first values."""
     shape = tuple(matrix.shape)
     needs = method.needs(shape)
     factors = None if needs is None else decompose(matrix, needs, name)
@@ -209,24 +205,25 @@ def _plan_one(method: Method, matrix: Any, name: str) -> Plan:
     # drawn here is drawn again when an adapter file is loaded.
     seed = zlib.crc32(name.encode()) + getattr(method, "seed", 0)
     random = np.random.RandomState(seed % 2**32)
-    values = method.initial_values(matrix, factors, random)
-    return Plan(method, values, np.zeros(0))
+    return method, method.initial_values(matrix, factors, random)
 
 
-def _plan_bank(method: Method, matrices: Any, name: str) -> Plan:
-    def plans(method: Method) -> list[Plan]:
+def _start_bank(
+    method: Method, matrices: Any, name: str
+) -> tuple[Method, dict[str, Any]]:
+    def each_of(method: Method) -> list[tuple[Method, dict[str, Any]]]:
         return [
-            _plan_one(method, matrices[i], f"{name}#{i}")
+            _start_one(method, matrices[i], f"{name}#{i}")
             for i in range(matrices.shape[0])
         ]
 
-    each = plans(method)
-    if len({p.method for p in each}) > 1:
-        # By energy the experts have several ranks; stacked they have one.
-        widest = max(each, key=lambda p: p.method.rank)  # type: ignore[attr-defined]
-        each = plans(widest.method)
+    each = each_of(method)
+    if len({method for method, _ in each}) > 1:
+        # By energy the matrices have several ranks; stacked they have one.
+        widest = max((m for m, _ in each), key=lambda m: m.rank)  # type: ignore[attr-defined]
+        each = each_of(widest)
     values = {
-        key: np.stack([ops.convert_to_numpy(p.values[key]) for p in each])
-        for key in each[0].values
+        key: np.stack([ops.convert_to_numpy(v[key]) for _, v in each])
+        for key in each[0][1]
     }
-    return Plan(each[0].method, values, np.zeros(0))
+    return each[0][0], values

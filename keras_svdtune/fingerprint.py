@@ -74,20 +74,9 @@ def effect(method: Any, weights: Any, matrix: Any) -> np.ndarray:
             change = _change(method, weights, x, matrix)
         else:
             x = ops.swapaxes(ops.reshape(x, (-1, count, rows)), 0, 1)
-            values = {
-                w.name: ops.convert_to_tensor(getattr(weights, w.name))
-                for w in method.weights(weights.shape)
-            }
-            change = ops.sum(
-                over_bank(
-                    functools.partial(_change, method),
-                    weights.shape,
-                    values,
-                    x,
-                    matrix,
-                ),
-                axis=0,
-            )
+            one = functools.partial(_change, method)
+            change = over_bank(one, method, weights, x, matrix)
+            change = ops.sum(change, axis=0)
     change = ops.convert_to_numpy(change).astype("float64")
     return np.sum(change * b, axis=1).astype("float32")
 

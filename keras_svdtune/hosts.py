@@ -21,7 +21,31 @@ from keras_svdtune.matrix import DENSE_EQUATION, GroupedView, MatrixView
 from keras_svdtune.quantized import identity_rows
 
 
-class AdapterHost:
+class Merges:
+    """Mixin of what has a kernel and an adapter: the kernel with ΔW in it."""
+
+    adapter: Adapter
+
+    def merged_kernel(self) -> Any:
+        """The kernel of the plain layer that computes the same.
+
+        In the dtype of the kernel; float32 if that is quantized.
+        """
+        layer: Any = self
+        merged = self.adapter.view.to_kernel(
+            self.adapter.merged(matrix_of(layer))
+        )
+        if layer.quantization_mode is not None:
+            return merged
+        return ops.cast(merged, kernel_of(layer).dtype)
+
+    def merged_in_compute_dtype(self) -> Any:
+        """The same, as the plain layer would read it."""
+        layer: Any = self
+        return ops.cast(self.merged_kernel(), layer.compute_dtype)
+
+
+class AdapterHost(Merges):
     """Mixin before a Keras layer class: computes through `self.adapter`.
 
     Attributes:
@@ -30,7 +54,6 @@ class AdapterHost:
         map_class: what gives a method the frozen product.
     """
 
-    adapter: Adapter
     plain: ClassVar[type]
     kernel_name: ClassVar[str] = "_kernel"
     map_class: ClassVar[type] = FrozenMap
@@ -67,26 +90,6 @@ class AdapterHost:
 
     # What Keras calls instead where the kernel is quantized.
     _int8_call = _int4_call = call
-
-    def matrix(self) -> Any:
-        """W (in, out), dequantized, a float32 tensor."""
-        return matrix_of(self)
-
-    def merged_kernel(self) -> Any:
-        """The kernel of the plain layer that computes the same.
-
-        In the dtype of the kernel; float32 if that is quantized.
-        """
-        layer: Any = self
-        merged = self.adapter.view.to_kernel(self.adapter.merged(self.matrix()))
-        if layer.quantization_mode is not None:
-            return merged
-        return ops.cast(merged, kernel_of(layer).dtype)
-
-    def merged_in_compute_dtype(self) -> Any:
-        """The same, as the plain layer would read it."""
-        layer: Any = self
-        return ops.cast(self.merged_kernel(), layer.compute_dtype)
 
     def _bias(self) -> Any:
         layer: Any = self

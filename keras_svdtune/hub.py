@@ -3,7 +3,6 @@
 `hub_client.py` says where that is, and does it; `load_adapter` loads it.
 """
 
-import math
 import pathlib
 import re
 import tempfile
@@ -13,10 +12,11 @@ import keras
 import keras_hub
 
 from keras_svdtune import hub_client
-from keras_svdtune.enable import adapted_part, enabled_method, require_adapted
+from keras_svdtune.enable import adapted_part, require_adapted
 from keras_svdtune.files import saved_adapter
 from keras_svdtune.hub_client import CARD, FILE, MARK, NAME, Place
 from keras_svdtune.methods.base import Method
+from keras_svdtune.report import cost_of
 
 
 def push_adapter(
@@ -104,14 +104,8 @@ def _card(
     """
     from keras_svdtune import __version__  # not there yet on the first import
 
-    method = enabled_method(root)
-    adapters = [x.adapter for x in require_adapted(root).values()]
-    base = root.count_params() - sum(x.count_params() for x in adapters)
-    trainable = sum(
-        math.prod(v.shape)
-        for x in adapters
-        for v in x.variables_by_name(trainable=True).values()
-    )
+    cost = cost_of(root)
+    method, base, trainable = cost.method, cost.model_parameters, cost.trainable
     dtypes = sorted({x["dtype"] for x in about["layers"].values()})
     versions = {"keras_svdtune": __version__, **about["versions"]}
     rows = {

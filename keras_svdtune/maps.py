@@ -37,8 +37,7 @@ class FrozenMap:
         return self._product(self._view.unflatten_inputs(x, self._batch_dims))
 
     def rows(self, r: Any) -> Any:
-        dims = (r.shape[0],) + (1,) * (len(self._batch_dims) - 1)
-        return self._product(self._view.unflatten_inputs(r, dims))
+        return self._product(self._view.rows_as_inputs(r))
 
     def to_output(self, y: Any) -> Any:
         """(tokens, out) -> the layer's output, before bias and activation."""

@@ -80,9 +80,9 @@ class MatrixView:
             x for x in outputs if x in kernel and x not in inputs
         )
         self._counts = tuple(size[x] for x in self._shared)
-        self.in_dims = tuple(size[x] for x in self._contracted)
+        self._in_dims = tuple(size[x] for x in self._contracted)
         self._out_dims = tuple(size[x] for x in self._produced)
-        self.shape = (math.prod(self.in_dims), math.prod(self._out_dims))
+        self.shape = (math.prod(self._in_dims), math.prod(self._out_dims))
         self.count = math.prod(self._counts) if self._shared else None
 
     @property
@@ -99,7 +99,7 @@ class MatrixView:
     def to_kernel(self, matrix: Any) -> Any:
         """W (in, out), or (count, in, out) -> kernel of `kernel_shape`."""
         labels = self._shared + self._contracted + self._produced
-        dims = self._counts + self.in_dims + self._out_dims
+        dims = self._counts + self._in_dims + self._out_dims
         return _permute(ops.reshape(matrix, dims), labels, self._kernel)
 
     def flatten_inputs(self, x: Any) -> Any:
@@ -109,8 +109,13 @@ class MatrixView:
 
     def unflatten_inputs(self, flat: Any, batch_dims: tuple[Any, ...]) -> Any:
         """(tokens, in) -> a layer input with these batch axes."""
-        x = ops.reshape(flat, batch_dims + self.in_dims)
+        x = ops.reshape(flat, batch_dims + self._in_dims)
         return _permute(x, self._batch + self._contracted, self._inputs)
+
+    def rows_as_inputs(self, rows: Any) -> Any:
+        """(k, in) -> a layer input whose first batch axis is k, others 1."""
+        ones = (1,) * (len(self._batch) - 1)
+        return self.unflatten_inputs(rows, (rows.shape[0], *ones))
 
     def flatten_outputs(self, y: Any) -> Any:
         """Layer output of any rank, without its bias -> (tokens, out)."""
@@ -128,7 +133,7 @@ class MatrixView:
             self._inputs, self._batch + self._contracted, len(x.shape)
         )
         shape = ops.shape(x)
-        return tuple(shape[i] for i in order[: len(order) - len(self.in_dims)])
+        return tuple(shape[i] for i in order[: len(order) - len(self._in_dims)])
 
     def batch_dims_of_output(self, y: Any) -> tuple[Any, ...]:
         """Sizes of the batch axes of the layer output `y`, in its order."""

@@ -28,11 +28,9 @@ def identity_rows(
         dtype: the layer's compute dtype.
     """
     n, parts = view.shape[0], []
-    n_batch_dims = len(view.equation.split(",")[0]) - len(view.in_dims)
-    ones = (1,) * max(n_batch_dims - 1, 0)
     for start in range(0, n, _ROWS):
         rows = ops.eye(min(_ROWS, n - start), n, k=start, dtype=dtype)
-        y = product(view.unflatten_inputs(rows, (rows.shape[0], *ones)))
+        y = product(view.rows_as_inputs(rows))
         parts.append(ops.cast(view.flatten_outputs(y), "float32"))
     return ops.concatenate(parts, axis=0)
 

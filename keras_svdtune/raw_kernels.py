@@ -19,8 +19,7 @@ the rest of the package asks for. To add one, enter it in `RAW_KERNELS`.
 import functools
 from typing import Any
 
-from keras import ops
-
+from keras_svdtune.hosts import Merges
 from keras_svdtune.matrix import MatrixView
 
 _BANK = "eti,eio->eto"
@@ -55,7 +54,7 @@ RAW_KERNELS: dict[str, dict[str, str]] = {
 }
 
 
-class RawKernel:
+class RawKernel(Merges):
     """One raw kernel of a layer, as if it were a layer itself.
 
     Args:
@@ -81,7 +80,7 @@ class RawKernel:
         self.compute_dtype = owner.compute_dtype
 
     @property
-    def adapter(self) -> Any:
+    def adapter(self) -> Any:  # type: ignore[override]
         """Its adapter, a sublayer of the owner."""
         return getattr(self.owner, self.slot)
 
@@ -89,19 +88,6 @@ class RawKernel:
         """How it reads as a matrix, or as a bank of them."""
         bank = self.equation == _BANK
         return MatrixView(self.equation, tuple(self.variable.shape), bank)
-
-    def merged_kernel(self) -> Any:
-        """The kernel with ΔW, in its own dtype."""
-        return ops.cast(self._merged(), self.variable.dtype)
-
-    def merged_in_compute_dtype(self) -> Any:
-        """The same, as the layer would read it."""
-        return ops.cast(self.merged_kernel(), self.compute_dtype)
-
-    def _merged(self) -> Any:
-        view = self.adapter.view
-        matrix = view.to_matrix(ops.cast(self.variable.value, "float32"))
-        return view.to_kernel(self.adapter.merged(matrix))
 
 
 class ReadsMerged:

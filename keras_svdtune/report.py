@@ -144,6 +144,13 @@ def adapter_summary(model: keras.Model) -> Cost:
     Raises:
         ValueError: the model has no adapter.
     """
+    cost = cost_of(model)
+    cost.print()
+    return cost
+
+
+def cost_of(model: keras.Model) -> Cost:
+    """What `adapter_summary` prints."""
     root = adapted_part(model)
     layers = require_adapted(root)
     costs = tuple(
@@ -151,9 +158,7 @@ def adapter_summary(model: keras.Model) -> Cost:
         for path, layer in layers.items()
     )
     extra = sum(x.trainable + x.frozen for x in costs)
-    cost = Cost(enabled_method(root), costs, root.count_params() - extra)
-    cost.print()
-    return cost
+    return Cost(enabled_method(root), costs, root.count_params() - extra)
 
 
 def estimate(

@@ -17,8 +17,6 @@ from keras_svdtune.hosts import kernel_of
 from keras_svdtune.targets import adapted_layers
 
 jax = pytest.importorskip("jax")
-# Each program runs twice: its compilation is most of the time.
-jax.config.update("jax_disable_most_optimizations", True)
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "jax", reason="JAX is the reference"
 )
@@ -48,6 +46,14 @@ REPRESENTATIVES = {
     "dora": "WhisperBackbone",
     "adalora": "Gemma4Backbone",
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_to_compile():
+    """Each program runs twice: its compilation is most of the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_every_exported_backbone_is_known():

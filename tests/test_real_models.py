@@ -13,9 +13,11 @@ from helpers import (
     eager,
     error,
     numpy,
+    perturb,
     predict,
     trainables,
 )
+from keras import ops
 
 # One worker: two copies of these models would be a waste.
 pytestmark = [pytest.mark.real, pytest.mark.xdist_group("real")]
@@ -104,6 +106,58 @@ def test_svf_on(name, tmp_path):
     assert not adapted(backbone)
     assert task.count_params() == parameters
     assert error(eager(task, x), learned) < 1e-4
+
+
+def test_gemma_in_bfloat16_and_int8(tmp_path):
+    """An adapter of the float32 model onto one of bfloat16; an int8 base."""
+    weights = pytest.importorskip("keras_svdtune.demo.weights")
+    backbone = weights.load_model("gemma3_270m").backbone
+    x = {
+        "token_ids": np.arange(5, 29, dtype="int32")[None],
+        "padding_mask": np.ones((1, 24), "int32"),
+    }
+    config = {**backbone.get_config(), "dtype": "bfloat16"}
+    keras.backend.clear_session(free_memory=False)  # the same layer paths
+    half = type(backbone).from_config(config)
+    values = {v.path: v.value for v in backbone.weights}
+    for variable in half.weights:
+        variable.assign(values.pop(variable.path))
+    assert not values
+
+    base = eager(backbone, x)
+    backbone.enable_svf()
+    perturb(backbone, size=0.1)
+    learned = eager(backbone, x)
+    float_bytes = size_of(backbone)
+    backbone.save_adapter(tmp_path / "small.safetensors")
+    backbone.save_adapter(tmp_path / "basis.safetensors", include_basis=True)
+    backbone.remove_adapter()
+
+    # Rounding turns neighbouring singular vectors: refused, or they travel.
+    rounding = distance(eager(half, x), base)
+    with pytest.raises(ValueError, match="include_basis=True"):
+        half.load_adapter(tmp_path / "small.safetensors")
+    half.load_adapter(tmp_path / "basis.safetensors")
+    assert distance(eager(half, x), learned) < 2.0 * rounding
+    assert distance(base, learned) > 5.0 * rounding
+
+    backbone.quantize("int8")
+    base = eager(backbone, x)
+    backbone.enable_svf()
+    assert_same(eager(backbone, x), base, "the first step")
+    assert size_of(backbone) < 0.5 * float_bytes
+
+
+def size_of(model):
+    """Bytes of its weights."""
+    return sum(
+        int(np.prod(v.shape)) * ops.convert_to_numpy(v).dtype.itemsize
+        for v in model.weights
+    )
+
+
+def distance(found, expected):
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 def perplexity(logits, ids):

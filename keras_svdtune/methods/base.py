@@ -63,7 +63,7 @@ class LinearMap(Protocol):
     """The frozen product x·W of a layer, x (tokens, in) its present input.
 
     x itself may exist nowhere: for a convolution it is the patches of an
-    image, for an embedding one-hot rows.
+    image.
 
     Attributes:
         dtype: str, the layer's compute dtype.
