@@ -71,6 +71,8 @@ enable_dora = _backbone.enable_function(DoRA)
     SVFConv1D,
     SVFConv2D,
     SVFConv3D,
+    SVFEmbedding,
+    SVFReversibleEmbedding,
 ) = _layers.layer_classes(SVF)
 (
     SVFTDense,
@@ -78,6 +80,8 @@ enable_dora = _backbone.enable_function(DoRA)
     SVFTConv1D,
     SVFTConv2D,
     SVFTConv3D,
+    SVFTEmbedding,
+    SVFTReversibleEmbedding,
 ) = _layers.layer_classes(SVFT)
 (
     PiSSADense,
@@ -85,6 +89,8 @@ enable_dora = _backbone.enable_function(DoRA)
     PiSSAConv1D,
     PiSSAConv2D,
     PiSSAConv3D,
+    PiSSAEmbedding,
+    PiSSAReversibleEmbedding,
 ) = _layers.layer_classes(PiSSA)
 (
     MiLoRADense,
@@ -92,6 +98,8 @@ enable_dora = _backbone.enable_function(DoRA)
     MiLoRAConv1D,
     MiLoRAConv2D,
     MiLoRAConv3D,
+    MiLoRAEmbedding,
+    MiLoRAReversibleEmbedding,
 ) = _layers.layer_classes(MiLoRA)
 (
     LoRAXSDense,
@@ -99,6 +107,8 @@ enable_dora = _backbone.enable_function(DoRA)
     LoRAXSConv1D,
     LoRAXSConv2D,
     LoRAXSConv3D,
+    LoRAXSEmbedding,
+    LoRAXSReversibleEmbedding,
 ) = _layers.layer_classes(LoRAXS)
 (
     LoRADense,
@@ -106,6 +116,8 @@ enable_dora = _backbone.enable_function(DoRA)
     LoRAConv1D,
     LoRAConv2D,
     LoRAConv3D,
+    LoRAEmbedding,
+    LoRAReversibleEmbedding,
 ) = _layers.layer_classes(LoRA)
 (
     AdaLoRADense,
@@ -120,6 +132,8 @@ enable_dora = _backbone.enable_function(DoRA)
     DoRAConv1D,
     DoRAConv2D,
     DoRAConv3D,
+    DoRAEmbedding,
+    DoRAReversibleEmbedding,
 ) = _layers.layer_classes(DoRA)
 
 _backbone.patch_keras_hub()
@@ -142,6 +156,8 @@ __all__ = [
     "DoRAConv3D",
     "DoRADense",
     "DoRAEinsumDense",
+    "DoRAEmbedding",
+    "DoRAReversibleEmbedding",
     "LayerConversion",
     "LayerCost",
     "LoRA",
@@ -150,12 +166,16 @@ __all__ = [
     "LoRAConv3D",
     "LoRADense",
     "LoRAEinsumDense",
+    "LoRAEmbedding",
+    "LoRAReversibleEmbedding",
     "LoRAXS",
     "LoRAXSConv1D",
     "LoRAXSConv2D",
     "LoRAXSConv3D",
     "LoRAXSDense",
     "LoRAXSEinsumDense",
+    "LoRAXSEmbedding",
+    "LoRAXSReversibleEmbedding",
     "Method",
     "MiLoRA",
     "MiLoRAConv1D",
@@ -163,23 +183,31 @@ __all__ = [
     "MiLoRAConv3D",
     "MiLoRADense",
     "MiLoRAEinsumDense",
+    "MiLoRAEmbedding",
+    "MiLoRAReversibleEmbedding",
     "PiSSA",
     "PiSSAConv1D",
     "PiSSAConv2D",
     "PiSSAConv3D",
     "PiSSADense",
     "PiSSAEinsumDense",
+    "PiSSAEmbedding",
+    "PiSSAReversibleEmbedding",
     "RankAllocator",
     "SVFConv1D",
     "SVFConv2D",
     "SVFConv3D",
     "SVFDense",
     "SVFEinsumDense",
+    "SVFEmbedding",
+    "SVFReversibleEmbedding",
     "SVFTConv1D",
     "SVFTConv2D",
     "SVFTConv3D",
     "SVFTDense",
     "SVFTEinsumDense",
+    "SVFTEmbedding",
+    "SVFTReversibleEmbedding",
     "SavedAdapter",
     "adapter_disabled",
     "adapter_summary",

@@ -12,7 +12,7 @@ from keras import ops
 from keras_svdtune.bank import over_bank
 from keras_svdtune.fingerprint import fingerprint, matches
 from keras_svdtune.matrix import MatrixView
-from keras_svdtune.methods.base import LinearMap, Method, Weight
+from keras_svdtune.methods.base import LinearMap, Method, ReverseMap, Weight
 from keras_svdtune.svd import decompose
 
 
@@ -93,6 +93,10 @@ class Adapter(keras.layers.Layer):
     def call(self, base: LinearMap) -> Any:
         """The adapted product (tokens, out), by the method."""
         return self.method.call(self, base)
+
+    def reverse(self, base: ReverseMap) -> Any:
+        """x·W'ᵀ (tokens, in) where a layer multiplies by Wᵀ too."""
+        return self.method.reverse(self, base)
 
     def merged(self, matrix: Any) -> Any:
         """W' (in, out) in float32 for W (in, out); or for each of a bank."""

@@ -19,6 +19,7 @@ from typing import Any
 from keras import ops
 
 from keras_svdtune.adapter import Adapter, Plan, plan
+from keras_svdtune.embeddings import AdaptedEmbedding
 from keras_svdtune.hosts import (
     HOSTS,
     AdaptedConvolution,
@@ -29,7 +30,7 @@ from keras_svdtune.hosts import (
     without_adapter,
 )
 from keras_svdtune.methods.base import Method
-from keras_svdtune.quantized import QUANTIZED_VARIABLES, requantized
+from keras_svdtune.quantized import requantized, variable_names
 from keras_svdtune.raw_kernels import (
     RawKernel,
     ReadsMerged,
@@ -50,12 +51,21 @@ class _SavesMerged(AdapterHost):
     def _get_kernel_with_merged_lora(self) -> tuple[Any, ...]:
         # Keras asks for (kernel, scale, zero point) to save here.
         merged = _merged_variables(self)
-        return tuple(merged.get(name) for name in QUANTIZED_VARIABLES)
+        return tuple(merged.get(name) for name in _names(self))
 
     def load_own_variables(self, store: Any) -> None:
         before = _copies(self)
         super().load_own_variables(store)  # type: ignore[misc]
         self.adapter.settle = _settle(self, before)
+
+
+class _SavesMergedEmbedding(_SavesMerged):
+    @property
+    def embeddings(self) -> Any:
+        return self.merged_kernel()  # Keras does not autocast it either
+
+    def _get_embeddings_with_merged_lora(self) -> tuple[Any, ...]:
+        return self._get_kernel_with_merged_lora()
 
 
 class _SavesMergedConvolution(_SavesMerged):
@@ -86,8 +96,11 @@ class _OwnerSavesMerged(ReadsMerged):
 
 def _in_place(host: type[AdapterHost]) -> type:
     """The class to swap in, which saves like the plain one."""
-    convolution = issubclass(host, AdaptedConvolution)
-    mixin = _SavesMergedConvolution if convolution else _SavesMerged
+    mixin: type[_SavesMerged] = _SavesMerged
+    if issubclass(host, AdaptedConvolution):
+        mixin = _SavesMergedConvolution
+    elif issubclass(host, AdaptedEmbedding):
+        mixin = _SavesMergedEmbedding
     # A config written from it names the plain layer.
     return type(
         host.plain.__name__, (mixin, host), {"__module__": "keras.layers"}
@@ -225,16 +238,22 @@ def rebuild_basis(layer: Any) -> None:
 def _kernel_variables(layer: Any) -> dict[str, Any]:
     """The variables that hold the kernel: several if it is quantized."""
     if layer.quantization_mode is None:
-        return {"_kernel": kernel_of(layer)}
-    found = {x: getattr(layer, x, None) for x in QUANTIZED_VARIABLES}
+        return {_names(layer)[0]: kernel_of(layer)}
+    found = {x: getattr(layer, x, None) for x in _names(layer)}
     return {name: x for name, x in found.items() if x is not None}
+
+
+def _names(layer: Any) -> tuple[str, ...]:
+    if layer.quantization_mode is None:
+        return (layer.kernel_name, "", "")
+    return variable_names(layer)
 
 
 def _merged_variables(layer: Any) -> dict[str, Any]:
     """What they are for the merged kernel."""
     merged = layer.merged_kernel()
     if layer.quantization_mode is None:
-        return {"_kernel": merged}
+        return {_names(layer)[0]: merged}
     return requantized(without_adapter(layer), merged)
 
 

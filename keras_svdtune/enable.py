@@ -11,12 +11,12 @@ from typing import Any
 import keras
 import keras_hub
 from keras import ops
+from keras.layers import Embedding
 
-from keras_svdtune import attach, quantized
+from keras_svdtune import attach, embeddings, hosts, quantized
 from keras_svdtune.adapter import Plan, plan
 from keras_svdtune.compiled import reset_compiled
 from keras_svdtune.freezing import freeze
-from keras_svdtune.hosts import HOSTS
 from keras_svdtune.methods.base import METHODS, Method, nearest
 from keras_svdtune.progress import run_all
 from keras_svdtune.raw_kernels import RawKernel
@@ -322,7 +322,7 @@ def targets_for(
 
 def check_layer(path: str, layer: Any, method: Method) -> None:
     """Raises a ValueError that names the layer if `method` cannot adapt it."""
-    if type(layer) not in HOSTS and not isinstance(layer, RawKernel):
+    if type(layer) not in hosts.HOSTS and not isinstance(layer, RawKernel):
         raise ValueError(
             f"Layer '{path}' is a {type(layer).__name__}, which cannot be "
             "adapted. Leave it out of `target_layer_names`."
@@ -339,11 +339,15 @@ def check_fit(path: str, layer: Any, method: Method) -> None:
             f"is quantized to {layer.quantization_mode}, and adapters know "
             f"{' and '.join(quantized.MODES)} only"
         )
-    elif layer.kernel_constraint is not None:
+    elif hosts.constraint_of(layer) is not None:
         problem = (
-            "has a kernel constraint, which an adapter cannot respect; build "
-            "it without `kernel_constraint`"
+            "has a constraint on its kernel, which an adapter cannot respect; "
+            "build it without one"
         )
+    elif embeddings.problem_of(layer):
+        problem = str(embeddings.problem_of(layer))
+    elif isinstance(layer, Embedding) and not method.embeddings:
+        problem = f"is an embedding, which {method.title} does not adapt"
     else:
         view = attach.view_of(layer)
         shape = view.shape

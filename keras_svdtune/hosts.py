@@ -26,15 +26,17 @@ class Merges:
 
     adapter: Adapter
 
+    def matrix(self) -> Any:
+        """W (in, out), float32."""
+        return matrix_of(self)
+
     def merged_kernel(self) -> Any:
         """The kernel of the plain layer that computes the same.
 
         In the dtype of the kernel; float32 if that is quantized.
         """
         layer: Any = self
-        merged = self.adapter.view.to_kernel(
-            self.adapter.merged(matrix_of(layer))
-        )
+        merged = self.adapter.view.to_kernel(self.adapter.merged(self.matrix()))
         if layer.quantization_mode is not None:
             return merged
         return ops.cast(merged, kernel_of(layer).dtype)
@@ -52,11 +54,13 @@ class AdapterHost(Merges):
         plain: the class without an adapter.
         kernel_name: str, the attribute that holds the kernel.
         map_class: what gives a method the frozen product.
+        by_default: whether it is adapted where no target is named.
     """
 
     plain: ClassVar[type]
     kernel_name: ClassVar[str] = "_kernel"
     map_class: ClassVar[type] = FrozenMap
+    by_default: ClassVar[bool] = True
 
     @staticmethod
     def matrix_view(layer: Any) -> MatrixView:
@@ -204,10 +208,19 @@ def kernel_of(layer: Any) -> Any:
 
 def kernel_shape(layer: Any) -> tuple[int, ...]:
     """The shape of a layer's kernel; that of the float one if quantized."""
+    if isinstance(layer, keras.layers.Embedding):
+        return (layer.input_dim, layer.output_dim)
     shape = getattr(layer, "original_kernel_shape", None)  # packed EinsumDense
     if shape is None and layer.quantization_mode == "int4":
         shape = (layer._orig_input_dim, layer._orig_output_dim)
     return tuple(kernel_of(layer).shape if shape is None else shape)
+
+
+def constraint_of(layer: Any) -> Any:
+    """The constraint on a layer's kernel, or None."""
+    if isinstance(layer, keras.layers.Embedding):
+        return layer.embeddings_constraint
+    return layer.kernel_constraint
 
 
 def view_of(layer: Any) -> MatrixView:
@@ -223,6 +236,9 @@ def matrix_of(layer: Any) -> Any:
     scaled and packed in ways that only Keras knows.
     """
     view = view_of(layer)
+    if layer.quantization_mode and isinstance(layer, keras.layers.Embedding):
+        rows = without_adapter(layer).quantized_call(ops.arange(view.shape[0]))
+        return ops.cast(rows, "float32")
     if layer.quantization_mode is None:
         return view.to_matrix(ops.cast(kernel_of(layer).value, "float32"))
     bare = without_adapter(

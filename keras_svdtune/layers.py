@@ -36,7 +36,7 @@ class DeclaredLayer(AdapterHost):
         super().__init__(*args, **kwargs)
         self.method = self.method_class(**settings)
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, input_shape: Any = None) -> None:
         super().build(input_shape)  # type: ignore[misc]
         self._set_kernel()
         freeze_own_variables(self)
@@ -102,12 +102,17 @@ class DeclaredLayer(AdapterHost):
 
 
 def layer_classes(method: type[Method]) -> list[type]:
-    """The declared layer classes of `method`, one for each host.
+    """The declared layer classes of `method`, one for each host of Keras.
 
     Their names are the method's title and the plain class's name:
     `SVFDense`, `LoRAXSEinsumDense`.
     """
-    return [_layer_class(method, plain) for plain in HOSTS]
+    return [
+        _layer_class(method, plain)
+        for plain in HOSTS
+        if plain.__module__.startswith("keras.")
+        and (method.embeddings or not issubclass(plain, keras.layers.Embedding))
+    ]
 
 
 def _layer_class(method: type[Method], plain: type) -> type:
@@ -115,6 +120,10 @@ def _layer_class(method: type[Method], plain: type) -> type:
     example = {
         "Dense": f"{name}(64{method.example})",
         "EinsumDense": f'{name}("abc,cd->abd", (None, 64){method.example})',
+        **{
+            plain: f"{name}(32_000, 64{method.example})"
+            for plain in ("Embedding", "ReversibleEmbedding")
+        },
         **{f"Conv{n}D": f"{name}(64, 3{method.example})" for n in (1, 2, 3)},
     }
     cls = type(

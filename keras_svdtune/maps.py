@@ -6,6 +6,7 @@ activations, or the patches of an image, which are never formed.
 
 from typing import Any
 
+import keras
 from keras import ops
 
 from keras_svdtune.matrix import MatrixView
@@ -80,3 +81,77 @@ class ConvolutionMap:
 
     def to_output(self, y: Any) -> Any:
         return self._view.unflatten_outputs(y, self._batch_dims)
+
+
+class LookupMap:
+    """x·W of an embedding: x has a single 1 in each row, and is never formed.
+
+    Args:
+        layer: an `AdapterHost`, an embedding.
+        inputs: the indices.
+    """
+
+    def __init__(self, layer: Any, inputs: Any):
+        self._layer, self._inputs = layer, inputs
+        self._indices = ops.reshape(ops.cast(inputs, "int32"), (-1,))
+        self.dtype = layer.compute_dtype
+
+    def __call__(self) -> Any:
+        y = self._layer.linear(self._inputs)
+        return ops.reshape(y, (-1, y.shape[-1]))
+
+    def times(self, a: Any) -> Any:
+        return ops.take(a, self._indices, axis=0)
+
+    def moved(self, change: Any) -> Any:
+        return self() + self.rows(change)
+
+    def rows(self, r: Any) -> Any:
+        return ops.matmul(r, _table(self._layer, r.dtype))
+
+    def to_output(self, y: Any) -> Any:
+        return ops.reshape(y, (*ops.shape(self._inputs), y.shape[-1]))
+
+
+class ReverseMap:
+    """x·Wᵀ of an embedding that is called in reverse, before its soft cap.
+
+    Args:
+        layer: an `AdapterHost`, a tied ReversibleEmbedding.
+        inputs: (..., dim).
+    """
+
+    def __init__(self, layer: Any, inputs: Any):
+        self._layer = layer
+        self.dtype = layer.reverse_dtype or keras.backend.result_type(
+            inputs.dtype, layer._embeddings.dtype
+        )
+        self._inputs = ops.cast(inputs, self.dtype)
+        self._x = ops.reshape(self._inputs, (-1, inputs.shape[-1]))
+
+    def __call__(self) -> Any:
+        return self._product(self._inputs)
+
+    def times(self, a: Any) -> Any:
+        return ops.matmul(self._x, ops.cast(a, self.dtype))
+
+    def moved(self, change: Any) -> Any:
+        x = self._x + ops.cast(change, self.dtype)
+        return self._product(ops.reshape(x, ops.shape(self._inputs)))
+
+    def rows(self, r: Any) -> Any:
+        return ops.matmul(r, ops.transpose(_table(self._layer, r.dtype)))
+
+    def back(self, r: Any) -> Any:
+        return ops.matmul(r, _table(self._layer, r.dtype))
+
+    def to_output(self, y: Any) -> Any:
+        return ops.reshape(y, (*ops.shape(self._inputs)[:-1], y.shape[-1]))
+
+    def _product(self, inputs: Any) -> Any:
+        y = self._layer.linear(inputs, reverse=True)
+        return ops.reshape(y, (-1, y.shape[-1]))
+
+
+def _table(layer: Any, dtype: str) -> Any:
+    return ops.cast(layer.matrix(), dtype)

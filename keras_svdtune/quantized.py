@@ -13,7 +13,6 @@ from keras import ops
 from keras_svdtune.matrix import MatrixView
 
 MODES = ("int8", "int4")
-QUANTIZED_VARIABLES = ("_kernel", "kernel_scale", "kernel_zero")
 _ROWS = 1024  # of the identity at a time: an identity of 16,384 fills 1 GiB
 
 
@@ -35,21 +34,29 @@ def identity_rows(
     return ops.concatenate(parts, axis=0)
 
 
+def variable_names(layer: Any) -> tuple[str, str, str]:
+    """The attributes of value, scale and zero point of a quantized kernel."""
+    stem = "kernel" if hasattr(layer, "kernel_scale") else "embeddings"
+    return f"_{stem}", f"{stem}_scale", f"{stem}_zero"
+
+
 def requantized(layer: Any, kernel: Any) -> dict[str, Any]:
     """The variables of a quantized layer for another kernel, by attribute.
 
     Args:
-        layer: a Dense or EinsumDense, plain, quantized to int8 or int4.
+        layer: a plain Dense, EinsumDense or Embedding, quantized to int8 or
+            int4.
         kernel: a float kernel.
     """
     config = layer.get_config()
     config["dtype"] = layer.dtype_policy.name.split("_from_")[-1]
     fresh = type(layer).from_config(config)
     fresh.build_from_config(layer.get_build_config())
-    fresh._kernel.assign(kernel)
+    names = variable_names(layer)
+    getattr(fresh, names[0]).assign(kernel)
     fresh.quantize(layer.quantization_mode, config=layer.quantization_config)
     return {
         name: getattr(fresh, name).value
-        for name in QUANTIZED_VARIABLES
+        for name in names
         if hasattr(fresh, name)
     }

@@ -6,13 +6,15 @@ of it as a method needs, and decides how:
 - **Where.** On a GPU the work stays there, in float32 at full matmul
   precision through `keras.ops`. On a CPU, and for a TPU (whose compiler
   needs minutes for one full decomposition of one shape), it is done on the
-  host in float64 by LAPACK. There all backends get the same basis to the last
-  bit, so that an adapter trained with one loads into another.
+  host in float64 by LAPACK, `blocks.py` at a time. There all backends get the
+  same basis to the last bit, so that an adapter trained with one loads into
+  another.
 - **How.** An orthonormal basis of the smaller side comes from the Gram matrix
   (`eigh`), 3-5 times faster than `svd`. A few large components come from
   a seeded randomised range finder, small ones from a true SVD.
 
-Signs are canonical: the entry of largest magnitude of each u is positive.
+Signs are canonical: the entry of largest magnitude of each singular vector of
+the smaller side (v where out <= in, else u) is positive.
 Nothing here is ever differentiated: gradients of an SVD are NaN where
 singular values are equal.
 
@@ -31,17 +33,35 @@ import keras
 import numpy as np
 from keras import ops
 
-# NumPy under the names of keras.ops: the same algorithms run on both.
+from keras_svdtune import blocks
+
+# NumPy in float64 under the names of keras.ops, so that the same algorithms
+# run on both; and what `keras.ops` has no name for.
 _HOST = types.SimpleNamespace(
     **{
         name: getattr(np.linalg, name, None) or getattr(np, name)
         for name in (
-            *("eigh", "qr", "svd"),
-            *("absolute", "argmax", "expand_dims", "flip", "matmul"),
+            *("eigh", "qr", "absolute", "argmax", "expand_dims", "flip"),
             *("maximum", "sqrt", "take_along_axis", "transpose", "where"),
         )
-    }
+    },
+    matmul=blocks.matmul,
+    gram=blocks.gram,
+    svd=lambda w, **how: np.linalg.svd(w.astype("float64"), **how),
 )
+
+
+class _Device:
+    """`keras.ops`, and one more."""
+
+    def gram(self, w: Any) -> Any:
+        return ops.matmul(ops.transpose(w), w)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(ops, name)
+
+
+_DEVICE = _Device()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +125,7 @@ def decompose(matrix: Any, needs: Needs, name: str = "matrix") -> Factors:
     if not on_host():
         try:
             with full_precision():
-                factors = _run(ops.cast(matrix, "float32"), needs, ops)
+                factors = _run(ops.cast(matrix, "float32"), needs, _DEVICE)
         except Exception as error:
             # A solver that did not converge, or no memory left for it.
             reason = f"{type(error).__name__}: {error}"
@@ -120,7 +140,7 @@ def decompose(matrix: Any, needs: Needs, name: str = "matrix") -> Factors:
             stacklevel=2,
         )
     host = ops.convert_to_numpy(ops.cast(matrix, "float32"))
-    return _run(host.astype("float64"), needs, _HOST)
+    return _run(host, needs, _HOST)
 
 
 def on_host() -> bool:
@@ -186,7 +206,7 @@ def _run(w: Any, needs: Needs, xp: Any) -> Factors:
 
 def top_on_host(w: np.ndarray, rank: int) -> Factors:
     """The `rank` largest components of w (in, out), by LAPACK in float64."""
-    return _run(w.astype("float64"), Needs("top", rank), _HOST)
+    return _run(w, Needs("top", rank), _HOST)
 
 
 def small_side(w: Any, xp: Any) -> tuple[Any, Any, Any]:
@@ -198,19 +218,16 @@ def small_side(w: Any, xp: Any) -> tuple[Any, Any, Any]:
 
     Args:
         w: (in, out).
-        xp: `keras.ops` or its NumPy stand-in.
+        xp: `_DEVICE` or `_HOST`.
 
     Returns:
         (u, s, v): one of u and v is (n, n), the other is None.
     """
     tall = w.shape[1] <= w.shape[0]
-    wt = xp.transpose(w)
-    gram = xp.matmul(wt, w) if tall else xp.matmul(w, wt)
-    values, basis = xp.eigh(gram)
+    values, basis = xp.eigh(xp.gram(w if tall else xp.transpose(w)))
     s = xp.sqrt(xp.maximum(xp.flip(values), 0.0))
     basis = xp.flip(basis, axis=1)
-    u = xp.matmul(w, basis) if tall else basis
-    basis = basis * signs(u, xp)
+    basis = basis * signs(basis, xp)
     return (None, s, basis) if tall else (basis, s, None)
 
 
@@ -224,7 +241,7 @@ def components(w: Any, needs: Needs, xp: Any) -> tuple[Any, Any, Any]:
     Args:
         w: (in, out).
         needs: part `"top"` or `"bottom"`, and how many.
-        xp: `keras.ops` or its NumPy stand-in.
+        xp: `_DEVICE` or `_HOST`.
 
     Returns:
         (u, s, v) of shapes (in, k), (k,), (out, k), s descending.
@@ -243,9 +260,7 @@ def components(w: Any, needs: Needs, xp: Any) -> tuple[Any, Any, Any]:
     u, s, vt = xp.svd(w, full_matrices=False)
     if xp is not _HOST:
         part = _wanted(_to_float32(s), needs)
-    u, s, v = u[:, part], s[part], xp.transpose(vt)[:, part]
-    sign = signs(u, xp)
-    return u * sign, s, v * sign
+    return _signed(u[:, part], s[part], xp.transpose(vt)[:, part], xp)
 
 
 def randomised_top(w: Any, needs: Needs, xp: Any) -> tuple[Any, Any, Any]:
@@ -268,9 +283,8 @@ def randomised_top(w: Any, needs: Needs, xp: Any) -> tuple[Any, Any, Any]:
     q = xp.qr(y)[0]
     u, s, vt = xp.svd(xp.matmul(xp.transpose(q), w), full_matrices=False)
     u = xp.matmul(q, u)[:, : needs.rank]
-    sign = signs(u, xp)
     v = xp.transpose(vt)[:, : needs.rank]
-    return u * sign, s[: needs.rank], v * sign
+    return _signed(u, s[: needs.rank], v, xp)
 
 
 def rank_of_energy(s: np.ndarray, energy: float, part: str) -> int:
@@ -299,6 +313,11 @@ def _wanted(s: Any, needs: Needs) -> slice:
 
 def _like(array: np.ndarray, xp: Any) -> Any:
     return array if xp is _HOST else ops.convert_to_tensor(array, "float32")
+
+
+def _signed(u: Any, s: Any, v: Any, xp: Any) -> tuple[Any, Any, Any]:
+    sign = signs(v if v.shape[0] <= u.shape[0] else u, xp)
+    return u * sign, s, v * sign
 
 
 def signs(u: Any, xp: Any) -> Any:

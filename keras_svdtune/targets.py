@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from keras_svdtune.embeddings import untied
 from keras_svdtune.hosts import HOSTS, AdapterHost, view_of
 from keras_svdtune.methods.base import nearest
 from keras_svdtune.raw_kernels import adapted_kernels, raw_kernels
@@ -22,7 +23,7 @@ def find_targets(
         target_layer_names: None for every Dense, EinsumDense and convolution
             and every bank of experts; or names of layers (`"query"`), or
             regular expressions that match a whole layer path
-            (`".*attention/(query|value)"`).
+            (`".*attention/(query|value)"`). Embeddings only where named.
 
     Returns:
         dict from layer path to layer, in the model's order. A layer that the
@@ -49,7 +50,7 @@ def find_targets(
             "that is built and not yet adapted."
         )
     if target_layer_names is None:
-        return _matrices_only(candidates)
+        return _by_default(model.name, candidates)
     targets = {
         path
         for wanted in target_layer_names
@@ -63,6 +64,13 @@ def find_targets(
             view_of(layer)
         except ValueError as error:
             raise ValueError(f"Layer '{path}': {error}") from None
+    for path, layer in chosen.items():
+        if untied(layer):
+            warnings.warn(
+                f"The reverse projection of '{path}' is a matrix of its own "
+                "(its weights are not tied), which is not adapted.",
+                stacklevel=4,
+            )
     return chosen
 
 
@@ -150,9 +158,11 @@ def _matching(wanted: str, candidates: dict[str, Any]) -> list[str]:
     return by_path
 
 
-def _matrices_only(candidates: dict[str, Any]) -> dict[str, Any]:
+def _by_default(name: str, candidates: dict[str, Any]) -> dict[str, Any]:
     chosen, left_out = {}, []
     for path, layer in candidates.items():
+        if not getattr(HOSTS.get(type(layer)), "by_default", True):
+            continue
         try:
             view_of(layer)
         except ValueError:
@@ -161,7 +171,9 @@ def _matrices_only(candidates: dict[str, Any]) -> dict[str, Any]:
             chosen[path] = layer
     if not chosen:
         raise ValueError(
-            "No layer's kernel is a matrix. Left out: " + ", ".join(left_out)
+            f"Model '{name}' has nothing that is adapted by default: "
+            "embeddings are where they are named, depthwise kernels are no "
+            f"matrices (of these {len(left_out)})."
         )
     if left_out:
         warnings.warn(

@@ -4,7 +4,7 @@ The oracle of a method is its equation and nothing else: a function from the
 trainables to W'. Outputs follow by one product, gradients by central
 differences, so no derivative is written down twice. Singular vectors come
 from `np.linalg.svd`, with the package's rule for signs: the entry of largest
-magnitude of each u is positive.
+magnitude of each singular vector of the smaller side is positive.
 """
 
 import keras
@@ -54,7 +54,8 @@ def nothing_compiled(monkeypatch):
 def svd(w):
     """(u, s, v) of W, signs canonical."""
     u, s, vt = np.linalg.svd(w, full_matrices=False)
-    sign = np.sign(u[np.argmax(np.abs(u), axis=0), np.arange(len(s))])
+    small = vt.T if w.shape[1] <= w.shape[0] else u
+    sign = np.sign(small[np.argmax(np.abs(small), axis=0), np.arange(len(s))])
     return u * sign, s, vt.T * sign
 
 

@@ -1,12 +1,13 @@
 """The decomposition against NumPy in float64, and where and how it runs."""
 
+import tracemalloc
 import warnings
 
 import numpy as np
 import pytest
 from keras import ops
 
-from keras_svdtune import svd
+from keras_svdtune import blocks, svd
 from keras_svdtune.svd import Needs, decompose, small_side
 
 SHAPES = [(12, 7), (7, 12), (9, 9), (5, 1), (1, 5)]
@@ -72,18 +73,12 @@ def check_small_side(w, factors, tolerance):
     np.testing.assert_allclose(np.sqrt(np.diag(gram)), s, atol=limit)
 
 
-def check_signs(u):
-    """The entry of largest magnitude of each column is positive."""
-    rows = np.argmax(np.abs(u), axis=0)
-    largest = u[rows, np.arange(u.shape[1])]
+def check_signs(w, factors):
+    """The largest entry of each vector of the smaller side is positive."""
+    basis = factors.v if w.shape[1] <= w.shape[0] else factors.u
+    rows = np.argmax(np.abs(basis), axis=0)
+    largest = basis[rows, np.arange(basis.shape[1])]
     assert np.all(largest > 0), largest
-
-
-def u_of(w, factors):
-    """The left vectors, by W·v = s·u where only v is known."""
-    if factors.u is not None:
-        return factors.u
-    return w.astype("float64") @ factors.v / np.maximum(factors.s, 1e-30)
 
 
 @everywhere
@@ -93,7 +88,7 @@ def test_small_side(shape, where, monkeypatch):
     w = matrix(shape)
     factors = decompose(ops.convert_to_tensor(w), SMALL)
     check_small_side(w, factors, 1e-6 if where == "host" else 2e-5)
-    check_signs(u_of(w, factors))
+    check_signs(w, factors)
 
 
 @everywhere
@@ -142,10 +137,42 @@ def test_equals_plain_numpy_to_the_bit():
     w = w.astype("float64")
     values, v = np.linalg.eigh(w.T @ w)
     s, v = np.sqrt(values[::-1]), v[:, ::-1]
-    u = w @ v
-    v = v * np.sign(u[np.argmax(np.abs(u), axis=0), np.arange(20)])
+    v = v * np.sign(v[np.argmax(np.abs(v), axis=0), np.arange(20)])
     assert np.array_equal(factors.s, s.astype("float32"))
     assert np.array_equal(factors.v, v.astype("float32"))
+
+
+@pytest.mark.parametrize("shape", [(50, 3), (3, 50), (20, 20)])
+def test_products_by_blocks(shape, monkeypatch):
+    """A block holds less than the matrix does, and the last is smaller."""
+    monkeypatch.setattr(blocks, "_NUMBERS", 21)
+    w = matrix(shape)
+    w64 = w.astype("float64")
+    np.testing.assert_allclose(blocks.gram(w), w64.T @ w64, atol=1e-13)
+    for other in (matrix((shape[1], 4)), matrix((shape[1], 70))):
+        expected = w64 @ other.astype("float64")
+        for a, b, c in ((w, other, expected), (other.T, w.T, expected.T)):
+            found = blocks.matmul(a, b)
+            assert found.dtype == np.float64
+            np.testing.assert_allclose(found, c, atol=1e-13)
+    small = decompose(ops.convert_to_tensor(w), SMALL)
+    check_small_side(w, small, 1e-6)
+    top = decompose(ops.convert_to_tensor(w), Needs("top", 2))
+    check_components(w, top, "top", 2, 1e-6)
+
+
+def test_a_large_matrix_is_not_copied_to_float64():
+    """The table of an embedding: what is allocated is little beside it."""
+    w = np.ones((2**19, 32), "float32")
+    w[np.arange(32), np.arange(32)] += np.arange(1, 33)
+    tracemalloc.start()
+    try:
+        svd.small_side(w, svd._HOST)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # The block, and a few of n x n; a copy would be twice the matrix.
+    assert peak < 1.2 * blocks._NUMBERS * 8 < 2 * w.nbytes
 
 
 def test_host_and_device_agree(monkeypatch):
@@ -182,7 +209,7 @@ def check_components(w, factors, part, rank, tolerance):
         factors.u.astype("float64") * factors.s,
         atol=tolerance * s[0],
     )
-    check_signs(factors.u)
+    check_signs(w, factors)
 
 
 @everywhere
@@ -410,8 +437,8 @@ def _products(jaxpr):
 
 # The exact components come from `svd` alone, without a product of ours.
 DEVICE_PATHS = [
-    lambda w: small_side(w, ops),
-    lambda w: svd.randomised_top(w, Needs("top", 3, n_iter=2), ops),
+    lambda w: small_side(w, svd._DEVICE),
+    lambda w: svd.randomised_top(w, Needs("top", 3, n_iter=2), svd._DEVICE),
 ]
 
 

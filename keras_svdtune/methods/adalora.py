@@ -68,6 +68,7 @@ class AdaLoRA(Method):
     suggested_learning_rate = 1e-3
     example = ", rank=8"
     banks = False  # one rank for each expert would be needed
+    embeddings = False  # two calls in a step would count twice
 
     rank: int
     initial_rank: int | None = None

@@ -84,6 +84,16 @@ class LinearMap(Protocol):
         """r·W (k, out) for any r (k, in)."""
 
 
+class ReverseMap(LinearMap, Protocol):
+    """The map of Wᵀ, x (tokens, out): a tied head, which reads W backwards.
+
+    It is a `LinearMap` in all, with Wᵀ for W: `base()` is x·Wᵀ.
+    """
+
+    def back(self, r: Any) -> Any:
+        """r·W (k, out) for any r (k, in): against its direction."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """Base class of the methods.
@@ -105,6 +115,8 @@ class Method:
     linear: ClassVar[bool] = False
     # Whether it works where only the merged kernels of a bank are read.
     banks: ClassVar[bool] = True
+    # Whether it works in an embedding, which a model may call in both ways.
+    embeddings: ClassVar[bool] = True
     # Whether there is an `enable_<name>`; not where Keras has one already.
     has_enable: ClassVar[bool] = True
 
@@ -182,6 +194,21 @@ class Method:
             (tokens, out). With the initial weights, `base()` to the bit.
         """
         raise NotImplementedError
+
+    def reverse(self, weights: Any, base: ReverseMap) -> Any:
+        """The adapted product with Wᵀ: x·W'ᵀ (tokens, in).
+
+        From `low_rank_factors`, unless a method has another form.
+
+        Args:
+            weights: as in `call`.
+            base: the frozen product x·Wᵀ, x (tokens, out).
+        """
+        factors = self.low_rank_factors(weights)
+        assert factors is not None, "write `reverse` for this method"
+        a, b = (ops.cast(x, base.dtype) for x in factors)
+        xb = base.times(ops.transpose(b))
+        return base() + ops.matmul(xb, ops.transpose(a))
 
     def merged(self, weights: Any, matrix: Any) -> Any:
         """W' (in, out) in float32, with `call(weights, base) == x·W'`.

@@ -6,7 +6,13 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_svdtune.methods.base import LinearMap, Method, Weight, register
+from keras_svdtune.methods.base import (
+    LinearMap,
+    Method,
+    ReverseMap,
+    Weight,
+    register,
+)
 from keras_svdtune.methods.lora import random_a, refuse_energy
 from keras_svdtune.methods.low_rank import branch, scale_of
 from keras_svdtune.svd import Factors
@@ -99,6 +105,16 @@ class DoRA(Method):
         at = ops.transpose(ops.cast(weights.a, base.dtype))
         excess = self._excess(weights, ops.cast(base.rows(at), "float32"))
         return ops.cast(ops.cast(y, "float32") * (1.0 + excess), y.dtype)
+
+    def reverse(self, weights: Any, base: ReverseMap) -> Any:
+        # x·W'ᵀ = (x ⊙ (1 + e))·(W + k·A·B)ᵀ
+        at = ops.transpose(ops.cast(weights.a, base.dtype))
+        atw = ops.cast(base.back(at), "float32")
+        excess = ops.cast(self._excess(weights, atw), base.dtype)
+        y = base.moved(base.times(ops.diag(excess)))
+        b = weights.b * scale_of(self.alpha, self.rank)
+        b = ops.cast(b, base.dtype) * (1.0 + excess)
+        return y + ops.matmul(base.times(ops.transpose(b)), at)
 
     def merged(self, weights: Any, matrix: Any) -> Any:
         scale = scale_of(self.alpha, self.rank)

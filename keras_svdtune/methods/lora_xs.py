@@ -6,7 +6,13 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_svdtune.methods.base import LinearMap, Method, Weight, register
+from keras_svdtune.methods.base import (
+    LinearMap,
+    Method,
+    ReverseMap,
+    Weight,
+    register,
+)
 from keras_svdtune.methods.low_rank import scale_of
 from keras_svdtune.svd import Factors, Needs
 
@@ -86,6 +92,14 @@ class LoRAXS(Method):
         h = base()
         return h + self._change(h, weights.v, weights.r)
 
+    def reverse(self, weights: Any, base: ReverseMap) -> Any:
+        # x·(W·V_r·R·V_rᵀ)ᵀ = ((x·V_r)·Rᵀ·V_rᵀ)·Wᵀ
+        xv = base.times(weights.v)
+        rt = ops.transpose(self._scaled(weights.r, xv.dtype))
+        return base.moved(
+            ops.matmul(ops.matmul(xv, rt), ops.transpose(weights.v))
+        )
+
     def merged(self, weights: Any, matrix: Any) -> Any:
         v = ops.cast(weights.v, "float32")
         return matrix + self._change(matrix, v, weights.r)
@@ -100,6 +114,8 @@ class LoRAXS(Method):
         return ops.matmul(ops.matmul(matrix, v), r), ops.transpose(v)
 
     def _change(self, h: Any, v: Any, r: Any) -> Any:
-        r = ops.cast(r * scale_of(self.alpha, self.rank), h.dtype)
-        components = ops.matmul(ops.matmul(h, v), r)
+        components = ops.matmul(ops.matmul(h, v), self._scaled(r, h.dtype))
         return ops.matmul(components, ops.transpose(v))
+
+    def _scaled(self, r: Any, dtype: str) -> Any:
+        return ops.cast(r * scale_of(self.alpha, self.rank), dtype)

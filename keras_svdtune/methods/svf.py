@@ -6,7 +6,13 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_svdtune.methods.base import LinearMap, Method, Weight, register
+from keras_svdtune.methods.base import (
+    LinearMap,
+    Method,
+    ReverseMap,
+    Weight,
+    register,
+)
 from keras_svdtune.svd import Factors, Needs
 
 
@@ -74,8 +80,17 @@ class SVF(Method):
 
     def call(self, weights: Any, base: LinearMap) -> Any:
         rows, columns = weights.shape
+        return self._product(weights, base, after=columns <= rows)
+
+    def reverse(self, weights: Any, base: ReverseMap) -> Any:
+        # Wᵀ = V diag(s) Uᵀ: the same basis, on its other side.
+        rows, columns = weights.shape
+        return self._product(weights, base, after=columns > rows)
+
+    def _product(self, weights: Any, base: LinearMap, after: bool) -> Any:
+        """With the basis on the side of the output, or of the input."""
         basis, delta = weights.basis, weights.delta
-        if columns <= rows:
+        if after:
             h = base()
             return h + scaled_components(h, basis, delta)
         return base.moved(scaled(base.times(basis), basis, delta))

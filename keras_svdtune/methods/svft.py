@@ -11,6 +11,7 @@ from keras_svdtune.methods.banded import banded_product, diagonals
 from keras_svdtune.methods.base import (
     LinearMap,
     Method,
+    ReverseMap,
     Weight,
     nearest,
     register,
@@ -153,11 +154,22 @@ class SVFT(Method):
 
     def call(self, weights: Any, base: LinearMap) -> Any:
         rows, columns = weights.shape
+        return self._product(weights, base, columns <= rows, False)
+
+    def reverse(self, weights: Any, base: ReverseMap) -> Any:
+        rows, columns = weights.shape
+        return self._product(weights, base, columns > rows, True)
+
+    def _product(
+        self, weights: Any, base: LinearMap, after: bool, transposed: bool
+    ) -> Any:
+        """With the basis on the side of the output, or of the input."""
         basis = weights.basis
-        if columns <= rows:
-            h = base()
-            return h + self._change(weights, ops.matmul(h, basis), basis)
-        return base.moved(self._change(weights, base.times(basis), basis))
+        components = (
+            ops.matmul(h := base(), basis) if after else (base.times(basis))
+        )
+        change = self._change(weights, components, basis, transposed)
+        return h + change if after else base.moved(change)
 
     def merged(self, weights: Any, matrix: Any) -> Any:
         rows, columns = weights.shape
@@ -168,8 +180,14 @@ class SVFT(Method):
         # The components of the identity are the basis itself.
         return matrix + ops.matmul(self._change(weights, basis, basis), matrix)
 
-    def _change(self, weights: Any, components: Any, basis: Any) -> Any:
-        """components·N·basisᵀ for (tokens, n), N = M scaled by 1 / s."""
+    def _change(
+        self,
+        weights: Any,
+        components: Any,
+        basis: Any,
+        transposed: bool = False,
+    ) -> Any:
+        """components·N·basisᵀ for (tokens, n), N = M scaled by 1 / s; or Nᵀ."""
         rows, columns = weights.shape
         by_rows = columns <= rows
         if self._pattern(weights.shape) in ("random", "top_k"):
@@ -180,21 +198,29 @@ class SVFT(Method):
             m = ops.scatter(index, weights.m, (n * n,))
             s = ops.reshape(weights.inverse_s, (n, 1) if by_rows else (1, n))
             m = ops.cast(ops.reshape(m, (n, n)) * s, components.dtype)
+            m = ops.transpose(m) if transposed else m
             mixed = ops.matmul(components, m)
         else:
-            mixed = self._banded(weights, components, by_rows)
+            mixed = self._banded(weights, components, by_rows, transposed)
         mixed = ops.cast(mixed, components.dtype)
         return ops.matmul(mixed, ops.transpose(basis))
 
-    def _banded(self, weights: Any, components: Any, by_rows: bool) -> Any:
-        """components·N for banded N, its entries m scaled by 1 / s."""
+    def _banded(
+        self, weights: Any, components: Any, by_rows: bool, transposed: bool
+    ) -> Any:
+        """components·N for banded N, its entries m scaled by 1 / s; or Nᵀ."""
         n, d = weights.basis.shape[0], self._width()
         inverse_s = ops.convert_to_tensor(weights.inverse_s)
         scale = [
             inverse_s[i:j] if by_rows else inverse_s[i + k : j + k]
             for k, i, j in diagonals(n, d)
         ]
-        return banded_product(components, weights.m * ops.concatenate(scale), d)
+        entries = weights.m * ops.concatenate(scale)
+        if transposed:  # diagonal k is diagonal -k of N
+            ends = np.cumsum([j - i for _, i, j in diagonals(n, d)])[:-1]
+            parts = ops.split(entries, [int(x) for x in ends])
+            entries = ops.concatenate(parts[::-1])
+        return banded_product(components, entries, d)
 
     def _width(self) -> int:
         return 0 if self.pattern == "plain" else self.off_diagonals

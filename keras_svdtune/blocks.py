@@ -1,0 +1,40 @@
+"""Float64 products of float32 matrices, without a float64 copy of them.
+
+The table of an embedding has hundreds of millions of numbers: in float64 it
+alone would take twice the memory of the model. It is converted by blocks.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+_NUMBERS = 2**23  # in a block: 64 MiB in float64
+
+
+def gram(w: np.ndarray) -> np.ndarray:
+    """wᵀ·w in float64, w (rows, columns) of any floating dtype."""
+    total = np.zeros((w.shape[1], w.shape[1]))
+    for rows in _blocks(*w.shape):
+        block = w[rows].astype("float64", copy=False)
+        total += block.T @ block  # of the same array: half the work
+    return total
+
+
+def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a·b in float64, for 2-D operands of any floating dtype."""
+    if a.size < b.size:
+        return matmul(b.T, a.T).T
+    b = b.astype("float64", copy=False)
+    if a.shape[0] >= a.shape[1]:
+        return np.concatenate(
+            [a[rows].astype("float64") @ b for rows in _blocks(*a.shape)]
+        )
+    total = np.zeros((a.shape[0], b.shape[1]))
+    for columns in _blocks(*a.shape[::-1]):
+        total += a[:, columns].astype("float64") @ b[columns]
+    return total
+
+
+def _blocks(rows: int, columns: int) -> Iterator[slice]:
+    step = max(_NUMBERS // columns, 1)
+    return (slice(i, i + step) for i in range(0, rows, step))
