@@ -20,6 +20,12 @@ def gram(w: np.ndarray) -> np.ndarray:
     return total
 
 
+def squared_norm(w: np.ndarray) -> float:
+    """‖w‖² (Frobenius) in float64, w (rows, columns)."""
+    parts = (w[rows].astype("float64") for rows in _blocks(*w.shape))
+    return float(sum(np.vdot(x, x) for x in parts))
+
+
 def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a·b in float64, for 2-D operands of any floating dtype."""
     if a.size < b.size:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from keras_svdtune import blocks
 from keras_svdtune.bank import over_bank
 from keras_svdtune.svd import full_precision
 
@@ -34,10 +35,12 @@ _EFFECT_TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 
 def fingerprint(matrix: np.ndarray) -> np.ndarray:
     """(5,) float32 for a matrix W (in, out), or a bank (count, in, out)."""
-    w = np.asarray(matrix, "float64")
-    w = w.reshape(-1, w.shape[-1])
+    w = np.asarray(matrix).reshape(-1, matrix.shape[-1])
     a, b = _probes(w.shape, _BASE_PROBES)
-    values = [np.sqrt(np.sum(w * w)), *np.sum((a @ w) * b, axis=1)]
+    values = [
+        np.sqrt(blocks.squared_norm(w)),
+        *np.sum(blocks.matmul(a, w) * b, axis=1),
+    ]
     return np.array(values, "float32")
 
 
