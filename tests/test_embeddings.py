@@ -5,6 +5,7 @@ import keras_hub
 import numpy as np
 import pytest
 from helpers import (
+    POLICIES,
     all_methods,
     assert_close,
     assert_differ,
@@ -82,11 +83,15 @@ def enable(model, method):
     keras_svdtune.enable_adapter(model, method, list(KINDS))
 
 
-@pytest.mark.parametrize("policy", ["float32", "bfloat16", "mixed_bfloat16"])
-@every_method
+@pytest.mark.parametrize(
+    "method, policy",
+    [
+        pytest.param(method, policy, id=f"{method_id(method)}-{policy}")
+        for policy in POLICIES
+        for method in (METHODS if policy == "float32" else ONE_OF_EACH)
+    ],
+)
 def test_first_step_is_bit_identical_and_merged_equals_unmerged(method, policy):
-    if policy != "float32" and method not in ONE_OF_EACH:
-        pytest.skip("the settings differ in their formulas alone")
     names = tuple(KINDS) if policy == "float32" else ("wide", "hub")
     model, x = make(policy, names), data(names)
     base = predict(model, x)

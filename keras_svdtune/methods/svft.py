@@ -1,6 +1,7 @@
 """SVFT: a sparse trainable matrix between U and Vᵀ."""
 
 import dataclasses
+import itertools
 import warnings
 from typing import Any
 
@@ -217,8 +218,8 @@ class SVFT(Method):
         ]
         entries = weights.m * ops.concatenate(scale)
         if transposed:  # diagonal k is diagonal -k of N
-            ends = np.cumsum([j - i for _, i, j in diagonals(n, d)])[:-1]
-            parts = ops.split(entries, [int(x) for x in ends])
+            ends = np.cumsum([0, *(j - i for _, i, j in diagonals(n, d))])
+            parts = [entries[a:b] for a, b in itertools.pairwise(ends)]
             entries = ops.concatenate(parts[::-1])
         return banded_product(components, entries, d)
 
