@@ -5,6 +5,7 @@ layer in its own way. Nothing of that is repeated here: W is what the layer
 makes of the rows of an identity, and W' is quantized by a fresh layer.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,21 @@ from keras_svdtune.matrix import MatrixView
 MODES = ("int8", "int4")
 QUANTIZED_VARIABLES = ("_kernel", "kernel_scale", "kernel_zero")
 _ROWS = 1024  # of the identity at a time: an identity of 16,384 fills 1 GiB
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedKernel:
+    """A kernel as Keras quantizes it, not yet in the layer it is for.
+
+    Attributes:
+        mode: `"int8"` or `"int4"`.
+        variables: what the layer's variables are to hold, by attribute.
+        dequantized: function that returns it as a matrix (in, out), float32.
+    """
+
+    mode: str
+    variables: dict[str, Any]
+    dequantized: Callable[[], Any]
 
 
 def identity_rows(
@@ -42,14 +58,46 @@ def requantized(layer: Any, kernel: Any) -> dict[str, Any]:
         layer: a Dense or EinsumDense, plain, quantized to int8 or int4.
         kernel: a float kernel.
     """
-    config = layer.get_config()
-    config["dtype"] = layer.dtype_policy.name.split("_from_")[-1]
-    fresh = type(layer).from_config(config)
-    fresh.build_from_config(layer.get_build_config())
-    fresh._kernel.assign(kernel)
-    fresh.quantize(layer.quantization_mode, config=layer.quantization_config)
+    fresh = quantized_copy(
+        layer, kernel, layer.quantization_mode, layer.quantization_config
+    )
     return {
         name: getattr(fresh, name).value
         for name in QUANTIZED_VARIABLES
         if hasattr(fresh, name)
     }
+
+
+def quantized_copy(
+    layer: Any, kernel: Any, mode: str, quantization_config: Any = None
+) -> Any:
+    """A fresh layer like `layer`, with another kernel, quantized by Keras.
+
+    Args:
+        layer: a plain Dense or EinsumDense, quantized or not.
+        kernel: a float kernel.
+        mode: `"int8"` or `"int4"`.
+        quantization_config: Keras' settings of the mode; None for its
+            defaults.
+    """
+    config = layer.get_config()
+    config["dtype"] = layer.dtype_policy.name.split("_from_")[-1]
+    config["kernel_initializer"] = "zeros"
+    fresh = type(layer).from_config(config)
+    fresh.build_from_config(layer.get_build_config())
+    quantize(fresh, kernel, mode, quantization_config)
+    return fresh
+
+
+def quantize(
+    layer: Any, kernel: Any, mode: str, quantization_config: Any = None
+) -> None:
+    """Keras' `layer.quantize`, with `kernel` instead of the layer's own.
+
+    Keras collects garbage whenever a layer deletes a variable, a quarter of a
+    second each time. So the float kernel is a tensor when it does.
+    """
+    variable = layer._kernel
+    layer._untrack_variable(variable)
+    layer._kernel = ops.cast(ops.convert_to_tensor(kernel), variable.dtype)
+    layer.quantize(mode, config=quantization_config)
