@@ -208,17 +208,17 @@ def check_start(
 def fingerprint_of(layer: Any) -> np.ndarray:
     """Of the W that an adapter file belongs to."""
     adapter = getattr(layer, "adapter", None)
-    if getattr(adapter, "quantized", None) is not None:
+    if adapter is not None and adapter.quantized is not None:
         return adapter.quantized.float_fingerprint
-    known = getattr(adapter, "base_fingerprint", None)
-    if known is not None:
-        return known
+    if adapter is not None and adapter.base_fingerprint is not None:
+        return adapter.base_fingerprint
     return fingerprint(ops.convert_to_numpy(matrix_of(layer)))
 
 
 def base_dtype(layer: Any) -> str:
     """The dtype of that W."""
-    if getattr(getattr(layer, "adapter", None), "quantized", None) is not None:
+    adapter = getattr(layer, "adapter", None)
+    if adapter is not None and adapter.quantized is not None:
         return layer.variable_dtype
     return kernel_of(layer).dtype
 

@@ -43,6 +43,12 @@ def norms(matrix: np.ndarray) -> np.ndarray:
     return np.array([s.sum(), np.sqrt(np.sum(s * s))])
 
 
+def load(name: str) -> keras.Model:
+    """The backbone, with the same weights each time."""
+    keras.utils.set_random_seed(0)  # the tiny one is random
+    return common.load_backbone(name)
+
+
 def as_array(tensor: Any) -> np.ndarray:
     """A NumPy array of its own."""
     return ops.convert_to_numpy(tensor).copy()
@@ -50,17 +56,17 @@ def as_array(tensor: Any) -> np.ndarray:
 
 def measured(
     name: str,
-    method: keras_svdtune.Method,
+    method: keras_svdtune.PiSSA,
     matrices: dict[str, np.ndarray],
 ) -> tuple[dict[str, np.ndarray], float]:
     """The norms of W - W̃ by layer, and the seconds of enabling."""
-    backbone = common.load_backbone(name)
+    backbone = load(name)
     start = time.perf_counter()
     keras_svdtune.enable_adapter(backbone, method)
     seconds = time.perf_counter() - start
     found = {}
     layers = adapted_layers(backbone)
-    for path, layer in track(layers.items(), str(method)):
+    for path, layer in track(layers.items(), f"T = {method.iterations}"):
         now = as_array(layer.adapter.merged(matrix_of(layer)))
         found[path] = norms(matrices[path] - now)
     return found, seconds
@@ -112,7 +118,7 @@ def main() -> None:
     options = parser.parse_args()
     keras.config.disable_interactive_logging()
     machine = common.machine()
-    targets = find_targets(common.load_backbone(options.model))
+    targets = find_targets(load(options.model))
     matrices = {path: as_array(matrix_of(x)) for path, x in targets.items()}
     kinds = kinds_of(matrices)
     plain: dict[str, dict[str, np.ndarray]] = {}
