@@ -32,7 +32,11 @@ from keras_svdtune.hosts import (
     without_adapter,
 )
 from keras_svdtune.methods.base import Method
-from keras_svdtune.quantized import QUANTIZED_VARIABLES, requantized
+from keras_svdtune.quantized import (
+    QUANTIZED_VARIABLES,
+    float_policy,
+    requantized,
+)
 from keras_svdtune.quantizing import quantizer_of
 from keras_svdtune.raw_kernels import (
     RawKernel,
@@ -150,7 +154,7 @@ def attach(
         view_of(layer),
         initial_value,
         # What an adapter adds to a quantized kernel is of the float policy.
-        dtype=layer.dtype_policy.name.split("_from_")[-1],
+        dtype=float_policy(layer),
         self_contained=declared,
         name=_slot(layer),
     )

@@ -81,12 +81,22 @@ def quantized_copy(
             defaults.
     """
     config = layer.get_config()
-    config["dtype"] = layer.dtype_policy.name.split("_from_")[-1]
+    config["dtype"] = float_policy(layer)
     config["kernel_initializer"] = "zeros"
     fresh = type(layer).from_config(config)
     fresh.build_from_config(layer.get_build_config())
     quantize(fresh, kernel, mode, quantization_config)
     return fresh
+
+
+def float_policy(layer: Any) -> str:
+    """The name of a layer's dtype policy, or of the one before quantization.
+
+    Not by `dtype_policy.name`: once a backbone was saved, Keras has cleared
+    that of every quantized layer.
+    """
+    compute, variable = layer.compute_dtype, layer.variable_dtype
+    return compute if compute == variable else f"mixed_{compute}"
 
 
 def quantize(

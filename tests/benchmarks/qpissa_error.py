@@ -13,7 +13,10 @@ the reduction of the sums over all layers.
 """
 
 import argparse
+import functools
+import itertools
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +25,12 @@ import keras
 import numpy as np
 import rich.box
 from keras import ops
-from rich.progress import track
 from rich.table import Table
 
 import keras_svdtune
 from keras_svdtune.attach import matrix_of
 from keras_svdtune.demo.weights import MODELS
+from keras_svdtune.progress import run_all
 from keras_svdtune.quantizing import quantizer_of
 from keras_svdtune.targets import adapted_layers, find_targets
 
@@ -43,6 +46,14 @@ def norms(matrix: np.ndarray) -> np.ndarray:
     return np.array([s.sum(), np.sqrt(np.sum(s * s))])
 
 
+def each(
+    paths: Iterable[str], function: Callable[[str], np.ndarray]
+) -> dict[str, np.ndarray]:
+    """A function of each path, on all cores."""
+    jobs = {path: functools.partial(function, path) for path in paths}
+    return run_all("norms", jobs)
+
+
 def load(name: str) -> keras.Model:
     """The backbone, with the same weights each time."""
     keras.utils.set_random_seed(0)  # the tiny one is random
@@ -52,6 +63,11 @@ def load(name: str) -> keras.Model:
 def as_array(tensor: Any) -> np.ndarray:
     """A NumPy array of its own."""
     return ops.convert_to_numpy(tensor).copy()
+
+
+def quantized(layer: Any, matrix: np.ndarray, mode: str) -> np.ndarray:
+    """A kernel as Keras quantizes it, read back."""
+    return as_array(quantizer_of(layer, mode)(matrix).dequantized())
 
 
 def measured(
@@ -64,12 +80,14 @@ def measured(
     start = time.perf_counter()
     keras_svdtune.enable_adapter(backbone, method)
     seconds = time.perf_counter() - start
-    found = {}
     layers = adapted_layers(backbone)
-    for path, layer in track(layers.items(), f"T = {method.iterations}"):
+
+    def left(path: str) -> np.ndarray:
+        layer = layers[path]
         now = as_array(layer.adapter.merged(matrix_of(layer)))
-        found[path] = norms(matrices[path] - now)
-    return found, seconds
+        return norms(matrices[path] - now)
+
+    return each(matrices, left), seconds
 
 
 def summary(
@@ -121,60 +139,56 @@ def main() -> None:
     targets = find_targets(load(options.model))
     matrices = {path: as_array(matrix_of(x)) for path, x in targets.items()}
     kinds = kinds_of(matrices)
-    plain: dict[str, dict[str, np.ndarray]] = {}
-    for mode in MODES:
-        plain[mode] = {}
-        for path, layer in track(targets.items(), f"Plain {mode}"):
-            kernel = quantizer_of(layer, mode)(matrices[path])
-            rest = matrices[path] - as_array(kernel.dequantized())
-            plain[mode][path] = norms(rest)
-    del targets
-    results = []
-    for rank in options.ranks:
-        for mode in MODES:
-            for iterations in ITERATIONS:
-                method = keras_svdtune.PiSSA(
-                    rank, quantize=mode, iterations=iterations
-                )
-                left, seconds = measured(options.model, method, matrices)
-                results.append(
-                    {
-                        "rank": rank,
-                        "quantize": mode,
-                        "iterations": iterations,
-                        "enable_seconds": round(seconds, 1),
-                        "all": summary(plain[mode], left),
-                        "kinds": {
-                            kind: summary(
-                                plain[mode],
-                                {path: left[path] for path in paths},
-                            )
-                            for kind, paths in kinds.items()
-                        },
-                    }
-                )
-    machine["load_at_end"] = common.load()
-    common.show(table_of(results, options.model, common.describe(machine)))
-    norm = {path: norms(w) for path, w in matrices.items()}
-    common.write_json(
-        options.results,
-        f"qpissa_error_{options.model}_{machine['backend']}",
-        {
-            "model": options.model,
-            "machine": machine,
-            "plain_relative_error": {
-                mode: {
-                    kind: {
-                        "nuclear": _mean_ratio(errors, norm, paths, 0),
-                        "frobenius": _mean_ratio(errors, norm, paths, 1),
-                    }
-                    for kind, paths in {"all": list(matrices), **kinds}.items()
+    norm = each(matrices, lambda path: norms(matrices[path]))
+    plain = {
+        mode: each(
+            matrices,
+            lambda path, mode=mode: norms(
+                matrices[path] - quantized(targets[path], matrices[path], mode)
+            ),
+        )
+        for mode in MODES
+    }
+    common_part = {
+        "model": options.model,
+        "machine": machine,
+        "plain_relative_error": {
+            mode: {
+                kind: {
+                    "nuclear": _mean_ratio(errors, norm, paths, 0),
+                    "frobenius": _mean_ratio(errors, norm, paths, 1),
                 }
-                for mode, errors in plain.items()
-            },
-            "results": results,
+                for kind, paths in {"all": list(matrices), **kinds}.items()
+            }
+            for mode, errors in plain.items()
         },
-    )
+    }
+    results: list[dict[str, Any]] = []
+    settings = itertools.product(options.ranks, MODES, ITERATIONS)
+    for rank, mode, iterations in settings:
+        method = keras_svdtune.PiSSA(rank, quantize=mode, iterations=iterations)
+        left, seconds = measured(options.model, method, matrices)
+        results.append(
+            {
+                "rank": rank,
+                "quantize": mode,
+                "iterations": iterations,
+                "enable_seconds": round(seconds, 1),
+                "all": summary(plain[mode], left),
+                "kinds": {
+                    kind: summary(plain[mode], {p: left[p] for p in paths})
+                    for kind, paths in kinds.items()
+                },
+            }
+        )
+        machine["load_at_end"] = common.load()
+        # It takes long: what there is is kept.
+        common.write_json(
+            options.results,
+            f"qpissa_error_{options.model}_{machine['backend']}",
+            common_part | {"results": results},
+        )
+    common.show(table_of(results, options.model, common.describe(machine)))
 
 
 def _mean_ratio(
