@@ -5,6 +5,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
+import threadpoolctl
 from helpers import (
     adapted,
     assert_differ,
@@ -31,6 +32,7 @@ from keras_svdtune.svd import decompose
 
 MODES = ("int8", "int4")
 FEW = (("int4", "float32"), ("int8", "bfloat16"))
+FEW_NAMES = ["query", "ffw_linear"]
 NAMES = ("dense", "query", "output")
 # More than the 128 rows that share a scale in int4.
 ROWS, HEADS, HEAD_DIM, COLUMNS = 150, 2, 10, 24
@@ -38,6 +40,13 @@ X = np.random.default_rng(5).standard_normal((3, 2, ROWS)).astype("float32")
 Y = np.random.default_rng(6).standard_normal((3, 2, COLUMNS)).astype("float32")
 # How far one more rounding of a kernel may move an output, relative.
 ROUNDING = {"int8": 0.02, "int4": 0.25}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_blas_thread():
+    """For small matrices, and other tests beside these, the fastest."""
+    with threadpoolctl.threadpool_limits(1, "blas"):
+        yield
 
 
 def float_model(dtype="float32", seed=0):
@@ -246,6 +255,10 @@ def test_gradients_are_those_of_the_whole_matrix():
     trainables = [adapter.delta_a, adapter.delta_b]
     found = gradient_function(lambda: dot(layer(x), dy), trainables)()
     expected = gradient_function(lambda: dot(dense(), dy), trainables)()
+    a, b = adapter.method.low_rank_factors(adapter)
+    assert a.shape[1] == 4
+    merged = numpy(adapter.merged(q))
+    assert error(merged, numpy(q) + numpy(a) @ numpy(b)) < 1e-5
     for ours, theirs in zip(found, expected, strict=True):
         assert np.abs(ours).max() > 1e-3
         assert error(ours, theirs) < 1e-4
@@ -422,7 +435,7 @@ def test_full_saves(mode, tmp_path):
 
 def test_a_saved_model(tmp_path):
     gemma = tiny_gemma()
-    gemma.enable_pissa(2, quantize="int4")
+    gemma.enable_pissa(2, quantize="int4", target_layer_names=FEW_NAMES)
     perturb(gemma, size=0.05)
     gemma.save(tmp_path / "gemma.keras")
     gemma.merge_adapter()
@@ -476,15 +489,17 @@ def test_an_interrupt_leaves_the_float_model(where, kind, monkeypatch):
 
                 monkeypatch.setattr(cls, "quantized_build", build)
         with pytest.raises(kind):
-            keras_svdtune.enable_adapter(model, qpissa())
+            keras_svdtune.enable_adapter(model, qpissa(iterations=1))
         assert len(calls) == 2
         monkeypatch.undo()
     for name in NAMES:
         layer = model.get_layer(name)
         assert layer.quantization_mode is None
         assert not hasattr(layer, "kernel_scale")
-    keras_svdtune.enable_adapter(model, qpissa())
-    assert_same(eager(model, X), eager(enabled(), X), "the next try")
+    keras_svdtune.enable_adapter(model, qpissa(iterations=1))
+    assert_same(
+        eager(model, X), eager(enabled(iterations=1), X), "the next try"
+    )
 
 
 def test_it_trains_after_an_interrupt(monkeypatch):
@@ -492,7 +507,7 @@ def test_it_trains_after_an_interrupt(monkeypatch):
     model, twin = float_model(), float_model()
     monkeypatch.setattr(attach, "Adapter", None)
     with pytest.raises(TypeError):
-        keras_svdtune.enable_adapter(model, qpissa())
+        keras_svdtune.enable_adapter(model, qpissa(iterations=1))
     for each in (model, twin):
         each.compile(keras.optimizers.SGD(0.1), "mse")
         each.fit(X, Y, verbose=0)
@@ -569,7 +584,7 @@ def test_a_declared_layer():
 def test_what_needs_the_float_base(tmp_path):
     path = tmp_path / "adapter.safetensors"
     gemma = tiny_gemma()
-    gemma.enable_pissa(2, quantize="int4")
+    gemma.enable_pissa(2, quantize="int4", target_layer_names=FEW_NAMES)
     with must_stay(gemma, tokens(), compiled=False):
         for rank in (None, 2):
             with pytest.raises(ValueError, match="quantized for its adapter"):

@@ -104,8 +104,9 @@ class PiSSA(SpectralLoRA):
         y = x·W + (alpha / rank)·(x·A·B - x·A₀·B₀),
         A₀ = U_r·√s_r (in, r),  B₀ = √s_r·V_rᵀ (r, out)
 
-    W is never changed: PEFT replaces it by the residual, so that switching
-    the adapter off there does not give the base model back.
+    W is never changed (save with `quantize`): PEFT replaces it by the
+    residual, so that switching the adapter off there does not give the base
+    model back.
 
     Trainable: r·(in + out) a matrix, and as many frozen. A component with
     s = 0 has A₀ = B₀ = 0, no gradient, and stays as it is.
@@ -217,6 +218,14 @@ class PiSSA(SpectralLoRA):
             return super().merged(weights, matrix)
         scale = scale_of(self.alpha, self.rank)
         return matrix + scale * ops.matmul(*_whole(weights))
+
+    def low_rank_factors(
+        self, weights: Any, matrix: Any = None
+    ) -> tuple[Any, Any]:
+        if self.quantize is None:
+            return super().low_rank_factors(weights, matrix)
+        a, b = _whole(weights)
+        return a, b * scale_of(self.alpha, self.rank)
 
 
 def _whole(weights: Any) -> tuple[Any, Any]:
