@@ -511,9 +511,9 @@ def test_it_trains_after_an_interrupt(monkeypatch):
     for each in (model, twin):
         each.compile(keras.optimizers.SGD(0.1), "mse")
         each.fit(X, Y, verbose=0)
-    assert_same(
-        [numpy(v) for v in model.weights], [numpy(v) for v in twin.weights]
-    )
+    for ours, theirs in zip(model.weights, twin.weights, strict=True):
+        # To torch's rounding, which differs from run to run.
+        assert error(ours, theirs) < 1e-5, ours.path
     assert_differ(eager(model, X), eager(float_model(), X))
 
 
