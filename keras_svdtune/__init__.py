@@ -12,6 +12,7 @@ Backbone and Task. The same functions take any `keras.Model`.
 | `maps` | the frozen product of a layer, as a method sees it |
 | `raw_kernels`, `bank` | kernels without a layer of their own: experts |
 | `quantized` | int8 and int4 kernels, read and written |
+| `quantizing`, `quantization_error` | a base quantized for its adapter |
 | `attach`, `freezing`, `compiled` | converting a built layer, and back |
 | `targets`, `enable` | which layers, and the verb |
 | `files`, `adapter_file` | saving and loading; what is in a file |
@@ -51,6 +52,11 @@ from keras_svdtune.methods import (
     Method,
     MiLoRA,
     PiSSA,
+)
+from keras_svdtune.quantization_error import (
+    LayerQuantization,
+    QuantizationError,
+    quantization_error,
 )
 from keras_svdtune.report import Cost, LayerCost, adapter_summary, estimate
 from keras_svdtune.thin import LayerConversion
@@ -160,6 +166,7 @@ __all__ = [
     "DoRAReversibleEmbedding",
     "LayerConversion",
     "LayerCost",
+    "LayerQuantization",
     "LoRA",
     "LoRAConv1D",
     "LoRAConv2D",
@@ -193,6 +200,7 @@ __all__ = [
     "PiSSAEinsumDense",
     "PiSSAEmbedding",
     "PiSSAReversibleEmbedding",
+    "QuantizationError",
     "RankAllocator",
     "SVFConv1D",
     "SVFConv2D",
@@ -225,6 +233,7 @@ __all__ = [
     "load_adapter",
     "merge_adapter",
     "push_adapter",
+    "quantization_error",
     "remove_adapter",
     "save_adapter",
     "to_lora",

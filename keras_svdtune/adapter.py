@@ -13,7 +13,8 @@ from keras_svdtune.bank import over_bank
 from keras_svdtune.fingerprint import fingerprint, matches
 from keras_svdtune.matrix import MatrixView
 from keras_svdtune.methods.base import LinearMap, Method, ReverseMap, Weight
-from keras_svdtune.svd import decompose
+from keras_svdtune.quantized import QuantizedKernel
+from keras_svdtune.svd import Factors, decompose
 
 
 class Adapter(keras.layers.Layer):
@@ -51,6 +52,8 @@ class Adapter(keras.layers.Layer):
         # One part in how many adapters of the model, for regularisers.
         self.share = 1.0
         self.base_fingerprint: np.ndarray | None = None
+        # Where the base was quantized for this adapter.
+        self.quantized: QuantizedBase | None = None
         # Set while a weights file is read: tells the host what was in it.
         self.settle: Callable[[bool], None] | None = None
 
@@ -168,6 +171,25 @@ class Adapter(keras.layers.Layer):
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class QuantizedBase:
+    """A base that is quantized for its adapter, in place of W.
+
+    Attributes:
+        kernel: what to put into the layer; None once it is there.
+        float_fingerprint: the fingerprint of W.
+        norm: float, ‖W‖, the Frobenius norm.
+        plain_error: float, ‖W - quant(W)‖.
+        error: float, ‖W - W̃‖, W̃ what base and adapter are at first.
+    """
+
+    kernel: QuantizedKernel | None
+    float_fingerprint: np.ndarray
+    norm: float
+    plain_error: float
+    error: float
+
+
 @dataclasses.dataclass
 class Plan:
     """An adapter for one matrix, ready to attach.
@@ -175,22 +197,74 @@ class Plan:
     Attributes:
         method: the method, its settings resolved for this matrix.
         values: what its weights are at first, by name.
-        base_fingerprint: the fingerprint of W.
+        base_fingerprint: the fingerprint of W, or of what comes in its place.
+        quantized: what comes in its place, if anything.
     """
 
     method: Method
     values: dict[str, Any]
     base_fingerprint: np.ndarray
+    quantized: QuantizedBase | None = None
 
 
-def plan(method: Method, matrix: Any, name: str) -> Plan:
+Quantizer = Callable[[Any], QuantizedKernel]
+
+
+def plan(
+    method: Method,
+    matrix: Any,
+    name: str,
+    quantizer: Quantizer | None = None,
+) -> Plan:
     """Decomposes W = `matrix` (in, out), the kernel of `name`.
 
     Or each matrix of a bank (count, in, out), whose weights are stacked.
+    `quantizer` makes the base of a method that has a `base_mode`.
     """
     start = _start_one if len(matrix.shape) == 2 else _start_bank
     method, values = start(method, matrix, name)
-    return Plan(method, values, fingerprint(ops.convert_to_numpy(matrix)))
+    if method.base_mode is None:
+        return known_plan(method, matrix, values)
+    assert quantizer is not None
+
+    def rounded(rest: np.ndarray) -> np.ndarray:
+        return ops.convert_to_numpy(quantizer(rest).dequantized())
+
+    def decomposed(rest: np.ndarray) -> Factors:
+        needs = method.needs(tuple(rest.shape))
+        assert needs is not None
+        return decompose(ops.convert_to_tensor(rest), needs, name)
+
+    w = ops.convert_to_numpy(matrix)
+    values = method.fitted(w, values, rounded, decomposed)
+    return known_plan(method, matrix, values, quantizer)
+
+
+def known_plan(
+    method: Method,
+    matrix: Any,
+    values: dict[str, Any],
+    quantizer: Quantizer | None = None,
+) -> Plan:
+    """The same where the first values are known."""
+    w = ops.convert_to_numpy(matrix)
+    if method.base_mode is None:
+        return Plan(method, values, fingerprint(w))
+    assert quantizer is not None
+    rest = method.residual(w, values)
+    kernel = quantizer(rest)
+    base, plain = (
+        ops.convert_to_numpy(x.dequantized()) for x in (kernel, quantizer(w))
+    )
+    facts = QuantizedBase(
+        kernel,
+        fingerprint(w),
+        float(np.linalg.norm(w)),
+        float(np.linalg.norm(w - plain)),
+        # W - W̃ = (W - k·A₀·B₀) - Q
+        float(np.linalg.norm(rest - base)),
+    )
+    return Plan(method, values, fingerprint(base), facts)
 
 
 def _start_one(

@@ -9,10 +9,13 @@ this package relies on of Keras' internals is in this file and `freezing.py`:
 - Weights files name the layers of a list by their class. So the class swapped
   in carries the name of the plain one, and files of plain and adapted
   models fit each other.
+- A float layer that is quantized for its adapter (`quantizing.py`) is so before
+  that, and as any layer that Keras has quantized.
 - A full save holds the merged kernel where the plain layer has its kernel,
   and the adapter in a group of its own, which a plain layer ignores.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +33,12 @@ from keras_svdtune.hosts import (
     without_adapter,
 )
 from keras_svdtune.methods.base import Method
-from keras_svdtune.quantized import requantized, variable_names
+from keras_svdtune.quantized import (
+    float_policy,
+    requantized,
+    variable_names,
+)
+from keras_svdtune.quantizing import quantizer_of
 from keras_svdtune.raw_kernels import (
     RawKernel,
     ReadsMerged,
@@ -159,7 +167,7 @@ def attach(
         view_of(layer),
         initial_value,
         # What an adapter adds to a quantized kernel is of the float policy.
-        dtype=layer.dtype_policy.name.split("_from_")[-1],
+        dtype=float_policy(layer),
         self_contained=declared,
         name=_slot(layer),
     )
@@ -180,6 +188,16 @@ def attach_plan(layer: Any, ready: Plan) -> None:
     """Gives `layer` the adapter that was prepared for it; uses it up."""
     attach(layer, ready.method, lambda name: ready.values.pop(name, None))
     layer.adapter.base_fingerprint = ready.base_fingerprint
+    if ready.quantized is not None:
+        base = dataclasses.replace(ready.quantized, kernel=None)
+        layer.adapter.quantized = base
+
+
+def plan_for(method: Method, layer: Any, path: str) -> Plan:
+    """Decomposes the kernel of a layer; touches nothing."""
+    mode = method.base_mode
+    quantizer = None if mode is None else quantizer_of(layer, mode)
+    return plan(method, matrix_of(layer), path, quantizer)
 
 
 def detach(layer: Any) -> None:
@@ -223,6 +241,19 @@ def merge(layer: Any) -> None:
     for name, variable in _kernel_variables(layer).items():
         variable.assign(merged[name])
     detach(layer)
+
+
+def take_away(layer: Any) -> None:
+    """Takes the adapter away, with what it learned.
+
+    A base that was quantized for it is the rest of W only; so what the adapter
+    held of W at first is folded into it.
+    """
+    if layer.adapter.method.base_mode is None:
+        detach(layer)
+    else:
+        layer.adapter.reset()
+        merge(layer)
 
 
 def rebuild_basis(layer: Any) -> None:
@@ -271,6 +302,15 @@ def _settle(layer: Any, before: dict[str, Any]) -> Callable[[bool], None]:
             # The kernel that was read is merged; the adapter comes on top.
             for name, variable in variables.items():
                 variable.assign(before[name])
+        elif layer.adapter.method.base_mode is not None:
+            for name, variable in variables.items():
+                variable.assign(before[name])
+            raise ValueError(
+                f"The weights file holds a plain layer '{layer.path}', and "
+                "this one has a base that was quantized for its adapter "
+                f"({layer.adapter.method}). Call `remove_adapter()` first, or "
+                "load the file into a plain model."
+            )
         elif not all(
             bool(ops.all(ops.equal(variable.value, before[name])))
             for name, variable in variables.items()

@@ -11,7 +11,15 @@ from typing import Any
 
 import keras_hub
 
-from keras_svdtune import convert, enable, export, files, hub, report
+from keras_svdtune import (
+    convert,
+    enable,
+    export,
+    files,
+    hub,
+    quantization_error,
+    report,
+)
 from keras_svdtune.methods.base import METHODS, Method
 
 
@@ -57,6 +65,7 @@ def functions() -> dict[str, Callable[..., Any]]:
         convert.to_lora,
         export.export_peft,
         report.adapter_summary,
+        quantization_error.quantization_error,
     ):
         found[function.__name__] = function
     return found

@@ -14,11 +14,12 @@ from keras import ops
 from keras.layers import Embedding
 
 from keras_svdtune import attach, embeddings, hosts, quantized
-from keras_svdtune.adapter import Plan, plan
+from keras_svdtune.adapter import Plan
 from keras_svdtune.compiled import reset_compiled
 from keras_svdtune.freezing import freeze
 from keras_svdtune.methods.base import METHODS, Method, nearest
 from keras_svdtune.progress import run_all
+from keras_svdtune.quantizing import quantize_in_place, remember
 from keras_svdtune.raw_kernels import RawKernel
 from keras_svdtune.targets import adapted_layers, all_layers, find_targets
 
@@ -42,13 +43,13 @@ def enable_adapter(
 ) -> None:
     """Adds an adapter to each target layer and freezes everything else.
 
-    The kernels stay as they are: before training every layer computes what it
-    did, to the bit. (XLA may compile the ops around it into other loops, and
-    round those differently: 1e-6 relative on real models.) All targets are
-    decomposed before the first is touched, so an error or an interrupt leaves
-    the model as it was. Functions
-    that the model, or a Task around it, had compiled are dropped, and an
-    optimizer in use is replaced by a fresh one with the same settings.
+    The kernels stay as they are, save for `PiSSA(rank, quantize="int4")`:
+    before training every layer computes what it did, to the bit. (XLA may
+    compile the ops around it into other loops, and round those differently:
+    1e-6 relative on real models.) All targets are decomposed before the first
+    is touched, so an error or an interrupt leaves the model as it was.
+    Functions that the model, or a Task around it, had compiled are dropped,
+    and an optimizer in use is replaced by a fresh one with the same settings.
 
     Args:
         model: a KerasHub Backbone; a Task, which means its backbone; or any
@@ -72,15 +73,11 @@ def enable_adapter(
     method = checked_method(method)
     layers = targets_for(root, method, target_layer_names)
     jobs = {
-        path: functools.partial(_plan, method, layer, path)
+        path: functools.partial(attach.plan_for, method, layer, path)
         for path, layer in layers.items()
     }
     plans = run_all(f"{method.title}: decomposing", jobs)
     attach_plans(root, method, layers, plans)
-
-
-def _plan(method: Method, layer: Any, path: str) -> Plan:
-    return plan(method, attach.matrix_of(layer), path)
 
 
 def attach_plans(
@@ -90,20 +87,28 @@ def attach_plans(
     plans: dict[str, Plan],
 ) -> None:
     """Attaches what `enable_adapter` has prepared, to all layers or none."""
-    unfreeze = freeze(root)
-    try:
+    with contextlib.ExitStack() as undo:
+        for path, layer in layers.items():
+            base = plans[path].quantized
+            if base is not None and base.kernel is not None:
+                undo.callback(remember(layer))
+                quantize_in_place(layer, base.kernel)
+        unfreeze = freeze(root)
+        undo.callback(unfreeze)
+        undo.callback(_detach_all, layers)
         for path, layer in layers.items():
             # pop: once an array is a variable, it is held once, not twice.
             attach.attach_plan(layer, plans.pop(path))
             layer.adapter.share = 1.0 / len(layers)
-    except BaseException:
-        for layer in layers.values():
-            if attach.adapter_of(layer) is not None:
-                attach.detach(layer)
-        unfreeze()
-        raise
+        undo.pop_all()
     _ENABLED[root] = _Enabled(method, unfreeze)
     reset_compiled(attach.owner_of(x) for x in layers.values())
+
+
+def _detach_all(layers: dict[str, Any]) -> None:
+    for layer in layers.values():
+        if attach.adapter_of(layer) is not None:
+            attach.detach(layer)
 
 
 def replace_adapters(
@@ -160,6 +165,10 @@ def merge_adapter(model: keras.Model) -> None:
 def remove_adapter(model: keras.Model) -> None:
     """Takes every adapter away: the base model again, bit for bit.
 
+    After `PiSSA(rank, quantize="int4")` there is no W to give back. Then it
+    leaves plain quantized layers that compute, to one more rounding of the
+    kernel, what the model did just after enabling.
+
     Args:
         model: a model with an adapter. What it learned is lost unless
             `save_adapter` wrote it to a file.
@@ -167,7 +176,7 @@ def remove_adapter(model: keras.Model) -> None:
     Raises:
         ValueError: the model has no adapter.
     """
-    _give_back(model, attach.detach)
+    _give_back(model, attach.take_away)
 
 
 def _give_back(model: keras.Model, end: Callable[[Any], None]) -> None:
@@ -200,6 +209,8 @@ def _owners(root: keras.Model, layers: dict[str, Any]) -> list[keras.Model]:
 @contextlib.contextmanager
 def adapter_disabled(model: keras.Model) -> Iterator[None]:
     """Within it the model computes what the base computes, to the bit.
+
+    Or what it did just after enabling, if that quantized the base.
 
     The trainables are set to values that change nothing, and back at the
     end; so functions that were compiled stay valid. What is trained within is
@@ -339,6 +350,11 @@ def check_fit(path: str, layer: Any, method: Method) -> None:
             f"is quantized to {layer.quantization_mode}, and adapters know "
             f"{' and '.join(quantized.MODES)} only"
         )
+    elif method.base_mode is not None and (why := _not_to_quantize(layer)):
+        problem = (
+            f"{why}, so that quantize={method.base_mode!r} cannot be; enable "
+            f"{method.title} without `quantize`"
+        )
     elif hosts.constraint_of(layer) is not None:
         problem = (
             "has a constraint on its kernel, which an adapter cannot respect; "
@@ -363,3 +379,19 @@ def check_fit(path: str, layer: Any, method: Method) -> None:
     raise ValueError(
         f"Layer '{path}' {problem}, or leave it out of `target_layer_names`."
     )
+
+
+def _not_to_quantize(layer: Any) -> str:
+    """Why a layer cannot be quantized for its adapter; empty if it can."""
+    if isinstance(layer, RawKernel):
+        return "is a kernel that another layer reads, not a layer"
+    if layer.quantization_mode is not None:
+        return f"is quantized to {layer.quantization_mode} already"
+    if type(layer) not in (keras.layers.Dense, keras.layers.EinsumDense):
+        return (
+            f"is a {type(layer).__name__}, which Keras does not quantize "
+            "(Dense and EinsumDense it does)"
+        )
+    if layer.compute_dtype == "float16":
+        return "computes in float16, which Keras does not quantize"
+    return ""

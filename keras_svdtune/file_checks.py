@@ -119,11 +119,20 @@ def _checked(
     return array
 
 
-def check_bases(adapter: SavedAdapter, layers: dict[str, Any]) -> None:
+def check_bases(
+    adapter: SavedAdapter, layers: dict[str, Any], methods: dict[str, Method]
+) -> None:
     for row, (layer_path, layer) in enumerate(layers.items()):
         entry = adapter.about["layers"][layer_path]
         theirs = adapter.arrays[FINGERPRINTS][row]
-        dtypes = (entry["dtype"], kernel_of(layer).dtype)
+        dtypes = (entry["dtype"], base_dtype(layer))
+        if methods[layer_path].base_mode is not None and len({*dtypes}) > 1:
+            raise ValueError(
+                f"{adapter.source} was trained on a residual of a "
+                f"{dtypes[0]} kernel, and layer '{layer_path}' has a "
+                f"{dtypes[1]} kernel, which leaves another. Load the base "
+                f"model in {dtypes[0]}."
+            )
         if not matches(fingerprint_of(layer), theirs, *dtypes):
             raise ValueError(
                 f"{adapter.source} was trained on other weights: the kernel of "
@@ -137,7 +146,11 @@ def check_effect(
     adapter: SavedAdapter, row: int, layer: Any, ready: Plan
 ) -> None:
     """Whether the weights to load do here what they did in training."""
-    matrix = matrix_of(layer)
+    base = ready.quantized
+    if base is not None and base.kernel is not None:
+        matrix = base.kernel.dequantized()
+    else:
+        matrix = matrix_of(layer)
     view = view_of(layer)
     weights = types.SimpleNamespace(shape=view.shape)
     for weight in ready.method.weights(weights.shape):
@@ -149,7 +162,7 @@ def check_effect(
     layer_path = list(adapter.about["layers"])[row]
     dtypes = (
         adapter.about["layers"][layer_path]["dtype"],
-        kernel_of(layer).dtype,
+        base_dtype(layer),
     )
     if not same_effect(
         effect(ready.method, weights, matrix),
@@ -157,6 +170,12 @@ def check_effect(
         float(ready.base_fingerprint[0]),
         *dtypes,
     ):
+        if ready.method.base_mode is not None:
+            raise ValueError(
+                f"{adapter.source} would not do here what it did where it was "
+                f"trained: the kernel of layer '{layer_path}' is quantized "
+                "otherwise here, perhaps by another release of Keras."
+            )
         raise ValueError(
             f"{adapter.source} would not do here what it did where it was "
             f"trained: the singular vectors of layer '{layer_path}' come out "
@@ -167,11 +186,41 @@ def check_effect(
         )
 
 
+def check_start(
+    adapter: SavedAdapter, layer_path: str, layer: Any, values: dict[str, Any]
+) -> None:
+    """Whether a base that was quantized here fits the file's first values."""
+    if layer.adapter.quantized is None:
+        return
+    trained = layer.adapter.variables_by_name(trainable=True)
+    for name, value in values.items():
+        ours = ops.convert_to_numpy(getattr(layer.adapter, name).value)
+        key = f"{layer.adapter.method.name}_{name}"
+        if key not in trained and not np.array_equal(ours, value):
+            raise ValueError(
+                f"{adapter.source} holds another '{name}' for layer "
+                f"'{layer_path}' than the one that this model's base was "
+                "quantized for. Load it into the float base model, before "
+                "anything is enabled there."
+            )
+
+
 def fingerprint_of(layer: Any) -> np.ndarray:
-    known = getattr(getattr(layer, "adapter", None), "base_fingerprint", None)
-    if known is not None:
-        return known
+    """Of the W that an adapter file belongs to."""
+    adapter = getattr(layer, "adapter", None)
+    if adapter is not None and adapter.quantized is not None:
+        return adapter.quantized.float_fingerprint
+    if adapter is not None and adapter.base_fingerprint is not None:
+        return adapter.base_fingerprint
     return fingerprint(ops.convert_to_numpy(matrix_of(layer)))
+
+
+def base_dtype(layer: Any) -> str:
+    """The dtype of that W."""
+    adapter = getattr(layer, "adapter", None)
+    if adapter is not None and adapter.quantized is not None:
+        return layer.variable_dtype
+    return kernel_of(layer).dtype
 
 
 def array_key(layer_path: str, method: Method, weight: str) -> str:

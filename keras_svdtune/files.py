@@ -13,7 +13,7 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from keras_svdtune.adapter import Plan, plan
+from keras_svdtune.adapter import Plan, known_plan, plan
 from keras_svdtune.adapter_file import (
     EFFECTS,
     FINGERPRINTS,
@@ -31,18 +31,21 @@ from keras_svdtune.enable import (
 )
 from keras_svdtune.file_checks import (
     array_key,
+    base_dtype,
     check_bases,
     check_effect,
+    check_start,
     dtype_in_file,
     find_layers,
     fingerprint_of,
     methods_of,
     values_for,
 )
-from keras_svdtune.fingerprint import effect, fingerprint
-from keras_svdtune.hosts import kernel_of, kernel_shape, matrix_of
+from keras_svdtune.fingerprint import effect
+from keras_svdtune.hosts import kernel_shape, matrix_of
 from keras_svdtune.methods.base import Method
 from keras_svdtune.progress import run_all
+from keras_svdtune.quantizing import quantizer_of
 from keras_svdtune.targets import adapted_layers, loadable_layers
 
 
@@ -94,7 +97,7 @@ def saved_adapter(
         effects.append(effect(adapter.method, adapter, matrix))
         entry = {
             "kernel_shape": list(kernel_shape(layer)),
-            "dtype": kernel_of(layer).dtype,
+            "dtype": base_dtype(layer),
         }
         if adapter.method != method:
             entry["settings"] = adapter.method.settings()
@@ -155,7 +158,7 @@ def load_adapter(
             "`remove_adapter()` first, then load."
         )
     values = values_for(adapter, layers, methods)
-    check_bases(adapter, layers)
+    check_bases(adapter, layers, methods)
     if not adapted:
         jobs = {
             layer_path: functools.partial(
@@ -177,6 +180,7 @@ def load_adapter(
         new = {w.name: getattr(layer.adapter, w.name).value for w in now}
         new |= values[layer_path]
         ready = Plan(methods[layer_path], new, layer.adapter.base_fingerprint)
+        check_start(adapter, layer_path, layer, values[layer_path])
         check_effect(adapter, row, layer, ready)
     for layer_path, layer in layers.items():
         for name, value in values[layer_path].items():
@@ -202,8 +206,9 @@ def _plan(
         if not w.overwritten
     } - set(values)
     if not computed:  # nothing to decompose
-        known = fingerprint(ops.convert_to_numpy(matrix))
-        return Plan(method, dict(values), known)
+        mode = method.base_mode
+        quantizer = None if mode is None else quantizer_of(layer, mode)
+        return known_plan(method, matrix, dict(values), quantizer)
     ready = plan(method, matrix, layer_path)
     ready.values.update(values)
     return ready

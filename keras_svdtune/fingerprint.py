@@ -66,7 +66,8 @@ def effect(method: Any, weights: Any, matrix: Any) -> np.ndarray:
         weights: what its `call` takes: an adapter, or an object with
             the weights as attributes.
         matrix: W (in, out), float32; or a bank, with its matrices one
-            below the other.
+            below the other. Q for a method that quantizes its base: then the
+            effect is that of Q + ΔW.
     """
     rows, columns = weights.shape
     count = math.prod(matrix.shape[:-2])
@@ -109,9 +110,10 @@ def same_effect(
 
 
 def _change(method: Any, weights: Any, x: Any, matrix: Any) -> Any:
-    """x·ΔW in float32."""
+    """x·ΔW in float32; x·W' where the base belongs to the adapter."""
     base = _Product(x, matrix)
-    return ops.cast(method.call(weights, base), "float32") - base()
+    y = ops.cast(method.call(weights, base), "float32")
+    return y if method.base_mode is not None else y - base()
 
 
 class _Product:

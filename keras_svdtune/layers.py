@@ -35,6 +35,12 @@ class DeclaredLayer(AdapterHost):
         settings = {k: kwargs.pop(k) for k in names & set(kwargs)}
         super().__init__(*args, **kwargs)
         self.method = self.method_class(**settings)
+        if self.method.base_mode is not None:
+            raise ValueError(
+                "A declared layer is not quantized for its adapter; enable "
+                f"{self.method.title} on a plain model instead. Received: "
+                f"quantize={self.method.base_mode!r}"
+            )
 
     def build(self, input_shape: Any = None) -> None:
         super().build(input_shape)  # type: ignore[misc]

@@ -5,15 +5,32 @@ layer in its own way. Nothing of that is repeated here: W is what the layer
 makes of the rows of an identity, and W' is quantized by a fresh layer.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 from keras import ops
+from keras.layers import Embedding
 
 from keras_svdtune.matrix import MatrixView
 
 MODES = ("int8", "int4")
 _ROWS = 1024  # of the identity at a time: an identity of 16,384 fills 1 GiB
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedKernel:
+    """A kernel as Keras quantizes it, not yet in the layer it is for.
+
+    Attributes:
+        mode: `"int8"` or `"int4"`.
+        variables: what the layer's variables are to hold, by attribute.
+        dequantized: function that returns it as a matrix (in, out), float32.
+    """
+
+    mode: str
+    variables: dict[str, Any]
+    dequantized: Callable[[], Any]
 
 
 def identity_rows(
@@ -35,8 +52,8 @@ def identity_rows(
 
 
 def variable_names(layer: Any) -> tuple[str, str, str]:
-    """The attributes of value, scale and zero point of a quantized kernel."""
-    stem = "kernel" if hasattr(layer, "kernel_scale") else "embeddings"
+    """The attributes of a kernel, and of its scale and zero point."""
+    stem = "embeddings" if isinstance(layer, Embedding) else "kernel"
     return f"_{stem}", f"{stem}_scale", f"{stem}_zero"
 
 
@@ -48,15 +65,60 @@ def requantized(layer: Any, kernel: Any) -> dict[str, Any]:
             int4.
         kernel: a float kernel.
     """
-    config = layer.get_config()
-    config["dtype"] = layer.dtype_policy.name.split("_from_")[-1]
-    fresh = type(layer).from_config(config)
-    fresh.build_from_config(layer.get_build_config())
-    names = variable_names(layer)
-    getattr(fresh, names[0]).assign(kernel)
-    fresh.quantize(layer.quantization_mode, config=layer.quantization_config)
+    fresh = quantized_copy(
+        layer, kernel, layer.quantization_mode, layer.quantization_config
+    )
     return {
         name: getattr(fresh, name).value
-        for name in names
+        for name in variable_names(layer)
         if hasattr(fresh, name)
     }
+
+
+def quantized_copy(
+    layer: Any, kernel: Any, mode: str, quantization_config: Any = None
+) -> Any:
+    """A fresh layer like `layer`, with another kernel, quantized by Keras.
+
+    Args:
+        layer: a plain Dense, EinsumDense or Embedding, quantized or not.
+        kernel: a float kernel.
+        mode: `"int8"` or `"int4"`.
+        quantization_config: Keras' settings of the mode; None for its
+            defaults.
+    """
+    config = layer.get_config()
+    config["dtype"] = float_policy(layer)
+    initializer = f"{variable_names(layer)[0].strip('_')}_initializer"
+    config[initializer] = "zeros"
+    fresh = type(layer).from_config(config)
+    fresh.build_from_config(layer.get_build_config())
+    quantize(fresh, kernel, mode, quantization_config)
+    return fresh
+
+
+def float_policy(layer: Any) -> str:
+    """The name of a layer's dtype policy, or of the one before quantization.
+
+    Not by `dtype_policy.name`: once a backbone was saved, Keras has cleared
+    that of every quantized layer.
+    """
+    compute, variable = layer.compute_dtype, layer.variable_dtype
+    return compute if compute == variable else f"mixed_{compute}"
+
+
+def quantize(
+    layer: Any, kernel: Any, mode: str, quantization_config: Any = None
+) -> None:
+    """Keras' `layer.quantize`, with `kernel` instead of the layer's own.
+
+    Keras collects garbage whenever a layer deletes a variable, a quarter of a
+    second each time. So the float kernel is a tensor when it does.
+    """
+    name, *_ = variable_names(layer)
+    variable = getattr(layer, name)
+    layer._untrack_variable(variable)
+    setattr(
+        layer, name, ops.cast(ops.convert_to_tensor(kernel), variable.dtype)
+    )
+    layer.quantize(mode, config=quantization_config)

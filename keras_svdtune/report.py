@@ -251,7 +251,8 @@ def _operations(method: Method, shape: tuple[int, int]) -> float:
     if method.needs(shape) is None:
         return 0.0
     n = min(shape)
-    return 4.0 * n * n * max(shape) + 9.0 * n**3
+    times = getattr(method, "iterations", 1) if method.base_mode else 1
+    return times * (4.0 * n * n * max(shape) + 9.0 * n**3)
 
 
 def _seconds_per_operation(n: int = 512) -> float:

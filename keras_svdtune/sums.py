@@ -130,6 +130,11 @@ def concatenate(layer: str, parts: list[Part], rank: int | None) -> Sum:
 def _product(layer: str, part: Part) -> tuple[np.ndarray, np.ndarray]:
     """weight·ΔW of one part as a·b, float64."""
     method = part.methods[layer]
+    if method.base_mode is not None:
+        raise ValueError(
+            f"{part.file.source} holds {method}, whose base was quantized for "
+            "it alone. Such adapters do not add up."
+        )
     arrays = part.arrays(layer)
     tensors = {k: ops.convert_to_tensor(v) for k, v in arrays.items()}
     factors = method.low_rank_factors(types.SimpleNamespace(**tensors))

@@ -109,6 +109,13 @@ def _thin(
 
 def change_of(path: str, layer: Any) -> tuple[Any, np.ndarray]:
     """W of an adapted layer, and its dW = W' - W in float64."""
+    if layer.adapter.method.base_mode is not None:
+        raise ValueError(
+            f"Layer '{path}' has a base that was quantized for its adapter "
+            f"({layer.adapter.method}): without the adapter's first "
+            "components that base is no model, so nothing can be added to it. "
+            "Merge the adapter instead."
+        )
     if len(layer.adapter.view.batch) > 0:
         raise ValueError(
             f"Layer '{path}' is a bank of matrices, of which no single A·B is "

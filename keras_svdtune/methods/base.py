@@ -154,6 +154,14 @@ class Method:
                 f"exact decomposition. Received: n_iter={n_iter!r}"
             )
 
+    @property
+    def base_mode(self) -> str | None:
+        """What the base is quantized to for this method: `"int4"`.
+
+        None, for nearly all: the base stays as it is.
+        """
+        return getattr(self, "quantize", None)
+
     def needs(self, shape: tuple[int, int]) -> Needs | None:
         """What must be known of W (in, out); None if nothing."""
         raise NotImplementedError
@@ -182,6 +190,32 @@ class Method:
         """
         raise NotImplementedError
 
+    def fitted(
+        self,
+        matrix: np.ndarray,
+        values: dict[str, Any],
+        rounded: Callable[[np.ndarray], np.ndarray],
+        decomposed: Callable[[np.ndarray], Factors],
+    ) -> dict[str, Any]:
+        """First values that suit a quantized base, where `base_mode` is set.
+
+        Args:
+            matrix: W (in, out), a float32 array.
+            values: what `initial_values` returned for it.
+            rounded: function from a matrix to what quantization makes of it.
+            decomposed: function from a matrix to what `needs` asks for.
+        """
+        raise NotImplementedError
+
+    def residual(self, matrix: np.ndarray, values: dict[str, Any]) -> Any:
+        """What is to be quantized for the base, where `base_mode` is set.
+
+        Args:
+            matrix: W (in, out), a float32 array.
+            values: the first values of the weights.
+        """
+        raise NotImplementedError
+
     def call(self, weights: Any, base: LinearMap) -> Any:
         """The adapted product.
 
@@ -191,7 +225,8 @@ class Method:
             base: the frozen product x·W.
 
         Returns:
-            (tokens, out). With the initial weights, `base()` to the bit.
+            (tokens, out). With the initial weights, `base()` to the bit,
+            unless `base_mode` is set.
         """
         raise NotImplementedError
 

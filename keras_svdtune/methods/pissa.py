@@ -1,11 +1,13 @@
 """PiSSA: a low-rank adapter that starts from the largest components."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 from keras import ops
 
+from keras_svdtune.methods import qpissa
 from keras_svdtune.methods.base import LinearMap, Method, Weight, register
 from keras_svdtune.methods.low_rank import branch, scale_of
 from keras_svdtune.svd import Factors, Needs
@@ -102,11 +104,27 @@ class PiSSA(SpectralLoRA):
         y = x·W + (alpha / rank)·(x·A·B - x·A₀·B₀),
         A₀ = U_r·√s_r (in, r),  B₀ = √s_r·V_rᵀ (r, out)
 
-    W is never changed: PEFT replaces it by the residual, so that switching
-    the adapter off there does not give the base model back.
+    W is never changed (save with `quantize`): PEFT replaces it by the
+    residual, so that switching the adapter off there does not give the base
+    model back.
 
     Trainable: r·(in + out) a matrix, and as many frozen. A component with
     s = 0 has A₀ = B₀ = 0, no gradient, and stays as it is.
+
+    **QPiSSA.** With `quantize="int4"` (or `"int8"`) the float kernel W is
+    replaced, as in the paper, by the quantized residual Q of A₀·B₀, which the
+    layer keeps from then on, and the whole A·B lies beside it:
+
+        y = x·Q + (alpha / rank)·x·A·B,     Q = quant(W - k·A₀·B₀)
+
+    A₀, B₀ and Q are fitted in turn, `iterations` times. At first the layer
+    computes x·(Q + k·A₀·B₀), which is nearer to x·W than x·quant(W) is
+    (`quantization_error` says by how much). A₀, B₀, A and B are float32. W is
+    gone: `adapter_disabled` gives the model as it was just after enabling, and
+    `remove_adapter` a plain quantized layer of Q + k·A₀·B₀. `merge_adapter`
+    quantizes Q + k·A·B. An adapter file is loaded into the same float base,
+    where Q is computed again. Dense and EinsumDense only; not for layers that
+    are declared (`PiSSADense`).
 
     `suggested_learning_rate` is 5e-5, between the authors' 2e-5 (7B models,
     rank 128) and the optima of the sweep https://arxiv.org/abs/2602.04998,
@@ -122,11 +140,20 @@ class PiSSA(SpectralLoRA):
             faster on large matrices; 4 are usual, 16 close to exact. None
             is exact.
         seed: int. Seed of the randomised SVD.
+        quantize: `"int4"`, `"int8"` or None. What Keras quantizes the
+            residual to; None leaves W as it is.
+        iterations: int, 1 or more. How many times A₀·B₀ and Q are fitted;
+            1 takes the components of W itself. Only with `quantize`.
+
+    Raises:
+        ValueError: a setting is none of these; on enabling with `quantize`, a
+            layer is quantized already or is neither Dense nor EinsumDense.
 
     Example:
 
     ```python
     gemma.backbone.enable_pissa(rank=16)
+    gemma.backbone.enable_pissa(rank=128, quantize="int4")
     ```
 
     Reference: Meng, Wang, Zhang 2024, https://arxiv.org/abs/2404.02948.
@@ -139,6 +166,68 @@ class PiSSA(SpectralLoRA):
 
     n_iter: int | None = None
     seed: int = 0
+    quantize: str | None = None
+    iterations: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        qpissa.check_settings(self.quantize, self.iterations)
 
     def needs(self, shape: tuple[int, int]) -> Needs:
         return Needs("top", self.rank, self.n_iter, self.seed)
+
+    def weights(self, shape: tuple[int, int]) -> list[Weight]:
+        found = super().weights(shape)
+        if self.quantize is None:
+            return found
+        # Q is computed from them again: they must not be rounded.
+        return [dataclasses.replace(w, dtype="float32") for w in found]
+
+    def residual(self, matrix: np.ndarray, values: dict[str, Any]) -> Any:
+        scale = scale_of(self.alpha, self.rank)
+        return qpissa.residual(matrix, values["a0"], values["b0"], scale)
+
+    def fitted(
+        self,
+        matrix: np.ndarray,
+        values: dict[str, Any],
+        rounded: Callable[[np.ndarray], np.ndarray],
+        decomposed: Callable[[np.ndarray], Factors],
+    ) -> dict[str, Any]:
+        def start(rest: np.ndarray) -> dict[str, Any]:
+            random = np.random.RandomState(0)  # nothing is drawn
+            return self.initial_values(rest, decomposed(rest), random)
+
+        return qpissa.alternate(
+            matrix,
+            values,
+            scale_of(self.alpha, self.rank),
+            self.iterations - 1,
+            rounded,
+            start,
+        )
+
+    def call(self, weights: Any, base: LinearMap) -> Any:
+        if self.quantize is None:
+            return super().call(weights, base)
+        scale = scale_of(self.alpha, self.rank)
+        return base() + branch(base, *_whole(weights), scale)
+
+    def merged(self, weights: Any, matrix: Any) -> Any:
+        if self.quantize is None:
+            return super().merged(weights, matrix)
+        scale = scale_of(self.alpha, self.rank)
+        return matrix + scale * ops.matmul(*_whole(weights))
+
+    def low_rank_factors(
+        self, weights: Any, matrix: Any = None
+    ) -> tuple[Any, Any]:
+        if self.quantize is None:
+            return super().low_rank_factors(weights, matrix)
+        a, b = _whole(weights)
+        return a, b * scale_of(self.alpha, self.rank)
+
+
+def _whole(weights: Any) -> tuple[Any, Any]:
+    """A (in, r) and B (r, out), float32."""
+    return weights.a0 + weights.delta_a, weights.b0 + weights.delta_b

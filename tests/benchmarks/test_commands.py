@@ -61,3 +61,13 @@ def test_enable_time(tmp_path: Path) -> None:
     for shape in written["alternatives"].values():
         for row in shape["alternatives"].values():
             assert row["relative_difference"] < 1e-2
+
+
+def test_qpissa_error(tmp_path: Path) -> None:
+    printed = run("qpissa_error.py", tmp_path, "--ranks", "2")
+    assert "ffw_linear" in printed
+    written = json.loads((tmp_path / "qpissa_error_tiny_jax.json").read_text())
+    assert len(written["results"]) == 4
+    for result in written["results"]:
+        assert result["all"]["layers"] == 14
+        assert result["all"]["nuclear"] < 1
