@@ -215,7 +215,8 @@ def trained_by(cls: Any, model: Any, targets: dict[str, Any]) -> int:
         view = view_of(layer)
         if cls.banks or not view.batch:
             method = method_for(cls, min(view.shape))
-            groups.setdefault(method, []).append(re.escape(path))
+            # In brackets it is no name, which other layers may have too.
+            groups.setdefault(method, []).append(f"(?:{re.escape(path)})")
     return sum(
         keras_svdtune.estimate(model, method, paths).trainable
         for method, paths in groups.items()
@@ -283,8 +284,8 @@ inputs are multiplied by; what is looked up or added (embeddings, biases,
 tables of positions) is not among them. The last column names what makes up
 the rest: depthwise kernels, each of whose outputs reads one channel. Then the
 parameters that each method trains: SVFT with its default pattern, others with
-rank {RANK}, or less of either where the matrix is too small for that. AdaLoRA leaves banks
-out, and starts from that rank here (not from one and a half times it).
+rank {RANK}, or less of either where the matrix is too small for that. AdaLoRA
+leaves banks out, and starts from that rank here (by default: 12).
 """
     parts = [head, "## Models of full size\n", *table_of(full, True)]
     parts += ["\n## The tiny configurations that the tests run on\n"]
