@@ -1,19 +1,24 @@
 """What each method reaches and trains, on every backbone of KerasHub.
 
-    KERAS_BACKEND=torch python tests/benchmarks/backbone_table.py
+    KERAS_BACKEND=jax python tests/benchmarks/backbone_table.py
 
 Two tables in `results/backbones.md`. The first has the tiny configurations of
 `tests/tiny_backbones.py`, which the tests run on; the second a few models of
-full size, built without memory for their weights (on torch's "meta" device)
-and checked against the number of parameters that KerasHub states for its
-preset. Nothing is decomposed: the figures are those of `estimate`.
+full size, built without memory for their weights (in a process of its own, on
+torch's "meta" device, for which torch must be installed) and checked against
+the number of parameters that KerasHub states for its preset. Nothing is
+decomposed: the figures are those of `estimate`.
 """
 
 import argparse
 import dataclasses
+import json
 import math
+import os
 import re
+import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -273,7 +278,7 @@ def text_of(tiny: dict[str, Reach], full: dict[str, Reach]) -> str:
     """The file."""
     head = f"""\
 <!-- Do not edit. Written by
-`KERAS_BACKEND=torch python tests/benchmarks/backbone_table.py`
+`KERAS_BACKEND=jax python tests/benchmarks/backbone_table.py`
 with keras {keras.version()} and keras-hub {keras_hub.version()}. -->
 
 # What each method reaches and trains
@@ -293,6 +298,26 @@ leaves banks out, and starts from that rank here (by default: 12).
     return "\n".join(parts) + "\n"
 
 
+def full_size_rows(only: list[str] | None) -> dict[str, Reach]:
+    """The second table's rows, from a process with torch as backend."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.json"
+        command = [sys.executable, __file__, "--full-size", str(path)]
+        command += ["--only", *only] if only is not None else []
+        environment = {**os.environ, "KERAS_BACKEND": "torch"}
+        subprocess.run(command, check=True, env=environment)
+        found = json.loads(path.read_text())
+    return {name: Reach(**values) for name, values in found.items()}
+
+
+def rows_of(
+    builders: dict[str, Callable[[], Any]], only: list[str] | None
+) -> dict[str, Reach]:
+    """A row for each model, or for those that are wanted."""
+    chosen = [x for x in builders if only is None or x in only]
+    return {x: reach(builders[x]()) for x in track(chosen, "Counting")}
+
+
 def main() -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(
@@ -303,19 +328,20 @@ def main() -> None:
     parser.add_argument(
         "--results", type=Path, default=Path(__file__).parent / "results"
     )
+    parser.add_argument("--full-size", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if keras.backend.backend() != "torch":
-        sys.exit("Models without memory for weights need KERAS_BACKEND=torch")
-
-    def rows(builders: dict[str, Callable[[], Any]]) -> dict[str, Reach]:
-        chosen = [
-            x for x in builders if options.only is None or x in options.only
-        ]
-        return {x: reach(builders[x]()) for x in track(chosen, "Counting")}
-
+    if options.full_size is not None:
+        models = {x: lambda x=x: full_size(x) for x in FULL_SIZE}
+        rows = rows_of(models, options.only)
+        values = {name: dataclasses.asdict(r) for name, r in rows.items()}
+        options.full_size.write_text(json.dumps(values))
+        return
+    # Some classes have two names.
     unique = {cls: name for name, cls in exported().items()}.values()
-    full = rows({x: lambda x=x: full_size(x) for x in FULL_SIZE})
-    tiny = rows({x: lambda x=x: TINY[x]()[0] for x in sorted(unique)})
+    full = full_size_rows(options.only)
+    tiny = rows_of(
+        {x: lambda x=x: TINY[x]()[0] for x in sorted(unique)}, options.only
+    )
     path = options.results / "backbones.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text_of(tiny, full), encoding="utf-8")

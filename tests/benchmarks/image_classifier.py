@@ -179,11 +179,11 @@ def largest(a: list[np.ndarray], b: list[np.ndarray]) -> float:
 
 def main() -> None:
     """Runs the command."""
-    parser = classifiers.parser(__doc__.splitlines()[0], epochs=3, batch=32)
+    parser = classifiers.parser(__doc__.splitlines()[0], epochs=2, batch=20)
     parser.add_argument("--size", type=int, default=SIZE, help="pixels")
-    parser.add_argument("--train", type=int, default=1000, help="images")
-    parser.add_argument("--validation", type=int, default=500)
-    parser.add_argument("--test", type=int, default=2000)
+    parser.add_argument("--train", type=int, default=600, help="images")
+    parser.add_argument("--validation", type=int, default=300)
+    parser.add_argument("--test", type=int, default=1000)
     options = parser.parse_args()
     keras.config.disable_interactive_logging()
     sizes = {k: getattr(options, k) for k in ("train", "validation", "test")}
