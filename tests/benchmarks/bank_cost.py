@@ -4,8 +4,9 @@
 
 One layer of experts as Mixtral has it (KerasHub's, which computes every
 expert for every token) on a norm, forward and backward, compiled by JAX.
-Experts compute with the merged kernel, so their cost hardly depends on the
-number of tokens: the more of them a step has, the less it weighs. Every
+Experts compute with the merged kernel. Forming it costs the same whatever the
+number of tokens; its gradient, which a frozen layer does not need, is a third
+product of the size of the layer's own, and grows with them. Every
 candidate trains the norm's scale too, so that the gradient goes through the
 layer in all of them; the frozen floor trains nothing else.
 """
