@@ -1,6 +1,7 @@
 """What an adapter costs: a table, and a dry run before there is one."""
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Iterable
@@ -169,7 +170,7 @@ def estimate(
     """A dry run of `enable_adapter`: what it would cost. Touches nothing.
 
     Parameters and bytes are exact. The seconds are the operations of the
-    decompositions at the speed of one that is timed on the spot.
+    decompositions at the speed of one that is timed on the first call.
 
     Args:
         model, method, target_layer_names: as for `enable_adapter`.
@@ -255,8 +256,9 @@ def _operations(method: Method, shape: tuple[int, int]) -> float:
     return times * (4.0 * n * n * max(shape) + 9.0 * n**3)
 
 
+@functools.cache
 def _seconds_per_operation(n: int = 512) -> float:
-    """Times one small decomposition on this machine."""
+    """Times one small decomposition on this machine, once."""
     needs = svd.Needs("small_side")
     matrix = np.random.default_rng(0).standard_normal((n, n), "float32")
     tensor = keras.ops.convert_to_tensor(matrix)

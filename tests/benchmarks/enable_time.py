@@ -6,8 +6,9 @@ Two tables:
 
 1. Enabling, on every Dense and EinsumDense matrix of the model: the median
    seconds, the bytes that an adapter keeps, and the peak of resident memory
-   above what there was before. CPU seconds (all threads) suffer less from what
-   else runs on the machine. Beside it `torch.linalg.svd` of every one of
+   above what there was before, which should not exceed what is kept and the
+   matrices of one shape in float32 (`limit`). CPU seconds (all threads) suffer
+   less from what else runs on the machine. Beside it `torch.linalg.svd` of all
    these matrices in float32, which is what a PEFT user waits for. All take
    turns.
 2. The ways to an orthonormal basis of a matrix's smaller side, for each
@@ -107,6 +108,10 @@ def enabling(
             "trainable_parameters": trainable.get(name),
             "kept_bytes": kept.get(name),
             "peak_extra_bytes": max(peaks[name]) if name in peaks else None,
+            "all_peak_extra_bytes": peaks.get(name),
+            "limit_bytes": kept[name] + largest_group(matrices)
+            if name in kept
+            else None,
         }
         for name, s in seconds.items()
     }
@@ -115,6 +120,14 @@ def enabling(
             for key in ("seconds", "cpu_seconds"):
                 result[f"{key}_to_torch"] = result[key] / results[TORCH][key]
     return results, left_out
+
+
+def largest_group(matrices: list[np.ndarray]) -> int:
+    """Bytes of all matrices of one shape, of the shape that has most."""
+    sizes: dict[tuple[int, ...], int] = {}
+    for w in matrices:
+        sizes[w.shape] = sizes.get(w.shape, 0) + w.nbytes
+    return max(sizes.values())
 
 
 def torch_svds(matrices: list[np.ndarray]) -> Callable[[], None] | None:
@@ -270,6 +283,7 @@ def enabling_table(results: dict[str, Any], title: str, note: str) -> Table:
         "trainable",
         "kept MB",
         "peak extra MB",
+        "limit MB",
     ):
         table.add_column(column, justify="right", no_wrap=True)
     for name, r in results.items():
@@ -283,6 +297,7 @@ def enabling_table(results: dict[str, Any], title: str, note: str) -> Table:
             _or_dash(r["trainable_parameters"], 1),
             _or_dash(r["kept_bytes"], 1e6),
             _or_dash(r["peak_extra_bytes"], 1e6),
+            _or_dash(r["limit_bytes"], 1e6),
         )
     return table
 
@@ -332,7 +347,10 @@ def main() -> None:
         "--rounds", type=int, default=3, help="of enabling; 0: skip it"
     )
     parser.add_argument(
-        "--per-shape", type=int, default=3, help="matrices to compare on"
+        "--per-shape",
+        type=int,
+        default=3,
+        help="matrices to compare on; 0: skip it",
     )
     options = parser.parse_args()
     keras.config.disable_interactive_logging()
@@ -345,13 +363,16 @@ def main() -> None:
     ]
     results, unfit = enabling(backbone, matrices, methods, options.rounds)
     left_out |= unfit
-    compared = alternatives(matrices, options.per_shape)
+    compared = (
+        alternatives(matrices, options.per_shape) if options.per_shape else {}
+    )
     machine["load_at_end"] = common.load()
     note = common.describe(machine)
     title = f"Enabling on {options.model}: {len(matrices)} matrices"
     if options.rounds:
         common.show(enabling_table(results, title, note))
-    common.show(alternatives_table(compared, note))
+    if compared:
+        common.show(alternatives_table(compared, note))
     for name, reason in left_out.items():
         Console().print(f"Left out: {name} ({reason})")
     common.write_json(

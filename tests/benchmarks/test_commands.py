@@ -12,6 +12,8 @@ pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "jax", reason="the benchmarks read XLA's figures"
 )
 
+TINY_MODEL = ("--model", "tiny")
+
 
 def run(command: str, results: Path, *arguments: str) -> str:
     """Runs a benchmark command and returns what it printed."""
@@ -19,7 +21,7 @@ def run(command: str, results: Path, *arguments: str) -> str:
         [
             sys.executable,
             str(Path(__file__).parent / command),
-            *("--model", "tiny", "--results", str(results)),
+            *("--results", str(results)),
             *arguments,
         ],
         capture_output=True,
@@ -33,7 +35,8 @@ def run(command: str, results: Path, *arguments: str) -> str:
 def test_step_time(tmp_path: Path) -> None:
     methods = ("svf", "svft:pattern=random", "pissa")
     printed = run(
-        *("step_time.py", tmp_path, "--batch", "1", "--length", "8"),
+        *("step_time.py", tmp_path, *TINY_MODEL, "--batch", "1"),
+        *("--length", "8"),
         *("--steps", "2", "--rank", "2", "--methods", *methods),
     )
     assert "SVFT pattern=random" in printed
@@ -52,7 +55,8 @@ def test_step_time(tmp_path: Path) -> None:
 
 def test_enable_time(tmp_path: Path) -> None:
     printed = run(
-        *("enable_time.py", tmp_path, "--rounds", "1", "--rank", "2"),
+        *("enable_time.py", tmp_path, *TINY_MODEL, "--rounds", "1"),
+        *("--rank", "2"),
         *("--methods", "svf", "lora"),
     )
     assert "Enabling on tiny" in printed
@@ -64,10 +68,25 @@ def test_enable_time(tmp_path: Path) -> None:
 
 
 def test_qpissa_error(tmp_path: Path) -> None:
-    printed = run("qpissa_error.py", tmp_path, "--ranks", "2")
+    printed = run("qpissa_error.py", tmp_path, *TINY_MODEL, "--ranks", "2")
     assert "ffw_linear" in printed
     written = json.loads((tmp_path / "qpissa_error_tiny_jax.json").read_text())
     assert len(written["results"]) == 4
     for result in written["results"]:
         assert result["all"]["layers"] == 14
         assert result["all"]["nuclear"] < 1
+
+
+@pytest.mark.parametrize("command", ["text_classifier", "image_classifier"])
+def test_classifiers(command: str, tmp_path: Path) -> None:
+    run(f"{command}.py", tmp_path, "--tiny")
+    written = json.loads((tmp_path / f"{command}_tiny.json").read_text())
+    rows = written["rows"]
+    assert rows["frozen backbone"]["adapter_parameters"] == 0
+    for name, row in rows.items():
+        assert row["head_parameters"] > 0
+        assert len(row["tried"]) == 3
+        assert float(row["best_rate"]) in map(float, row["tried"])
+        assert (row["file_bytes"] is None) == (name == "frozen backbone")
+    if command == "image_classifier":
+        assert written["normalization"]["inference_same_to_the_bit"]
