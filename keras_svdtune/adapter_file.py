@@ -16,7 +16,9 @@ metadata is one JSON text under `keras_svdtune`:
 
 The digest is of that text without it, and of all arrays. A layer's entry has
 `settings` of its own where they were decided for it. Frozen weights that
-cannot be computed again, or were asked for, are in the file too.
+cannot be computed again, or were asked for, are in the file too; and so are the
+moving statistics of BatchNormalization that training has changed, under
+`<layer path>/moving_mean`: `statistics` lists these keys.
 """
 
 import dataclasses
@@ -34,6 +36,7 @@ from keras_svdtune import hub_client
 
 FORMAT_VERSION = 1
 FINGERPRINTS, EFFECTS = "base_fingerprints", "effects"
+STATISTICS = "statistics"
 _KEY, _DIGEST = "keras_svdtune", "sha256"
 
 
@@ -52,6 +55,11 @@ class SavedAdapter:
     about: dict[str, Any]
     arrays: dict[str, np.ndarray]
     source: str
+
+    @property
+    def statistics(self) -> list[str]:
+        """Keys of the moving statistics that changed in training."""
+        return self.about.get(STATISTICS, [])
 
     def __repr__(self) -> str:
         return (
@@ -114,15 +122,25 @@ def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
             f"{source} is damaged, or was changed after it was written: its "
             f"contents do not agree with its '{_DIGEST}'."
         )
-    _check_about(about, source)
+    _check_about(about, arrays, source)
     return SavedAdapter(about, arrays, source)
 
 
-def _check_about(about: dict[str, Any], source: str) -> None:
+def _check_about(
+    about: dict[str, Any], arrays: dict[str, np.ndarray], source: str
+) -> None:
     expected = {"method": str, "settings": dict, "layers": dict}
     for key, kind in expected.items():
         if not isinstance(about.get(key), kind):
             raise ValueError(f"The metadata of {source} has no valid '{key}'.")
+    statistics = about.get(STATISTICS, [])
+    if not isinstance(statistics, list) or not all(
+        isinstance(key, str) and key in arrays for key in statistics
+    ):
+        raise ValueError(
+            f"The metadata of {source} has no valid '{STATISTICS}': "
+            f"{statistics!r}"
+        )
     for layer_path, entry in about["layers"].items():
         if (
             not isinstance(entry, dict)

@@ -61,6 +61,13 @@ def compose(
     parts = [Part(path, weight) for path, weight in adapters.items()]
     if len(parts) == 1 and parts[0].weight == 1.0 and rank is None:
         return parts[0].file
+    for part in parts:
+        if part.file.statistics:
+            raise ValueError(
+                f"{part.file.source} holds moving statistics of "
+                "BatchNormalization, which belong to its weights alone and "
+                "cannot be added up."
+            )
     linear = all(x.linear for p in parts for x in p.methods.values())
     if linear and rank is not None:
         raise ValueError(

@@ -18,6 +18,7 @@ from keras_svdtune.adapter import Plan
 from keras_svdtune.compiled import reset_compiled
 from keras_svdtune.freezing import freeze
 from keras_svdtune.methods.base import METHODS, Method, nearest
+from keras_svdtune.moving_statistics import Statistics
 from keras_svdtune.progress import run_all
 from keras_svdtune.quantizing import quantize_in_place, remember
 from keras_svdtune.raw_kernels import RawKernel
@@ -30,6 +31,7 @@ class _Enabled:
 
     method: Method
     unfreeze: Callable[[], None]
+    statistics: Statistics
 
 
 _ENABLED: weakref.WeakKeyDictionary[keras.Model, _Enabled]
@@ -87,6 +89,7 @@ def attach_plans(
     plans: dict[str, Plan],
 ) -> None:
     """Attaches what `enable_adapter` has prepared, to all layers or none."""
+    statistics = Statistics(root)
     with contextlib.ExitStack() as undo:
         for path, layer in layers.items():
             base = plans[path].quantized
@@ -101,7 +104,7 @@ def attach_plans(
             attach.attach_plan(layer, plans.pop(path))
             layer.adapter.share = 1.0 / len(layers)
         undo.pop_all()
-    _ENABLED[root] = _Enabled(method, unfreeze)
+    _ENABLED[root] = _Enabled(method, unfreeze, statistics)
     reset_compiled(attach.owner_of(x) for x in layers.values())
 
 
@@ -159,7 +162,8 @@ def merge_adapter(model: keras.Model) -> None:
     Raises:
         ValueError: the model has no adapter.
     """
-    _give_back(model, attach.merge)
+    for enabled in _give_back(model, attach.merge):
+        enabled.unfreeze()
 
 
 def remove_adapter(model: keras.Model) -> None:
@@ -176,18 +180,21 @@ def remove_adapter(model: keras.Model) -> None:
     Raises:
         ValueError: the model has no adapter.
     """
-    _give_back(model, attach.take_away)
+    for enabled in _give_back(model, attach.take_away):
+        enabled.statistics.assign()
+        enabled.unfreeze()
 
 
-def _give_back(model: keras.Model, end: Callable[[Any], None]) -> None:
+def _give_back(
+    model: keras.Model, end: Callable[[Any], None]
+) -> list[_Enabled]:
     root = adapted_part(model)
     layers = require_adapted(root)
     owners = _owners(root, layers)
     for layer in layers.values():
         end(layer)
-    for owner in owners:
-        _ENABLED.pop(owner).unfreeze()
     reset_compiled(attach.owner_of(x) for x in layers.values())
+    return [_ENABLED.pop(owner) for owner in owners]
 
 
 def _owners(root: keras.Model, layers: dict[str, Any]) -> list[keras.Model]:
@@ -239,6 +246,9 @@ def adapter_disabled(model: keras.Model) -> Iterator[None]:
     for adapter in adapters:
         adapter.reset()
     neutral = [ops.convert_to_numpy(v.value).copy() for v, _ in pairs]
+    statistics = statistics_of(model)
+    moved = statistics.moved()
+    statistics.assign()
     try:
         yield
     finally:
@@ -248,6 +258,7 @@ def adapter_disabled(model: keras.Model) -> Iterator[None]:
         )
         for variable, value in pairs:
             variable.assign(value)
+        statistics.assign(moved)
     if changed:
         raise RuntimeError(
             "The adapter was trained or loaded while it was disabled. It has "
@@ -274,6 +285,14 @@ def require_adapted(model: keras.Model) -> dict[str, Any]:
             "`enable_svf()`."
         )
     return layers
+
+
+def statistics_of(model: keras.Model) -> Statistics:
+    """The moving statistics of an adapted model, and what they were."""
+    root = adapted_part(model)
+    if root in _ENABLED:
+        return _ENABLED[root].statistics
+    return Statistics(root, known=False)
 
 
 def enabled_method(model: keras.Model) -> Method:

@@ -75,7 +75,7 @@ def values_for(
     """The file's arrays for each layer, by weight name."""
     values: dict[str, dict[str, Any]] = {}
     arrays = adapter.arrays
-    known = {FINGERPRINTS, EFFECTS}
+    known = {FINGERPRINTS, EFFECTS, *adapter.statistics}
     for layer_path, layer in layers.items():
         method = methods[layer_path]
         values[layer_path] = {}

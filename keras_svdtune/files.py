@@ -18,6 +18,7 @@ from keras_svdtune.adapter_file import (
     EFFECTS,
     FINGERPRINTS,
     FORMAT_VERSION,
+    STATISTICS,
     SavedAdapter,
     checked_path,
     read_adapter,
@@ -28,6 +29,7 @@ from keras_svdtune.enable import (
     check_layer,
     enabled_method,
     require_adapted,
+    statistics_of,
 )
 from keras_svdtune.file_checks import (
     array_key,
@@ -44,6 +46,7 @@ from keras_svdtune.file_checks import (
 from keras_svdtune.fingerprint import effect
 from keras_svdtune.hosts import kernel_shape, matrix_of
 from keras_svdtune.methods.base import Method
+from keras_svdtune.moving_statistics import Statistics
 from keras_svdtune.progress import run_all
 from keras_svdtune.quantizing import quantizer_of
 from keras_svdtune.targets import adapted_layers, loadable_layers
@@ -104,6 +107,8 @@ def saved_adapter(
         layers[layer_path] = entry
     arrays[FINGERPRINTS] = np.stack(fingerprints)
     arrays[EFFECTS] = np.stack(effects)
+    moved = statistics_of(root).moved()
+    arrays |= moved
     about = {
         "format_version": FORMAT_VERSION,
         "method": method.name,
@@ -114,6 +119,7 @@ def saved_adapter(
             "keras_hub": keras_hub.__version__,
         },
         "layers": layers,
+        STATISTICS: sorted(moved),
     }
     return SavedAdapter(about, arrays, f"the adapter of '{root.name}'")
 
@@ -158,6 +164,8 @@ def load_adapter(
             "`remove_adapter()` first, then load."
         )
     values = values_for(adapter, layers, methods)
+    moved = {key: adapter.arrays[key] for key in adapter.statistics}
+    Statistics(root).check(moved, adapter.source)
     check_bases(adapter, layers, methods)
     if not adapted:
         jobs = {
@@ -174,6 +182,7 @@ def load_adapter(
         for row, (layer_path, layer) in enumerate(layers.items()):
             check_effect(adapter, row, layer, plans[layer_path])
         attach_plans(root, method, layers, plans)
+        statistics_of(root).assign(moved)
         return
     for row, (layer_path, layer) in enumerate(layers.items()):
         now = layer.adapter.method.weights(layer.adapter.shape)
@@ -185,6 +194,7 @@ def load_adapter(
     for layer_path, layer in layers.items():
         for name, value in values[layer_path].items():
             getattr(layer.adapter, name).assign(value)
+    statistics_of(root).assign(moved)
 
 
 def _check_layer(
