@@ -1,5 +1,6 @@
 """Whether an adapter file belongs to a model, down to its effect."""
 
+import functools
 import types
 from typing import Any
 
@@ -11,6 +12,7 @@ from keras_svdtune.adapter_file import EFFECTS, FINGERPRINTS, SavedAdapter
 from keras_svdtune.fingerprint import effect, fingerprint, matches, same_effect
 from keras_svdtune.hosts import kernel_of, kernel_shape, matrix_of, view_of
 from keras_svdtune.methods.base import METHODS, Method, Weight, nearest
+from keras_svdtune.renumbered import renumbered
 
 
 def methods_of(adapter: SavedAdapter) -> tuple[Method, dict[str, Method]]:
@@ -43,14 +45,19 @@ def _method(name: str, settings: dict[str, Any], source: str) -> Method:
 def find_layers(adapter: SavedAdapter, ours: dict[str, Any]) -> dict[str, Any]:
     """The model's layers for the file's, each with its kernel's shape."""
     layers = {}
-    for layer_path, entry in adapter.about["layers"].items():
-        if layer_path not in ours:
+    for row, (layer_path, entry) in enumerate(adapter.about["layers"].items()):
+        layer = ours.get(layer_path)
+        if layer is None or _shape_of(layer) != tuple(entry["kernel_shape"]):
+            other = renumbered(adapter, row, ours, _described)
+            if other is not None:
+                layers[layer_path] = other
+                continue
+        if layer is None:
             raise ValueError(
                 f"{adapter.source} has an adapter for layer '{layer_path}' of "
                 f"a {adapter.about.get('model_class')}, which this model does "
                 f"not have. {nearest(layer_path, list(ours))}"
             )
-        layer = ours[layer_path]
         shape = _shape_of(layer)
         if shape != tuple(entry["kernel_shape"]):
             raise ValueError(
@@ -60,6 +67,14 @@ def find_layers(adapter: SavedAdapter, ours: dict[str, Any]) -> dict[str, Any]:
             )
         layers[layer_path] = layer
     return layers
+
+
+def _described(layer: Any) -> tuple[tuple[int, ...], Any, str]:
+    """What `renumbered` asks of a layer."""
+    shape = _shape_of(layer)
+    if not shape:
+        return (), None, ""
+    return shape, functools.partial(fingerprint_of, layer), base_dtype(layer)
 
 
 def _shape_of(layer: Any) -> tuple[int, ...]:
@@ -120,8 +135,12 @@ def _checked(
 
 
 def check_bases(
-    adapter: SavedAdapter, layers: dict[str, Any], methods: dict[str, Method]
+    adapter: SavedAdapter,
+    layers: dict[str, Any],
+    methods: dict[str, Method],
+    ours: dict[str, Any],
 ) -> None:
+    """Checks the kernels of `layers`; corrects those with another number."""
     for row, (layer_path, layer) in enumerate(layers.items()):
         entry = adapter.about["layers"][layer_path]
         theirs = adapter.arrays[FINGERPRINTS][row]
@@ -134,12 +153,21 @@ def check_bases(
                 f"model in {dtypes[0]}."
             )
         if not matches(fingerprint_of(layer), theirs, *dtypes):
+            other = renumbered(adapter, row, ours, _described)
+            if other is not None:
+                layers[layer_path] = other
+                continue
             raise ValueError(
                 f"{adapter.source} was trained on other weights: the kernel of "
                 f"layer '{layer_path}' is not the one of its base "
                 f"({adapter.about.get('model_class')}). Load the base model "
                 "that it was trained on."
             )
+    if len({id(x) for x in layers.values()}) < len(layers):
+        raise ValueError(
+            f"{adapter.source} has two layers for one of this model's, by "
+            "their kernels. Load the base model that it was trained on."
+        )
 
 
 def check_effect(

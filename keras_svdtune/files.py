@@ -153,11 +153,14 @@ def load_adapter(
     root = adapted_part(model)
     adapted = adapted_layers(root)
     method, methods = methods_of(adapter)
-    layers = find_layers(adapter, adapted or loadable_layers(root))
+    ours = adapted or loadable_layers(root)
+    layers = find_layers(adapter, ours)
     if not adapted:
         for layer_path, layer in layers.items():
             _check_layer(adapter, layer_path, layer, methods[layer_path])
-    elif {p: x.adapter.method for p, x in adapted.items()} != methods:
+    elif len(adapted) != len(layers) or any(
+        x.adapter.method != methods[p] for p, x in layers.items()
+    ):
         raise ValueError(
             f"{adapter.source} holds {method} on {len(layers)} layers; this "
             f"model has {enabled_method(root)} on {len(adapted)}. Call "
@@ -166,7 +169,7 @@ def load_adapter(
     values = values_for(adapter, layers, methods)
     moved = {key: adapter.arrays[key] for key in adapter.statistics}
     Statistics(root).check(moved, adapter.source)
-    check_bases(adapter, layers, methods)
+    check_bases(adapter, layers, methods, ours)
     if not adapted:
         jobs = {
             layer_path: functools.partial(

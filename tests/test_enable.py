@@ -90,7 +90,7 @@ def test_names_and_regular_expressions(targets, count):
         (["query", "("], "regular expression"),
         ([], "is empty"),
         ("query", "write ['query']"),
-        (["token_embedding"], "matches no layer"),
+        (["embeddings_layer_norm"], "matches no layer"),
     ],
 )
 def test_targets_that_match_nothing(targets, nearest):
@@ -293,7 +293,7 @@ def test_a_kernel_constraint():
             keras.layers.Dense(3, kernel_constraint="non_neg", name="limited"),
         ]
     )
-    refused(model, ("limited' has a kernel constraint", "build it"))
+    refused(model, ("limited' has a constraint on its kernel", "build it"))
 
 
 def test_keras_lora():

@@ -491,3 +491,46 @@ def test_saving_changes_nothing(path):
     before = values(model)
     keras_svdtune.save_adapter(model, path)
     assert_same(values(model), before)
+
+
+def numbered(layers=3, others=0):
+    """A model whose layers have no names of their own."""
+    for _ in range(others):
+        keras.layers.Dense(4)
+    keras.utils.set_random_seed(4)
+    return keras.Sequential(
+        [keras.Input((4,)), *(keras.layers.Dense(4) for _ in range(layers))]
+    )
+
+
+@pytest.mark.parametrize("others", [1, 2, 7])
+def test_layers_with_other_numbers_are_found_by_their_kernels(others, tmp_path):
+    """`dense_1` may be another layer here, or none."""
+    path = tmp_path / "adapter.safetensors"
+    model, x = numbered(), np.ones((2, 4), "float32")
+    keras_svdtune.enable_svf(model)
+    perturb(model)
+    keras_svdtune.save_adapter(model, path)
+    expected = eager(model, x)
+    keras.backend.clear_session(free_memory=False)
+    fresh = numbered(others=others)
+    paths = [layer.path for layer in fresh.layers]
+    assert paths != [layer.path for layer in model.layers]
+    keras_svdtune.load_adapter(fresh, path)
+    assert_same(eager(fresh, x), expected, "into the base")
+    perturb(fresh, seed=6)
+    keras_svdtune.load_adapter(fresh, path)
+    assert_same(eager(fresh, x), expected, "into the adapted one")
+
+
+def test_equal_kernels_with_other_numbers_are_refused(tmp_path):
+    """Which is which, nobody knows."""
+    path = tmp_path / "adapter.safetensors"
+    model = numbered()
+    keras_svdtune.enable_svf(model)
+    keras_svdtune.save_adapter(model, path)
+    keras.backend.clear_session(free_memory=False)
+    fresh = numbered(others=5)
+    fresh.layers[1].kernel.assign(numpy(fresh.layers[0].kernel))
+    x = np.ones((2, 4), "float32")
+    refused(fresh, path, "which this model does not have", data=x)
