@@ -6,10 +6,11 @@ Backbone and Task. The same functions take any `keras.Model`.
 | module | the one idea in it |
 |---|---|
 | `matrix` | the matrix behind a kernel |
-| `svd` | the decomposition of a matrix |
+| `svd`, `blocks` | the decomposition of a matrix, also of a large one |
 | `methods/` | what each method trains, one file each |
 | `adapter`, `hosts` | the weights a method adds, and the layers they live in |
 | `maps` | the frozen product of a layer, as a method sees it |
+| `embeddings` | tables, looked up and in reverse |
 | `raw_kernels`, `bank` | kernels without a layer of their own: experts |
 | `quantized` | int8 and int4 kernels, read and written |
 | `quantizing`, `quantization_error` | a base quantized for its adapter |
@@ -18,6 +19,8 @@ Backbone and Task. The same functions take any `keras.Model`.
 | `files`, `adapter_file` | saving and loading; what is in a file |
 | `hub`, `hub_client` | the same through Hugging Face and Kaggle |
 | `file_checks`, `fingerprint` | whether a file belongs to a model |
+| `renumbered` | the layers of a file that have another number here |
+| `moving_statistics` | what training moves beside the adapter |
 | `thin`, `convert` | what an adapter adds as a thin product: any as a LoRA |
 | `export`, `hf_names` | a folder for PEFT, in transformers' names |
 | `compose`, `sums` | adapters added up |
