@@ -257,3 +257,31 @@ def test_clear_errors():
     model.compile("adam", "mse")
     with pytest.raises(ValueError, match="total_steps"):
         model.fit(endless(), verbose=0, callbacks=[RankAllocator()])
+
+
+def test_a_layer_called_twice_in_a_step():
+    """Its averages converge to the sum of both calls, as those of one do."""
+    layer = keras.layers.Dense(WIDTH, name="twice")
+    x = keras.Input((WIDTH,))
+    model = keras.Model(x, layer(x) + layer(keras.ops.tanh(x)))
+    randomise(model)
+    method = AdaLoRA(RANK, initial_rank=FIRST_RANK)
+    keras_svdtune.enable_adapter(model, method)
+    adapter = layer.adapter
+    adapter.singular_values.assign(np.full(FIRST_RANK, 0.5))
+    model.compile(keras.optimizers.SGD(0.0), "mse")  # the same every step
+    x, y = data(8)
+
+    def averages(steps):
+        model.fit(x, y, 8, steps, verbose=0)
+        return [
+            numpy(getattr(adapter, f"{name}_sensitivity"))
+            for name in ("p", "singular_values", "q")
+        ]
+
+    first, later = averages(1), averages(39)
+    grown = (1 - method.smoothing**40) / (1 - method.smoothing)
+    for a, b in zip(first, later, strict=True):
+        assert np.all(a > 0)
+        assert_close(b, grown * a, 1e-4)
+    assert_same(numpy(adapter.calls), np.full(1, 2.0, "float32"))

@@ -122,6 +122,7 @@ class AdaLoRA(Method):
             for x in shapes
         ]
         found.append(Weight("mask", (r,), saved=True, dtype="float32"))
+        found.append(Weight("calls", (1,), overwritten=True))
         for x in shapes:
             found.append(
                 Weight(f"{x}_sensitivity", shapes[x], overwritten=True)
@@ -190,18 +191,26 @@ class AdaLoRA(Method):
 
         Keras assigns to a variable marked `overwrite_with_gradient` what the
         backward pass returns for it. So the new averages are computed where
-        the gradient is known, within the compiled step of any backend.
+        the gradient is known, within the compiled step of any backend. Where a
+        model calls the layer several times in a step, it is their sum: `calls`,
+        to which each adds 1, says how many share the old average.
         """
         beta = self.smoothing
 
         @ops.custom_gradient
-        def sensed(w: Any, sensitivity: Any, variation: Any) -> Any:
+        def sensed(w: Any, sensitivity: Any, variation: Any, calls: Any) -> Any:
             def grad(*args: Any, upstream: Any = None) -> Any:
                 g = args[0] if upstream is None else upstream
+                share = beta / ops.maximum(calls, 1.0)  # 0 in the first step
                 now = ops.absolute(w * g)
-                mean = beta * sensitivity + (1.0 - beta) * now
+                mean = share * sensitivity + (1.0 - beta) * now
                 spread = ops.absolute(now - mean)
-                return g, mean, beta * variation + (1.0 - beta) * spread
+                return (
+                    g,
+                    mean,
+                    share * variation + (1.0 - beta) * spread,
+                    ops.full(calls.shape, 1.0 if name == "p" else 0.0),
+                )
 
             # Not w itself: torch would hand on the input as it is.
             return w * 1.0, grad
@@ -211,6 +220,7 @@ class AdaLoRA(Method):
             getattr(weights, name) * 1.0,
             getattr(weights, f"{name}_sensitivity") * 1.0,
             getattr(weights, f"{name}_variation") * 1.0,
+            weights.calls * 1.0,
         )
 
 
