@@ -7,6 +7,7 @@ Backbone and Task. The same functions take any `keras.Model`.
 |---|---|
 | `matrix` | the matrix behind a kernel |
 | `svd` | the decomposition of a matrix |
+| `krylov` | the largest components of a large matrix |
 | `cache` | decompositions kept on disk |
 | `methods/` | what each method trains, one file each |
 | `adapter`, `hosts` | the weights a method adds, and the layers they live in |

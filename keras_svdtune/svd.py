@@ -11,7 +11,8 @@ of it as a method needs, and decides how:
   another.
 - **How.** An orthonormal basis of the smaller side comes from the Gram matrix
   (`eigh`), 3-5 times faster than `svd`. A few large components come from
-  a seeded randomised range finder, small ones from a true SVD.
+  Lanczos' method on the host (`krylov.py`), or from a seeded randomised
+  range finder where the method asks for it; small ones from a true SVD.
 
 Signs are canonical: the entry of largest magnitude of each singular vector of
 the smaller side (v where out <= in, else u) is positive.
@@ -33,7 +34,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_svdtune import blocks, cache
+from keras_svdtune import blocks, cache, krylov
 
 # NumPy in float64 under the names of keras.ops, so that the same algorithms
 # run on both; and what `keras.ops` has no name for.
@@ -263,6 +264,10 @@ def components(w: Any, needs: Needs, xp: Any) -> tuple[Any, Any, Any]:
         (u, s, v) of shapes (in, k), (k,), (out, k), s descending.
     """
     if xp is _HOST:
+        if needs.part == "top" and isinstance(needs.rank, int):
+            found = krylov.top(w, needs.rank)
+            if found is not None:
+                return _signed(*found, xp)
         u, s, v = small_side(w, xp)
         # From these values in float32, as `estimate` has them: where they
         # are equal, rounding decides, and it must decide the same.

@@ -148,7 +148,7 @@ def test_a_damaged_entry_is_rebuilt(damage, folder, computed):
     data = path.read_bytes()
     forge.key = path.stem
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         for i, damaged in enumerate(damage(data, other)):
             path.write_bytes(damaged)
             check_same(decompose(matrix(), SMALL), expected)
@@ -267,11 +267,12 @@ def test_small_matrices_are_not_kept(folder, monkeypatch):
 def test_a_folder_that_cannot_be_written_warns_once(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     set_decomposition_cache(tmp_path / "file" / "cache")
-    with pytest.warns(UserWarning, match="cannot be kept in") as caught:
+    with pytest.warns(UserWarning) as caught:
         first = decompose(matrix(), SMALL)
         check_same(decompose(matrix(), SMALL), first)
         decompose(matrix(1), SMALL)
-    assert len(caught) == 1
+    said = [str(x.message) for x in caught if x.category is UserWarning]
+    assert len(said) == 1 and "cannot be kept in" in said[0]
 
 
 def test_nan_is_refused(folder):
