@@ -16,8 +16,8 @@ Four tables:
 3. The components that PiSSA takes, exact and randomised, against NumPy's SVD
    in float64, on `--per-shape` matrices of each shape: the largest principal
    angle between the spans of the left vectors, and of the right ones (sine,
-   median and largest), and how much of the energy, the sum of s², theirs fall short of
-   the largest possible (relative, the worst).
+   median and largest), and how much of the energy, the sum of s², theirs
+   fall short of the largest possible (relative, the worst).
 4. The ways to an orthonormal basis of a matrix's smaller side, for each
    shape: seconds (the first call, which may compile, and the best of the
    others), and how well the basis does. For one random δ ~ N(0, 0.1²) it
