@@ -7,6 +7,8 @@ Backbone and Task. The same functions take any `keras.Model`.
 |---|---|
 | `matrix` | the matrix behind a kernel |
 | `svd`, `blocks` | the decomposition of a matrix, also of a large one |
+| `krylov` | the largest components of a large matrix |
+| `cache` | decompositions kept on disk |
 | `methods/` | what each method trains, one file each |
 | `adapter`, `hosts` | the weights a method adds, and the layers they live in |
 | `maps` | the frozen product of a layer, as a method sees it |
@@ -32,6 +34,7 @@ Backbone and Task. The same functions take any `keras.Model`.
 from keras_svdtune import backbone as _backbone
 from keras_svdtune import layers as _layers
 from keras_svdtune.adapter_file import SavedAdapter
+from keras_svdtune.cache import set_decomposition_cache
 from keras_svdtune.callbacks import RankAllocator
 from keras_svdtune.compose import compose
 from keras_svdtune.convert import Conversion, to_lora
@@ -239,5 +242,6 @@ __all__ = [
     "quantization_error",
     "remove_adapter",
     "save_adapter",
+    "set_decomposition_cache",
     "to_lora",
 ]

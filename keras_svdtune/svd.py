@@ -11,7 +11,8 @@ of it as a method needs, and decides how:
   another.
 - **How.** An orthonormal basis of the smaller side comes from the Gram matrix
   (`eigh`), 3-5 times faster than `svd`. A few large components come from
-  a seeded randomised range finder, small ones from a true SVD.
+  Lanczos' method on the host (`krylov.py`), or from a seeded randomised
+  range finder where the method asks for it; small ones from a true SVD.
 
 Signs are canonical: the entry of largest magnitude of each singular vector of
 the smaller side (v where out <= in, else u) is positive.
@@ -33,7 +34,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_svdtune import blocks
+from keras_svdtune import blocks, cache, krylov
 
 # NumPy in float64 under the names of keras.ops, so that the same algorithms
 # run on both; and what `keras.ops` has no name for.
@@ -62,6 +63,11 @@ class _Device:
 
 
 _DEVICE = _Device()
+
+
+# Of the algorithms: to be raised when one returns other numbers than it did,
+# or else `cache.py` returns the old ones.
+_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,16 +122,28 @@ def decompose(matrix: Any, needs: Needs, name: str = "matrix") -> Factors:
         ValueError: the matrix holds NaN or infinity, or its rank does not
             fit.
     """
-    if not bool(ops.all(ops.isfinite(matrix))):
+    w = ops.convert_to_numpy(ops.cast(matrix, "float32"))
+    if not np.isfinite(w).all():
         raise ValueError(
             f"The kernel of '{name}' holds NaN or infinity, and such a matrix "
             "has no singular values. Load its weights again, or leave the "
             "layer out of `target_layer_names`."
         )
+    where = "host" if on_host() else f"device {keras.backend.backend()}"
+    found = cache.recalled(
+        w,
+        f"{_VERSION} {where} {needs}",
+        lambda: _arrays(_decompose(w, needs, name)),
+        lambda arrays: _fit(arrays, w.shape, needs),
+    )
+    return Factors(found.get("u"), found["s"], found.get("v"))
+
+
+def _decompose(w: np.ndarray, needs: Needs, name: str) -> Factors:
     if not on_host():
         try:
             with full_precision():
-                factors = _run(ops.cast(matrix, "float32"), needs, _DEVICE)
+                factors = _run(ops.convert_to_tensor(w), needs, _DEVICE)
         except Exception as error:
             # A solver that did not converge, or no memory left for it.
             reason = f"{type(error).__name__}: {error}"
@@ -139,8 +157,7 @@ def decompose(matrix: Any, needs: Needs, name: str = "matrix") -> Factors:
             "the host instead.",
             stacklevel=2,
         )
-    host = ops.convert_to_numpy(ops.cast(matrix, "float32"))
-    return _run(host, needs, _HOST)
+    return _run(w, needs, _HOST)
 
 
 def on_host() -> bool:
@@ -247,6 +264,10 @@ def components(w: Any, needs: Needs, xp: Any) -> tuple[Any, Any, Any]:
         (u, s, v) of shapes (in, k), (k,), (out, k), s descending.
     """
     if xp is _HOST:
+        if needs.part == "top" and isinstance(needs.rank, int):
+            found = krylov.top(w, needs.rank)
+            if found is not None:
+                return _signed(*found, xp)
         u, s, v = small_side(w, xp)
         # From these values in float32, as `estimate` has them: where they
         # are equal, rounding decides, and it must decide the same.
@@ -327,9 +348,35 @@ def signs(u: Any, xp: Any) -> Any:
 
 
 def _to_float32(x: Any) -> Any:
-    return None if x is None else ops.convert_to_numpy(x).astype("float32")
+    if x is None:
+        return None
+    return ops.convert_to_numpy(x).astype("float32", order="C")
 
 
 def _finite(factors: Factors) -> bool:
     arrays = (factors.u, factors.s, factors.v)
     return all(x is None or bool(np.isfinite(x).all()) for x in arrays)
+
+
+def _arrays(factors: Factors) -> dict[str, np.ndarray]:
+    return {k: x for k, x in vars(factors).items() if x is not None}
+
+
+def _fit(
+    arrays: dict[str, np.ndarray], shape: tuple[int, int], needs: Needs
+) -> bool:
+    """Whether arrays have the names, dtypes and shapes of these factors."""
+    rows, columns = shape
+    n = min(shape)
+    if needs.part == "small_side":
+        expected: dict[str, tuple[int, ...]]
+        expected = {"s": (n,), "v" if columns <= rows else "u": (n, n)}
+    else:
+        rank = needs.rank
+        if isinstance(rank, float):
+            rank = len(arrays.get("s", ()))
+        assert rank is not None
+        expected = {"u": (rows, rank), "s": (rank,), "v": (columns, rank)}
+    return {k: x.shape for k, x in arrays.items()} == expected and all(
+        x.dtype == np.float32 for x in arrays.values()
+    )

@@ -5,6 +5,8 @@ import os
 # Before any backend is imported. The tests are small: no device is needed.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "jax")
+# Nothing is kept in the user's home, by processes that a test starts neither.
+os.environ["KERAS_SVDTUNE_CACHE"] = "0"
 
 import keras
 import pytest

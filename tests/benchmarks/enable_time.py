@@ -2,7 +2,7 @@
 
     python tests/benchmarks/enable_time.py --model gemma3_270m
 
-Two tables:
+Four tables:
 
 1. Enabling, on every Dense and EinsumDense matrix of the model: the median
    seconds, the bytes that an adapter keeps, and the peak of resident memory
@@ -10,8 +10,15 @@ Two tables:
    matrices of one shape in float32 (`limit`). CPU seconds (all threads) suffer
    less from what else runs on the machine. Beside it `torch.linalg.svd` of all
    these matrices in float32, which is what a PEFT user waits for. All take
-   turns.
-2. The ways to an orthonormal basis of a matrix's smaller side, for each
+   turns. The cache of decompositions is off.
+2. The same once more with the cache, empty at first: the first time and the
+   second, and whether all that the adapters hold is the same to the bit.
+3. The components that PiSSA takes, exact and randomised, against NumPy's SVD
+   in float64, on `--per-shape` matrices of each shape: the largest principal
+   angle between the spans of the left vectors, and of the right ones (sine,
+   median and largest), and how much of the energy, the sum of s², theirs
+   fall short of the largest possible (relative, the worst).
+4. The ways to an orthonormal basis of a matrix's smaller side, for each
    shape: seconds (the first call, which may compile, and the best of the
    others), and how well the basis does. For one random δ ~ N(0, 0.1²) it
    compares SVF's change of W with the change made from NumPy's SVD in
@@ -21,6 +28,7 @@ Two tables:
 """
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -109,7 +117,7 @@ def enabling(
             "kept_bytes": kept.get(name),
             "peak_extra_bytes": max(peaks[name]) if name in peaks else None,
             "all_peak_extra_bytes": peaks.get(name),
-            "limit_bytes": kept[name] + largest_group(matrices)
+            "limit_bytes": kept[name] + group_bytes(matrices)
             if name in kept
             else None,
         }
@@ -122,12 +130,105 @@ def enabling(
     return results, left_out
 
 
-def largest_group(matrices: list[np.ndarray]) -> int:
-    """Bytes of all matrices of one shape, of the shape that has most."""
-    sizes: dict[tuple[int, ...], int] = {}
+def group_bytes(matrices: list[np.ndarray]) -> int:
+    """The largest group of matrices of equal shape, in float32."""
+    return max(sum(4 * w.size for w in x) for x in by_shape(matrices).values())
+
+
+def caching(backbone: Any, methods: dict[str, Any]) -> dict[str, Any]:
+    """Every method twice, with an empty cache and with a full one."""
+    results = {}
+    for name, method in track(methods.items(), "Caching"):
+        with tempfile.TemporaryDirectory() as folder:
+            keras_svdtune.set_decomposition_cache(folder)
+            seconds, cpu_seconds, values = [], [], []
+            try:
+                for _ in range(2):
+                    cpu, start = time.process_time(), time.perf_counter()
+                    keras_svdtune.enable_adapter(backbone, method)
+                    seconds.append(time.perf_counter() - start)
+                    cpu_seconds.append(time.process_time() - cpu)
+                    values.append(
+                        [
+                            ops.convert_to_numpy(variable.value).copy()
+                            for layer in adapted_layers(backbone).values()
+                            for variable in layer.adapter.variables
+                        ]
+                    )
+                    keras_svdtune.remove_adapter(backbone)
+            except ValueError:
+                continue  # `enabling` says why
+            finally:
+                keras_svdtune.set_decomposition_cache(False)
+        results[name] = {
+            "first_seconds": seconds[0],
+            "second_seconds": seconds[1],
+            "first_cpu_seconds": cpu_seconds[0],
+            "second_cpu_seconds": cpu_seconds[1],
+            "equal_bits": all(map(np.array_equal, *values)),
+        }
+    return results
+
+
+def by_shape(
+    matrices: list[np.ndarray],
+) -> dict[tuple[int, ...], list[np.ndarray]]:
+    """The matrices of each shape."""
+    shapes: dict[tuple[int, ...], list[np.ndarray]] = {}
     for w in matrices:
-        sizes[w.shape] = sizes.get(w.shape, 0) + w.nbytes
-    return max(sizes.values())
+        shapes.setdefault(w.shape, []).append(w)
+    return shapes
+
+
+def spread(matrices: list[np.ndarray], count: int) -> list[np.ndarray]:
+    """At most `count` of them, evenly spread over the model's depth."""
+    chosen = np.linspace(0, len(matrices) - 1, min(count, len(matrices)))
+    return [matrices[int(i)] for i in chosen]
+
+
+def subspaces(
+    matrices: list[np.ndarray], rank: int, per_shape: int
+) -> dict[str, Any]:
+    """How near `Needs("top", rank)` come to the largest components."""
+    algorithms = {
+        "exact": svd.Needs("top", rank),
+        "n_iter=4": svd.Needs("top", rank, 4),
+    }
+    found: dict[str, list[tuple[float, float]]] = {x: [] for x in algorithms}
+    sample = [
+        w
+        for same in by_shape(matrices).values()
+        for w in spread(same, per_shape)
+    ]
+    for w in track(sample, "Comparing subspaces"):
+        if rank > min(w.shape):
+            continue
+        w64 = w.astype("float64")
+        u, s, vt = np.linalg.svd(w64, full_matrices=False)
+        u, v, energy = u[:, :rank], vt[:rank].T, np.sum(s[:rank] ** 2)
+        for name, needs in algorithms.items():
+            factors = svd.decompose(w, needs)
+            pairs = ((u, factors.u), (v, factors.v))
+            sine = max(_sine(exact, basis) for exact, basis in pairs)
+            left = np.linalg.qr(factors.u.astype("float64"))[0]
+            captured = np.linalg.norm(left.T @ w64) ** 2
+            found[name].append((sine, float(1 - captured / energy)))
+    results = {}
+    for name, pairs in found.items():
+        if pairs:
+            sines, lost = np.array(pairs).T
+            results[name] = {
+                "median_sine": float(np.median(sines)),
+                "largest_sine": float(sines.max()),
+                "largest_energy_lost": float(lost.max()),
+            }
+    return results
+
+
+def _sine(exact: np.ndarray, basis: np.ndarray) -> float:
+    """Of the largest principal angle between two spans."""
+    basis = np.linalg.qr(basis.astype("float64"))[0]
+    return float(np.linalg.norm(basis - exact @ (exact.T @ basis), 2))
 
 
 def torch_svds(matrices: list[np.ndarray]) -> Callable[[], None] | None:
@@ -213,13 +314,11 @@ def alternatives(matrices: list[np.ndarray], per_shape: int) -> dict[str, Any]:
         per_shape: int. How many of each shape to take, evenly spread over the
             model's depth. Accuracy is that of the worst.
     """
-    shapes: dict[tuple[int, ...], list[np.ndarray]] = {}
-    for w in matrices:
-        shapes.setdefault(w.shape, []).append(w)
     results: dict[str, Any] = {}
-    for shape, found in track(shapes.items(), "Comparing alternatives"):
-        spread = np.linspace(0, len(found) - 1, min(per_shape, len(found)))
-        sample = [found[int(i)] for i in spread]
+    for shape, found in track(
+        by_shape(matrices).items(), "Comparing alternatives"
+    ):
+        sample = spread(found, per_shape)
         n = min(shape)
         delta = 0.1 * np.random.default_rng(0).standard_normal(n)
         references = [
@@ -302,6 +401,33 @@ def enabling_table(results: dict[str, Any], title: str, note: str) -> Table:
     return table
 
 
+def cache_table(results: dict[str, Any]) -> Table:
+    """The second table."""
+    table = Table(title="With the cache of decompositions")
+    for column in ("", "first s", "second s", "ratio", "first CPU s"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("second CPU s", "ratio", "equal to the bit"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, r in results.items():
+        row = [name]
+        for unit in ("seconds", "cpu_seconds"):
+            first, second = r[f"first_{unit}"], r[f"second_{unit}"]
+            row += [f"{first:.2f}", f"{second:.2f}", f"{second / first:.2f}"]
+        table.add_row(*row, "yes" if r["equal_bits"] else "NO")
+    return table
+
+
+def subspace_table(results: dict[str, Any], rank: int) -> Table:
+    """The third table."""
+    table = Table(title=f"The {rank} largest components")
+    table.add_column("")
+    for column in ("median sine", "largest sine", "energy lost, at most"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, r in results.items():
+        table.add_row(name, *(f"{x:.1e}" for x in r.values()))
+    return table
+
+
 def _ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
@@ -311,7 +437,7 @@ def _or_dash(value: float | None, unit: float) -> str:
 
 
 def alternatives_table(results: dict[str, Any], note: str) -> Table:
-    """The second table."""
+    """The fourth table."""
     table = Table(title="A basis of the smaller side, by shape", caption=note)
     for column in ("matrix", "algorithm"):
         table.add_column(column, no_wrap=True)
@@ -354,6 +480,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     keras.config.disable_interactive_logging()
+    keras_svdtune.set_decomposition_cache(False)
     machine = common.machine()
     methods, left_out = common.methods_for(options.methods, options.rank)
     backbone = common.load_backbone(options.model)
@@ -363,15 +490,20 @@ def main() -> None:
     ]
     results, unfit = enabling(backbone, matrices, methods, options.rounds)
     left_out |= unfit
-    compared = (
-        alternatives(matrices, options.per_shape) if options.per_shape else {}
-    )
+    fitting = {k: m for k, m in methods.items() if k not in left_out}
+    cached = caching(backbone, fitting) if options.rounds else {}
+    spans, compared = {}, {}
+    if options.per_shape:
+        spans = subspaces(matrices, options.rank, options.per_shape)
+        compared = alternatives(matrices, options.per_shape)
     machine["load_at_end"] = common.load()
     note = common.describe(machine)
     title = f"Enabling on {options.model}: {len(matrices)} matrices"
     if options.rounds:
         common.show(enabling_table(results, title, note))
-    if compared:
+        common.show(cache_table(cached))
+    if options.per_shape:
+        common.show(subspace_table(spans, options.rank))
         common.show(alternatives_table(compared, note))
     for name, reason in left_out.items():
         Console().print(f"Left out: {name} ({reason})")
@@ -386,6 +518,8 @@ def main() -> None:
             "machine": machine,
             "left_out": left_out,
             "enabling": results,
+            "cache": cached,
+            "subspaces": spans,
             "alternatives": compared,
         },
     )
