@@ -432,7 +432,7 @@ def table_of_enabling(found: dict[str, Any], name: str) -> Any:
             operations,
             str(len(group)),
             f"{group[0]['compile_seconds']:.2f}",
-            " ".join(x for x in keras_svdtune.METHODS if x in methods),
+            " ".join(x for x in found["enable_seconds"] if x in methods),
         )
     return table
 
