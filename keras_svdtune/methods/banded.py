@@ -21,29 +21,35 @@ def banded_product(c: Any, entries: Any, width: int) -> Any:
         parts.append((k, i, j, start, start + j - i))
         start += j - i
 
-    def placed(x: Any, first: int) -> Any:
-        """(tokens, m) into columns first ... first + m of (tokens, n)."""
-        return ops.pad(x, ((0, 0), (first, n - first - x.shape[1])))
+    # Padded once and sliced at full width: XLA makes one pass of that, where
+    # it writes parts that are sliced and then padded to memory (on a TPU).
+    def padded(x: Any) -> Any:
+        return ops.pad(x, ((0, 0), (width, width)))
+
+    def shifted(x: Any, by: int) -> Any:
+        """Column i + by of a padded (tokens, n) at i, 0 beyond its ends."""
+        return ops.cast(x[:, width + by : width + by + n], "float32")
 
     @ops.custom_gradient
     def product(c: Any, entries: Any) -> Any:
         def grad(*args: Any, upstream: Any = None) -> Any:
-            g = args[0] if upstream is None else upstream
+            g = padded(args[0] if upstream is None else upstream)
             c32 = ops.cast(c, "float32")
             dc: Any = 0.0
             de = []
             for k, i, j, a, b in parts:
                 # Only g is sliced: XLA would keep slices of c, the same as
                 # in the forward pass, from there to here.
-                shifted = placed(g[:, i + k : j + k], i)
-                dc = dc + shifted * ops.pad(entries[a:b], (i, n - j))
-                de.append(ops.sum(c32 * shifted, axis=0)[i:j])
+                g_k = shifted(g, k)
+                dc = dc + g_k * ops.pad(entries[a:b], (i, n - j))
+                de.append(ops.sum(c32 * g_k, axis=0)[i:j])
             return ops.cast(dc, c.dtype), ops.concatenate(de)
 
-        c32 = ops.cast(c, "float32")
+        c_padded = padded(c)
         total: Any = 0.0
         for k, i, j, a, b in parts:
-            total = total + placed(c32[:, i:j] * entries[a:b], i + k)
+            e = ops.pad(entries[a:b], (i + k, n - j - k))
+            total = total + shifted(c_padded, -k) * e
         return total, grad
 
     return product(c, entries)

