@@ -148,6 +148,29 @@ def test_gemma_in_bfloat16_and_int8(tmp_path):
     assert size_of(backbone) < 0.5 * float_bytes
 
 
+def test_the_table_of_gemma():
+    """262,144 x 640, looked up and in reverse, by its singular values."""
+    weights = pytest.importorskip("keras_svdtune.demo.weights")
+    task = weights.load_model("gemma3_270m")
+    task.preprocessor = None
+    ids = np.arange(5, 15, dtype="int32")[None]
+    x = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    base = eager(task, x)
+    task.enable_svf(["token_embedding"])
+    layer = task.backbone.token_embedding
+    assert layer.adapter.shape == (262_144, 640)
+    assert_same(eager(task, x), base, "the first step")
+    perturb(task.backbone, size=0.1)
+    learned = eager(task, x)
+    assert distance(learned, base) > 0.05
+    # What it is, from the rows themselves: W'ᵢ = Wᵢ·V·diag(1 + δ)·Vᵀ.
+    basis, delta = numpy(layer.adapter.basis), numpy(layer.adapter.delta)
+    rows = numpy(layer._embeddings)[ids[0]] @ basis * (1 + delta) @ basis.T
+    assert distance(numpy(layer(ids))[0], rows) < 1e-5
+    task.merge_adapter()
+    assert distance(eager(task, x), learned) < 1e-4
+
+
 def size_of(model):
     """Bytes of its weights."""
     return sum(
