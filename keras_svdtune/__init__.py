@@ -15,7 +15,7 @@ Backbone and Task. The same functions take any `keras.Model`.
 | `embeddings` | tables, looked up and in reverse |
 | `raw_kernels`, `bank` | kernels without a layer of their own: experts |
 | `quantized` | int8 and int4 kernels, read and written |
-| `quantizing`, `quantization_error` | a base quantized for its adapter |
+| `quantizing`, `quantization_error` | a base made for its adapter |
 | `attach`, `freezing`, `compiled` | converting a built layer, and back |
 | `targets`, `enable` | which layers, and the verb |
 | `files`, `adapter_file` | saving and loading; what is in a file |

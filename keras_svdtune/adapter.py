@@ -13,7 +13,7 @@ from keras_svdtune.bank import over_bank
 from keras_svdtune.fingerprint import fingerprint, matches
 from keras_svdtune.matrix import MatrixView
 from keras_svdtune.methods.base import LinearMap, Method, ReverseMap, Weight
-from keras_svdtune.quantized import QuantizedKernel
+from keras_svdtune.quantized import NewKernel
 from keras_svdtune.svd import Factors, decompose
 
 
@@ -52,8 +52,8 @@ class Adapter(keras.layers.Layer):
         # One part in how many adapters of the model, for regularisers.
         self.share = 1.0
         self.base_fingerprint: np.ndarray | None = None
-        # Where the base was quantized for this adapter.
-        self.quantized: QuantizedBase | None = None
+        # Where another base than W was put into the layer for this adapter.
+        self.replaced: ReplacedBase | None = None
         # Set while a weights file is read: tells the host what was in it.
         self.settle: Callable[[bool], None] | None = None
 
@@ -172,22 +172,23 @@ class Adapter(keras.layers.Layer):
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizedBase:
-    """A base that is quantized for its adapter, in place of W.
+class ReplacedBase:
+    """A base that is in the layer for its adapter, in place of W.
 
     Attributes:
         kernel: what to put into the layer; None once it is there.
         float_fingerprint: the fingerprint of W.
-        norm: float, ‖W‖, the Frobenius norm.
+        norm: float, ‖W‖, the Frobenius norm. This and the rest where the base
+            is quantized.
         plain_error: float, ‖W - quant(W)‖.
         error: float, ‖W - W̃‖, W̃ what base and adapter are at first.
     """
 
-    kernel: QuantizedKernel | None
+    kernel: NewKernel | None
     float_fingerprint: np.ndarray
-    norm: float
-    plain_error: float
-    error: float
+    norm: float = 0.0
+    plain_error: float = 0.0
+    error: float = 0.0
 
 
 @dataclasses.dataclass
@@ -198,37 +199,38 @@ class Plan:
         method: the method, its settings resolved for this matrix.
         values: what its weights are at first, by name.
         base_fingerprint: the fingerprint of W, or of what comes in its place.
-        quantized: what comes in its place, if anything.
+        replaced: what comes in its place, if anything.
     """
 
     method: Method
     values: dict[str, Any]
     base_fingerprint: np.ndarray
-    quantized: QuantizedBase | None = None
+    replaced: ReplacedBase | None = None
 
 
-Quantizer = Callable[[Any], QuantizedKernel]
+# From a matrix to the kernel that it is in a layer.
+KernelMaker = Callable[[Any], NewKernel]
 
 
 def plan(
     method: Method,
     matrix: Any,
     name: str,
-    quantizer: Quantizer | None = None,
+    new_kernel: KernelMaker | None = None,
 ) -> Plan:
     """Decomposes W = `matrix` (in, out), the kernel of `name`.
 
     Or each matrix of a bank (count, in, out), whose weights are stacked.
-    `quantizer` makes the base of a method that has a `base_mode`.
+    `new_kernel` makes the base of a method that replaces W.
     """
     start = _start_one if len(matrix.shape) == 2 else _start_bank
     method, values = start(method, matrix, name)
     if method.base_mode is None:
-        return known_plan(method, matrix, values)
-    assert quantizer is not None
+        return known_plan(method, matrix, values, new_kernel)
+    assert new_kernel is not None
 
     def rounded(rest: np.ndarray) -> np.ndarray:
-        return ops.convert_to_numpy(quantizer(rest).dequantized())
+        return ops.convert_to_numpy(new_kernel(rest).matrix())
 
     def decomposed(rest: np.ndarray) -> Factors:
         needs = method.needs(tuple(rest.shape))
@@ -237,26 +239,28 @@ def plan(
 
     w = ops.convert_to_numpy(matrix)
     values = method.fitted(w, values, rounded, decomposed)
-    return known_plan(method, matrix, values, quantizer)
+    return known_plan(method, matrix, values, new_kernel)
 
 
 def known_plan(
     method: Method,
     matrix: Any,
     values: dict[str, Any],
-    quantizer: Quantizer | None = None,
+    new_kernel: KernelMaker | None = None,
 ) -> Plan:
     """The same where the first values are known."""
     w = ops.convert_to_numpy(matrix)
-    if method.base_mode is None:
+    if not method.replaces_base:
         return Plan(method, values, fingerprint(w))
-    assert quantizer is not None
+    assert new_kernel is not None
     rest = method.residual(w, values)
-    kernel = quantizer(rest)
-    base, plain = (
-        ops.convert_to_numpy(x.dequantized()) for x in (kernel, quantizer(w))
-    )
-    facts = QuantizedBase(
+    kernel = new_kernel(rest)
+    base = ops.convert_to_numpy(kernel.matrix())
+    if method.base_mode is None:
+        facts = ReplacedBase(kernel, fingerprint(w))
+        return Plan(method, values, fingerprint(base), facts)
+    plain = ops.convert_to_numpy(new_kernel(w).matrix())
+    facts = ReplacedBase(
         kernel,
         fingerprint(w),
         float(np.linalg.norm(w)),

@@ -38,7 +38,7 @@ from keras_svdtune.quantized import (
     requantized,
     variable_names,
 )
-from keras_svdtune.quantizing import quantizer_of
+from keras_svdtune.quantizing import kernel_maker
 from keras_svdtune.raw_kernels import (
     RawKernel,
     ReadsMerged,
@@ -188,16 +188,16 @@ def attach_plan(layer: Any, ready: Plan) -> None:
     """Gives `layer` the adapter that was prepared for it; uses it up."""
     attach(layer, ready.method, lambda name: ready.values.pop(name, None))
     layer.adapter.base_fingerprint = ready.base_fingerprint
-    if ready.quantized is not None:
-        base = dataclasses.replace(ready.quantized, kernel=None)
-        layer.adapter.quantized = base
+    if ready.replaced is not None:
+        base = dataclasses.replace(ready.replaced, kernel=None)
+        layer.adapter.replaced = base
 
 
 def plan_for(method: Method, layer: Any, path: str) -> Plan:
     """Decomposes the kernel of a layer; touches nothing."""
-    mode = method.base_mode
-    quantizer = None if mode is None else quantizer_of(layer, mode)
-    return plan(method, matrix_of(layer), path, quantizer)
+    return plan(
+        method, matrix_of(layer), path, kernel_maker(layer, method.base_mode)
+    )
 
 
 def detach(layer: Any) -> None:
@@ -246,10 +246,10 @@ def merge(layer: Any) -> None:
 def take_away(layer: Any) -> None:
     """Takes the adapter away, with what it learned.
 
-    A base that was quantized for it is the rest of W only; so what the adapter
-    held of W at first is folded into it.
+    A base that was put into the layer for it is not W without the adapter's
+    first weights; so these are folded into it.
     """
-    if layer.adapter.method.base_mode is None:
+    if layer.adapter.replaced is None:
         detach(layer)
     else:
         layer.adapter.reset()
@@ -302,12 +302,12 @@ def _settle(layer: Any, before: dict[str, Any]) -> Callable[[bool], None]:
             # The kernel that was read is merged; the adapter comes on top.
             for name, variable in variables.items():
                 variable.assign(before[name])
-        elif layer.adapter.method.base_mode is not None:
+        elif layer.adapter.replaced is not None:
             for name, variable in variables.items():
                 variable.assign(before[name])
             raise ValueError(
                 f"The weights file holds a plain layer '{layer.path}', and "
-                "this one has a base that was quantized for its adapter "
+                "this one has a base that was made for its adapter "
                 f"({layer.adapter.method}). Call `remove_adapter()` first, or "
                 "load the file into a plain model."
             )

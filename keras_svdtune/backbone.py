@@ -28,8 +28,10 @@ def enable_function(cls: type[Method]) -> Callable[..., None]:
     model, _, targets = inspect.signature(
         enable.enable_adapter
     ).parameters.values()
-    settings = inspect.signature(cls).parameters.values()
-    signature = inspect.Signature([model, *settings, targets])
+    settings = list(inspect.signature(cls).parameters.values())
+    by_name = [x for x in settings if x.kind is x.KEYWORD_ONLY]
+    in_order = [x for x in settings if x not in by_name]
+    signature = inspect.Signature([model, *in_order, targets, *by_name])
 
     def enable_method(*args: Any, **kwargs: Any) -> None:
         arguments = signature.bind(*args, **kwargs).arguments

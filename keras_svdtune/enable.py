@@ -20,7 +20,7 @@ from keras_svdtune.freezing import freeze
 from keras_svdtune.methods.base import METHODS, Method, nearest
 from keras_svdtune.moving_statistics import Statistics
 from keras_svdtune.progress import run_all
-from keras_svdtune.quantizing import quantize_in_place, remember
+from keras_svdtune.quantizing import put_in_place, remember
 from keras_svdtune.raw_kernels import RawKernel
 from keras_svdtune.targets import adapted_layers, all_layers, find_targets
 
@@ -92,10 +92,10 @@ def attach_plans(
     statistics = Statistics(root)
     with contextlib.ExitStack() as undo:
         for path, layer in layers.items():
-            base = plans[path].quantized
+            base = plans[path].replaced
             if base is not None and base.kernel is not None:
                 undo.callback(remember(layer))
-                quantize_in_place(layer, base.kernel)
+                put_in_place(layer, base.kernel)
         unfreeze = freeze(root)
         undo.callback(unfreeze)
         undo.callback(_detach_all, layers)
@@ -369,11 +369,9 @@ def check_fit(path: str, layer: Any, method: Method) -> None:
             f"is quantized to {layer.quantization_mode}, and adapters know "
             f"{' and '.join(quantized.MODES)} only"
         )
-    elif method.base_mode is not None and (why := _not_to_quantize(layer)):
-        problem = (
-            f"{why}, so that quantize={method.base_mode!r} cannot be; enable "
-            f"{method.title} without `quantize`"
-        )
+    elif method.replaces_base and (why := _not_to_replace(layer, method)):
+        option = "replace_kernel" if method.base_mode is None else "quantize"
+        problem = f"{why}; enable {method.title} without `{option}`"
     elif hosts.constraint_of(layer) is not None:
         problem = (
             "has a constraint on its kernel, which an adapter cannot respect; "
@@ -400,17 +398,17 @@ def check_fit(path: str, layer: Any, method: Method) -> None:
     )
 
 
-def _not_to_quantize(layer: Any) -> str:
-    """Why a layer cannot be quantized for its adapter; empty if it can."""
+def _not_to_replace(layer: Any, method: Method) -> str:
+    """Why a layer cannot get another base; empty if it can."""
     if isinstance(layer, RawKernel):
         return "is a kernel that another layer reads, not a layer"
     if layer.quantization_mode is not None:
         return f"is quantized to {layer.quantization_mode} already"
     if type(layer) not in (keras.layers.Dense, keras.layers.EinsumDense):
         return (
-            f"is a {type(layer).__name__}, which Keras does not quantize "
-            "(Dense and EinsumDense it does)"
+            f"is a {type(layer).__name__}, and only Dense and EinsumDense "
+            "layers get another base"
         )
-    if layer.compute_dtype == "float16":
+    if method.base_mode and layer.compute_dtype == "float16":
         return "computes in float16, which Keras does not quantize"
     return ""

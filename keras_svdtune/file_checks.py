@@ -174,9 +174,9 @@ def check_effect(
     adapter: SavedAdapter, row: int, layer: Any, ready: Plan
 ) -> None:
     """Whether the weights to load do here what they did in training."""
-    base = ready.quantized
+    base = ready.replaced
     if base is not None and base.kernel is not None:
-        matrix = base.kernel.dequantized()
+        matrix = base.kernel.matrix()
     else:
         matrix = matrix_of(layer)
     view = view_of(layer)
@@ -218,7 +218,7 @@ def check_start(
     adapter: SavedAdapter, layer_path: str, layer: Any, values: dict[str, Any]
 ) -> None:
     """Whether a base that was quantized here fits the file's first values."""
-    if layer.adapter.quantized is None:
+    if layer.adapter.replaced is None:
         return
     trained = layer.adapter.variables_by_name(trainable=True)
     for name, value in values.items():
@@ -236,8 +236,8 @@ def check_start(
 def fingerprint_of(layer: Any) -> np.ndarray:
     """Of the W that an adapter file belongs to."""
     adapter = getattr(layer, "adapter", None)
-    if adapter is not None and adapter.quantized is not None:
-        return adapter.quantized.float_fingerprint
+    if adapter is not None and adapter.replaced is not None:
+        return adapter.replaced.float_fingerprint
     if adapter is not None and adapter.base_fingerprint is not None:
         return adapter.base_fingerprint
     return fingerprint(ops.convert_to_numpy(matrix_of(layer)))
@@ -246,7 +246,7 @@ def fingerprint_of(layer: Any) -> np.ndarray:
 def base_dtype(layer: Any) -> str:
     """The dtype of that W."""
     adapter = getattr(layer, "adapter", None)
-    if adapter is not None and adapter.quantized is not None:
+    if adapter is not None and adapter.replaced is not None:
         return layer.variable_dtype
     return kernel_of(layer).dtype
 

@@ -48,7 +48,7 @@ from keras_svdtune.hosts import kernel_shape, matrix_of
 from keras_svdtune.methods.base import Method
 from keras_svdtune.moving_statistics import Statistics
 from keras_svdtune.progress import run_all
-from keras_svdtune.quantizing import quantizer_of
+from keras_svdtune.quantizing import kernel_maker
 from keras_svdtune.targets import adapted_layers, loadable_layers
 
 
@@ -191,7 +191,8 @@ def load_adapter(
         now = layer.adapter.method.weights(layer.adapter.shape)
         new = {w.name: getattr(layer.adapter, w.name).value for w in now}
         new |= values[layer_path]
-        ready = Plan(methods[layer_path], new, layer.adapter.base_fingerprint)
+        adapter_now = layer.adapter
+        ready = Plan(adapter_now.method, new, adapter_now.base_fingerprint)
         check_start(adapter, layer_path, layer, values[layer_path])
         check_effect(adapter, row, layer, ready)
     for layer_path, layer in layers.items():
@@ -219,9 +220,8 @@ def _plan(
         if not w.overwritten
     } - set(values)
     if not computed:  # nothing to decompose
-        mode = method.base_mode
-        quantizer = None if mode is None else quantizer_of(layer, mode)
-        return known_plan(method, matrix, dict(values), quantizer)
+        maker = kernel_maker(layer, method.base_mode)
+        return known_plan(method, matrix, dict(values), maker)
     ready = plan(method, matrix, layer_path)
     ready.values.update(values)
     return ready

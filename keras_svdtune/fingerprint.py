@@ -16,6 +16,7 @@ give another ΔW wherever that matters, and the same one where it does not.
 
 import functools
 import math
+import types
 from typing import Any
 
 import numpy as np
@@ -113,7 +114,16 @@ def _change(method: Any, weights: Any, x: Any, matrix: Any) -> Any:
     """x·ΔW in float32; x·W' where the base belongs to the adapter."""
     base = _Product(x, matrix)
     y = ops.cast(method.call(weights, base), "float32")
-    return y if method.base_mode is not None else y - base()
+    if method.base_mode is not None:
+        return y
+    if method.replaces_base:
+        without = types.SimpleNamespace(shape=weights.shape)
+        for w in method.weights(weights.shape):
+            setattr(without, w.name, getattr(weights, w.name))
+        for name, value in method.neutral(weights).items():
+            setattr(without, name, value)
+        return y - ops.cast(method.call(without, base), "float32")
+    return y - base()
 
 
 class _Product:

@@ -35,11 +35,11 @@ class DeclaredLayer(AdapterHost):
         settings = {k: kwargs.pop(k) for k in names & set(kwargs)}
         super().__init__(*args, **kwargs)
         self.method = self.method_class(**settings)
-        if self.method.base_mode is not None:
+        if self.method.replaces_base:
             raise ValueError(
-                "A declared layer is not quantized for its adapter; enable "
+                "A declared layer keeps its kernel; enable "
                 f"{self.method.title} on a plain model instead. Received: "
-                f"quantize={self.method.base_mode!r}"
+                f"{self.method!r}"
             )
 
     def build(self, input_shape: Any = None) -> None:

@@ -115,7 +115,7 @@ class MatrixView:
     def rows_as_inputs(self, rows: Any) -> Any:
         """(k, in) -> a layer input whose first batch axis is k, others 1."""
         ones = (1,) * (len(self._batch) - 1)
-        return self.unflatten_inputs(rows, (rows.shape[0], *ones))
+        return self.unflatten_inputs(rows, (ops.shape(rows)[0], *ones))
 
     def flatten_outputs(self, y: Any) -> Any:
         """Layer output of any rank, without its bias -> (tokens, out)."""

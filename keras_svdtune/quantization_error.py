@@ -147,8 +147,8 @@ def quantization_error(model: keras.Model) -> QuantizationError:
     layers = require_adapted(root)
     found = []
     for path, layer in layers.items():
-        base = layer.adapter.quantized
-        if base is None:
+        base = layer.adapter.replaced
+        if base is None or layer.adapter.method.base_mode is None:
             raise ValueError(
                 f"Layer '{path}' was not quantized for its adapter "
                 f"({layer.adapter.method}), so it has no quantization error of "

@@ -19,18 +19,18 @@ _ROWS = 1024  # of the identity at a time: an identity of 16,384 fills 1 GiB
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizedKernel:
-    """A kernel as Keras quantizes it, not yet in the layer it is for.
+class NewKernel:
+    """A kernel that is not yet in the layer it is for.
 
     Attributes:
-        mode: `"int8"` or `"int4"`.
+        mode: `"int8"` or `"int4"`, as Keras quantizes it; None as it is.
         variables: what the layer's variables are to hold, by attribute.
-        dequantized: function that returns it as a matrix (in, out), float32.
+        matrix: function that returns it as a matrix (in, out), float32.
     """
 
-    mode: str
+    mode: str | None
     variables: dict[str, Any]
-    dequantized: Callable[[], Any]
+    matrix: Callable[[], Any]
 
 
 def identity_rows(

@@ -1,40 +1,54 @@
-"""A float layer quantized in place, with a kernel that was prepared before.
+"""Another kernel for a layer, prepared before and put in its place.
 
 QPiSSA's base is not W but what its low-rank start leaves of it, in int8 or
 int4. All of these kernels are made before the first layer is touched, each in
 a layer beside the real one, by Keras' own quantization. Then each layer is
 quantized, and gets the prepared values instead of its own. Until the last one
-is done, every layer can be put back as it was: its float kernel is kept.
+is done, every layer can be put back as it was: its float kernel is kept. SVF's
+`replace_kernel` goes the same way, without the quantization.
 """
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
-from keras_svdtune.hosts import matrix_of, view_of
+from keras import ops
+
+from keras_svdtune.hosts import kernel_of, matrix_of, view_of
 from keras_svdtune.quantized import (
-    QuantizedKernel,
+    NewKernel,
     quantize,
     quantized_copy,
     variable_names,
 )
 
 
-def quantizer_of(layer: Any, mode: str) -> Callable[[Any], QuantizedKernel]:
-    """A function that quantizes a matrix as the kernel of `layer`.
+def kernel_maker(layer: Any, mode: str | None) -> Callable[[Any], NewKernel]:
+    """A function that makes a matrix the kernel of `layer`.
 
     Args:
         layer: a built Dense or EinsumDense, not quantized. It is not touched.
-        mode: `"int8"` or `"int4"`.
+        mode: `"int8"` or `"int4"`, to quantize it; None, not to.
 
     Returns:
-        A function from a matrix (in, out) to a `QuantizedKernel`.
+        A function from a matrix (in, out) to a `NewKernel`.
     """
     view = view_of(layer)
+    name, *_ = variable_names(layer)
 
-    def quantizer(matrix: Any) -> QuantizedKernel:
+    def as_it_is(matrix: Any) -> NewKernel:
+        kernel = ops.cast(view.to_kernel(matrix), kernel_of(layer).dtype)
+        rounded = functools.partial(
+            lambda x: ops.cast(view.to_matrix(x), "float32"), kernel
+        )
+        return NewKernel(None, {name: kernel}, rounded)
+
+    if mode is None:
+        return as_it_is
+
+    def quantizer(matrix: Any) -> NewKernel:
         copy = quantized_copy(layer, view.to_kernel(matrix), mode)
-        return QuantizedKernel(
+        return NewKernel(
             mode,
             {
                 name: getattr(copy, name).value
@@ -47,20 +61,23 @@ def quantizer_of(layer: Any, mode: str) -> Callable[[Any], QuantizedKernel]:
     return quantizer
 
 
-def quantize_in_place(layer: Any, kernel: QuantizedKernel) -> None:
-    """Makes `layer` a quantized one with this kernel."""
-    quantize(layer, layer._kernel.value, kernel.mode)
+def put_in_place(layer: Any, kernel: NewKernel) -> None:
+    """Gives `layer` this kernel; makes it a quantized one if the kernel is."""
+    if kernel.mode is not None:
+        quantize(layer, layer._kernel.value, kernel.mode)
     for name, value in kernel.variables.items():
         getattr(layer, name).assign(value)
 
 
 def remember(layer: Any) -> Callable[[], None]:
-    """How `layer` is now, to undo its quantization, also half done.
+    """How `layer` is now, to undo what `put_in_place` does, also half done.
 
     Returns:
-        A function that puts attributes, variables and their order back. The
-        variables are the very same; nothing is copied.
+        A function that puts attributes, variables and their order back, and
+        the kernel's value. The variables are the very same.
     """
+    kernel = kernel_of(layer)
+    before = ops.copy(kernel.value)
     attributes = dict(layer.__dict__)
     tracker = layer._tracker
     stores = {name: list(x) for name, (_, x) in tracker.config.items()}
@@ -79,6 +96,7 @@ def remember(layer: Any) -> Callable[[], None]:
             tracker.stored_ids[name] = set(ids[name])
         if hasattr(layer, "_torch_params"):  # torch keeps a list of its own
             layer._track_variables()
+        kernel.assign(before)
         tracker.locked = locked
 
     return restore

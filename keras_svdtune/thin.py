@@ -109,9 +109,9 @@ def _thin(
 
 def change_of(path: str, layer: Any) -> tuple[Any, np.ndarray]:
     """W of an adapted layer, and its dW = W' - W in float64."""
-    if layer.adapter.method.base_mode is not None:
+    if layer.adapter.replaced is not None:
         raise ValueError(
-            f"Layer '{path}' has a base that was quantized for its adapter "
+            f"Layer '{path}' has a base that was made for its adapter "
             f"({layer.adapter.method}): without the adapter's first "
             "components that base is no model, so nothing can be added to it. "
             "Merge the adapter instead."

@@ -162,6 +162,16 @@ class Method:
         """
         return getattr(self, "quantize", None)
 
+    @property
+    def replaces_base(self) -> bool:
+        """Whether the layer's kernel is no longer W under this method.
+
+        But what `residual` makes of it, quantized to `base_mode` if there is
+        one. The settings that say so tell how a layer computes, not what; so
+        they are not in an adapter file unless the file depends on them.
+        """
+        return self.base_mode is not None
+
     def needs(self, shape: tuple[int, int]) -> Needs | None:
         """What must be known of W (in, out); None if nothing."""
         raise NotImplementedError
@@ -208,11 +218,14 @@ class Method:
         raise NotImplementedError
 
     def residual(self, matrix: np.ndarray, values: dict[str, Any]) -> Any:
-        """What is to be quantized for the base, where `base_mode` is set.
+        """What is put into the layer for W, where `replaces_base`.
 
         Args:
             matrix: W (in, out), a float32 array.
             values: the first values of the weights.
+
+        Returns:
+            (in, out), a float32 array.
         """
         raise NotImplementedError
 
@@ -226,7 +239,7 @@ class Method:
 
         Returns:
             (tokens, out). With the initial weights, `base()` to the bit,
-            unless `base_mode` is set.
+            unless `replaces_base`.
         """
         raise NotImplementedError
 
@@ -295,8 +308,13 @@ class Method:
         return getattr(self, "rank", None)
 
     def settings(self) -> dict[str, Any]:
-        """The settings as plain values, for files and configs."""
-        return dataclasses.asdict(self)
+        """The settings as plain values, for files and configs.
+
+        Without those that methods are not compared by, which say how.
+        """
+        compared = {f.name for f in dataclasses.fields(self) if f.compare}
+        values = dataclasses.asdict(self)
+        return {k: v for k, v in values.items() if k in compared}
 
 
 def check_rank(rank: Any, shape: tuple[int, int]) -> None:

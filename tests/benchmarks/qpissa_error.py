@@ -31,7 +31,7 @@ import keras_svdtune
 from keras_svdtune.attach import matrix_of
 from keras_svdtune.demo.weights import MODELS
 from keras_svdtune.progress import run_all
-from keras_svdtune.quantizing import quantizer_of
+from keras_svdtune.quantizing import kernel_maker
 from keras_svdtune.targets import adapted_layers, find_targets
 
 MODES = ("int4", "int8")
@@ -67,7 +67,7 @@ def as_array(tensor: Any) -> np.ndarray:
 
 def quantized(layer: Any, matrix: np.ndarray, mode: str) -> np.ndarray:
     """A kernel as Keras quantizes it, read back."""
-    return as_array(quantizer_of(layer, mode)(matrix).dequantized())
+    return as_array(kernel_maker(layer, mode)(matrix).matrix())
 
 
 def measured(
