@@ -43,7 +43,7 @@ TINY = {
     "stackwise_block_types": ["v1", "unfused"],
     "num_features": 16,
 }
-SVF = adapter_row(keras_svdtune.SVF(), (2e-3, 5e-3, 2e-2))
+SVF = adapter_row(keras_svdtune.SVF(), (5e-3, 2e-2, 5e-2))
 PISSA = adapter_row(keras_svdtune.PiSSA(rank=RANK), (5e-4, 2e-3, 5e-3))
 
 

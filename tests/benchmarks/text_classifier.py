@@ -30,7 +30,7 @@ def load_keras_lora(task: Any, folder: Path) -> None:
 
 
 ROWS = [
-    Row("frozen backbone", classifiers.head_only, (5e-3, 2e-2, 5e-2)),
+    Row("frozen backbone", classifiers.head_only, (1e-3, 5e-3, 2e-2)),
     Row(
         f"Keras enable_lora({RANK})",
         lambda task: task.backbone.enable_lora(RANK),
@@ -40,8 +40,8 @@ ROWS = [
         ),
         load_keras_lora,
     ),
-    adapter_row(keras_svdtune.SVF(), (1e-3, 2e-3, 5e-3)),
-    adapter_row(keras_svdtune.PiSSA(rank=RANK), (1e-4, 2e-4, 5e-4)),
+    adapter_row(keras_svdtune.SVF(), (5e-3, 2e-2, 5e-2)),
+    adapter_row(keras_svdtune.PiSSA(rank=RANK), (2e-4, 5e-4, 2e-3)),
 ]
 
 
