@@ -78,7 +78,7 @@ class SVF(Method):
     linear = True
 
     replace_kernel: bool = dataclasses.field(
-        default=False, compare=False, kw_only=True
+        default=False, compare=False, repr=False, kw_only=True
     )
 
     @property
