@@ -431,7 +431,7 @@ def test_full_saves(mode, tmp_path):
     assert_same(eager(other, X), before, "as it was")
     # Nor is a plain model read into the rest of another.
     model.save_weights(path)
-    with pytest.raises(ValueError, match="quantized for its adapter"):
+    with pytest.raises(ValueError, match="made for its adapter"):
         same.load_weights(path)
     assert_same(eager(same, X), expected, "as it was")
 
@@ -580,7 +580,7 @@ def test_settings(settings, message):
 
 
 def test_a_declared_layer():
-    with pytest.raises(ValueError, match="declared layer is not quantized"):
+    with pytest.raises(ValueError, match="declared layer keeps its kernel"):
         PiSSADense(4, rank=2, quantize="int4")
 
 
@@ -590,9 +590,9 @@ def test_what_needs_the_float_base(tmp_path):
     gemma.enable_pissa(2, quantize="int4", target_layer_names=FEW_NAMES)
     with must_stay(gemma, tokens(), compiled=False):
         for rank in (None, 2):
-            with pytest.raises(ValueError, match="quantized for its adapter"):
+            with pytest.raises(ValueError, match="made for its adapter"):
                 gemma.to_lora(rank)
-            with pytest.raises(ValueError, match="quantized for its adapter"):
+            with pytest.raises(ValueError, match="made for its adapter"):
                 gemma.export_peft(tmp_path / "peft", rank=rank)
     gemma.save_adapter(path)
     with pytest.raises(ValueError, match="do not add up"):
