@@ -250,15 +250,18 @@ def known_plan(
 ) -> Plan:
     """The same where the first values are known."""
     w = ops.convert_to_numpy(matrix)
+    # Tensors already: while the next matrix is decomposed the memory of these
+    # arrays is free again. At the end it would be held twice.
+    tensors = {name: ops.convert_to_tensor(x) for name, x in values.items()}
     if not method.replaces_base:
-        return Plan(method, values, fingerprint(w))
+        return Plan(method, tensors, fingerprint(w))
     assert new_kernel is not None
     rest = method.residual(w, values)
     kernel = new_kernel(rest)
     base = ops.convert_to_numpy(kernel.matrix())
     if method.base_mode is None:
         facts = ReplacedBase(kernel, fingerprint(w))
-        return Plan(method, values, fingerprint(base), facts)
+        return Plan(method, tensors, fingerprint(base), facts)
     plain = ops.convert_to_numpy(new_kernel(w).matrix())
     facts = ReplacedBase(
         kernel,
@@ -268,7 +271,7 @@ def known_plan(
         # W - W̃ = (W - k·A₀·B₀) - Q
         float(np.linalg.norm(rest - base)),
     )
-    return Plan(method, values, fingerprint(base), facts)
+    return Plan(method, tensors, fingerprint(base), facts)
 
 
 def _start_one(
