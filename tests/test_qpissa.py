@@ -8,6 +8,7 @@ import pytest
 import threadpoolctl
 from helpers import (
     adapted,
+    assert_close,
     assert_differ,
     assert_same,
     dot,
@@ -40,6 +41,7 @@ X = np.random.default_rng(5).standard_normal((3, 2, ROWS)).astype("float32")
 Y = np.random.default_rng(6).standard_normal((3, 2, COLUMNS)).astype("float32")
 # How far one more rounding of a kernel may move an output, relative.
 ROUNDING = {"int8": 0.02, "int4": 0.3}
+ROUNDS_TO = {"float32": 1e-6, "bfloat16": 1e-2, "mixed_bfloat16": 1e-2}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -326,7 +328,8 @@ def test_a_file_on_the_float_base(mode, dtype, tmp_path):
 
     fresh = float_model(dtype)
     keras_svdtune.load_adapter(fresh, path)
-    assert_same(eager(fresh, X), expected, "loaded")
+    # Equal weights below; torch rounds by where in memory they lie.
+    assert_close(eager(fresh, X), expected, ROUNDS_TO[dtype], "loaded")
     assert_same({v.path: numpy(v) for v in fresh.weights}, weights, "weights")
     reported = keras_svdtune.quantization_error(fresh)
     assert reported == keras_svdtune.quantization_error(model)
