@@ -36,16 +36,21 @@ NO_MATRIX = (
 )
 # They read the values of their inputs, and cannot be traced.
 EAGER = (*EAGER_ONLY, "StableDiffusion3Backbone")
-# The other methods: one backbone of each kind.
-REPRESENTATIVES = {
-    "svft": "ViTBackbone",
-    "pissa": "MixtralBackbone",
-    "milora": "GptOssBackbone",
-    "lora_xs": "ResNetBackbone",
-    "lora": "Qwen3MoeBackbone",
-    "dora": "WhisperBackbone",
-    "adalora": "Gemma4Backbone",
-}
+# The other methods: a dozen backbones of all kinds.
+REPRESENTATIVES = (
+    ("svft", "ViTBackbone"),
+    ("svft", "Gemma3Backbone"),
+    ("pissa", "MixtralBackbone"),
+    ("pissa", "Llama3Backbone"),
+    ("milora", "GptOssBackbone"),
+    ("milora", "BertBackbone"),
+    ("lora_xs", "ResNetBackbone"),
+    ("lora_xs", "T5Backbone"),
+    ("lora", "Qwen3MoeBackbone"),
+    ("dora", "WhisperBackbone"),
+    ("dora", "GemmaBackbone"),
+    ("adalora", "Gemma4Backbone"),
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -72,7 +77,7 @@ def test_svf_reaches_every_matrix(name, tmp_path):
     run_census(name, keras_svdtune.SVF(), tmp_path)
 
 
-@pytest.mark.parametrize("method, name", REPRESENTATIVES.items())
+@pytest.mark.parametrize("method, name", REPRESENTATIVES)
 def test_other_methods(method, name, tmp_path):
     method = default_method(method)
     if hasattr(method, "rank"):
