@@ -8,14 +8,14 @@ Backbone and Task. The same functions take any `keras.Model`.
 | `matrix` | the matrix behind a kernel |
 | `svd`, `blocks` | the decomposition of a matrix, also of a large one |
 | `krylov` | the largest components of a large matrix |
-| `cache` | decompositions kept on disk |
+| `cache`, `digest` | decompositions kept on disk, and found again |
 | `methods/` | what each method trains, one file each |
 | `adapter`, `hosts` | the weights a method adds, and the layers they live in |
 | `maps` | the frozen product of a layer, as a method sees it |
 | `embeddings` | tables, looked up and in reverse |
 | `raw_kernels`, `bank` | kernels without a layer of their own: experts |
 | `quantized` | int8 and int4 kernels, read and written |
-| `quantizing`, `quantization_error` | a base made for its adapter |
+| `replaced_kernel`, `quantization_error` | a base made for its adapter |
 | `attach`, `freezing`, `compiled` | converting a built layer, and back |
 | `targets`, `enable` | which layers, and the verb |
 | `files`, `adapter_file` | saving and loading; what is in a file |

@@ -13,7 +13,6 @@ from keras_svdtune.bank import over_bank
 from keras_svdtune.fingerprint import fingerprint, matches
 from keras_svdtune.matrix import MatrixView
 from keras_svdtune.methods.base import LinearMap, Method, ReverseMap, Weight
-from keras_svdtune.quantized import NewKernel
 from keras_svdtune.svd import Factors, decompose
 
 
@@ -169,6 +168,21 @@ class Adapter(keras.layers.Layer):
             for w in self.method.weights(self.shape)
             if trainable is None or w.trainable == trainable
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class NewKernel:
+    """A kernel that is not yet in the layer it is for.
+
+    Attributes:
+        mode: `"int8"` or `"int4"`, as Keras quantizes it; None as it is.
+        variables: what the layer's variables are to hold, by attribute.
+        matrix: function that returns it as a matrix (in, out), float32.
+    """
+
+    mode: str | None
+    variables: dict[str, Any]
+    matrix: Callable[[], Any]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,6 @@ moving statistics of BatchNormalization that training has changed, under
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -33,6 +32,7 @@ import safetensors
 import safetensors.numpy
 
 from keras_svdtune import hub_client
+from keras_svdtune.digest import digest_of
 
 FORMAT_VERSION = 1
 FINGERPRINTS, EFFECTS = "base_fingerprints", "effects"
@@ -78,7 +78,7 @@ class SavedAdapter:
             ValueError: `path` has another ending.
         """
         path = checked_path(path)
-        digest = _digest(self.about, self.arrays)
+        digest = digest_of(_text(self.about), self.arrays)
         metadata = {_KEY: _text({**self.about, _DIGEST: digest})}
         write_atomically(path, safetensors.numpy.save(self.arrays, metadata))
 
@@ -117,7 +117,7 @@ def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
             f"{source} has format version {version}; this release reads "
             f"version {FORMAT_VERSION}. Update keras_svdtune."
         )
-    if about.pop(_DIGEST, None) != _digest(about, arrays):
+    if about.pop(_DIGEST, None) != digest_of(_text(about), arrays):
         raise ValueError(
             f"{source} is damaged, or was changed after it was written: its "
             f"contents do not agree with its '{_DIGEST}'."
@@ -156,14 +156,6 @@ def _check_about(
 
 def _text(about: dict[str, Any]) -> str:
     return json.dumps(about, separators=(",", ":"))
-
-
-def _digest(about: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256(_text(about).encode())
-    for key, array in sorted(arrays.items()):
-        digest.update(f"\n{key} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
 
 
 def checked_path(path: str | os.PathLike[str]) -> pathlib.Path:

@@ -9,8 +9,8 @@ this package relies on of Keras' internals is in this file and `freezing.py`:
 - Weights files name the layers of a list by their class. So the class swapped
   in carries the name of the plain one, and files of plain and adapted
   models fit each other.
-- A float layer that is quantized for its adapter (`quantizing.py`) is so before
-  that, and as any layer that Keras has quantized.
+- A layer that gets another kernel for its adapter (`replaced_kernel.py`) has it
+  before that; if quantized, it is as any layer that Keras has quantized.
 - A full save holds the merged kernel where the plain layer has its kernel,
   and the adapter in a group of its own, which a plain layer ignores.
 """
@@ -38,13 +38,13 @@ from keras_svdtune.quantized import (
     requantized,
     variable_names,
 )
-from keras_svdtune.quantizing import kernel_maker
 from keras_svdtune.raw_kernels import (
     RawKernel,
     ReadsMerged,
     adapted_kernels,
     reading_merged,
 )
+from keras_svdtune.replaced_kernel import kernel_maker
 
 
 class _SavesMerged(AdapterHost):

@@ -17,7 +17,6 @@ Nothing that goes wrong here is an error. At worst the work is done again.
 """
 
 import contextlib
-import hashlib
 import os
 import pathlib
 import tempfile
@@ -29,6 +28,8 @@ from collections.abc import Callable
 import numpy as np
 import safetensors
 import safetensors.numpy
+
+from keras_svdtune.digest import digest_of
 
 Arrays = dict[str, np.ndarray]
 
@@ -63,9 +64,14 @@ def set_decomposition_cache(
         _store = None
         return
     if folder is True:
-        home = os.environ.get("KERAS_HOME") or "~/.keras"
-        folder = pathlib.Path(home) / "keras_svdtune" / "decompositions"
+        folder = home_folder() / "decompositions"
     _store = _Store(pathlib.Path(folder).expanduser(), max_bytes)
+
+
+def home_folder() -> pathlib.Path:
+    """The folder of this package in `$KERAS_HOME`, else in `~/.keras`."""
+    home = os.environ.get("KERAS_HOME") or "~/.keras"
+    return pathlib.Path(home).expanduser() / "keras_svdtune"
 
 
 def recalled(
@@ -85,7 +91,7 @@ def recalled(
     store = _store
     if store is None or min(w.shape) < SMALLEST:
         return compute()
-    key = _key(w, request)
+    key = digest_of(request, {"w": w})
     arrays = store.read(key)
     if arrays is None or not fits(arrays):
         arrays = compute()
@@ -115,14 +121,17 @@ class _Store:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except Exception:  # not there, or not a whole safetensors file
             return None
-        if (about.get(_KEY), about.get(_DIGEST)) != (key, _digest(key, arrays)):
+        if (about.get(_KEY), about.get(_DIGEST)) != (
+            key,
+            digest_of(key, arrays),
+        ):
             return None
         with contextlib.suppress(OSError):
             os.utime(path)  # used now
         return arrays
 
     def write(self, key: str, arrays: Arrays) -> None:
-        about = {_KEY: key, _DIGEST: _digest(key, arrays)}
+        about = {_KEY: key, _DIGEST: digest_of(key, arrays)}
         data = safetensors.numpy.save(arrays, about)
         if len(data) > self.max_bytes:
             return
@@ -186,20 +195,6 @@ class _Store:
                 "or False.",
                 stacklevel=2,
             )
-
-
-def _key(w: np.ndarray, request: str) -> str:
-    digest = hashlib.sha256(f"{request} {w.dtype} {w.shape} ".encode())
-    digest.update(np.ascontiguousarray(w).data)
-    return digest.hexdigest()
-
-
-def _digest(key: str, arrays: Arrays) -> str:
-    digest = hashlib.sha256(key.encode())
-    for name, x in sorted(arrays.items()):
-        digest.update(f"{name} {x.dtype} {x.shape} ".encode())
-        digest.update(np.ascontiguousarray(x).data)
-    return digest.hexdigest()
 
 
 def _initial() -> str | bool:

@@ -20,8 +20,8 @@ from keras_svdtune.freezing import freeze
 from keras_svdtune.methods.base import METHODS, Method, nearest
 from keras_svdtune.moving_statistics import Statistics
 from keras_svdtune.progress import run_all
-from keras_svdtune.quantizing import put_in_place, remember
 from keras_svdtune.raw_kernels import RawKernel
+from keras_svdtune.replaced_kernel import put_in_place, remember
 from keras_svdtune.targets import adapted_layers, all_layers, find_targets
 
 
@@ -94,7 +94,7 @@ def attach_plans(
         for path, layer in layers.items():
             base = plans[path].replaced
             if base is not None and base.kernel is not None:
-                undo.callback(remember(layer))
+                undo.callback(remember(layer, base.kernel))
                 put_in_place(layer, base.kernel)
         unfreeze = freeze(root)
         undo.callback(unfreeze)

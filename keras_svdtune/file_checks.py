@@ -217,7 +217,7 @@ def check_effect(
 def check_start(
     adapter: SavedAdapter, layer_path: str, layer: Any, values: dict[str, Any]
 ) -> None:
-    """Whether a base that was quantized here fits the file's first values."""
+    """Whether a base that was made here fits the file's frozen weights."""
     if layer.adapter.replaced is None:
         return
     trained = layer.adapter.variables_by_name(trainable=True)
@@ -228,7 +228,7 @@ def check_start(
             raise ValueError(
                 f"{adapter.source} holds another '{name}' for layer "
                 f"'{layer_path}' than the one that this model's base was "
-                "quantized for. Load it into the float base model, before "
+                "made for. Load it into the base model, before "
                 "anything is enabled there."
             )
 

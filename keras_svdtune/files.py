@@ -48,7 +48,7 @@ from keras_svdtune.hosts import kernel_shape, matrix_of
 from keras_svdtune.methods.base import Method
 from keras_svdtune.moving_statistics import Statistics
 from keras_svdtune.progress import run_all
-from keras_svdtune.quantizing import kernel_maker
+from keras_svdtune.replaced_kernel import kernel_maker
 from keras_svdtune.targets import adapted_layers, loadable_layers
 
 

@@ -5,7 +5,6 @@ layer in its own way. Nothing of that is repeated here: W is what the layer
 makes of the rows of an identity, and W' is quantized by a fresh layer.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -16,21 +15,6 @@ from keras_svdtune.matrix import MatrixView
 
 MODES = ("int8", "int4")
 _ROWS = 1024  # of the identity at a time: an identity of 16,384 fills 1 GiB
-
-
-@dataclasses.dataclass(frozen=True)
-class NewKernel:
-    """A kernel that is not yet in the layer it is for.
-
-    Attributes:
-        mode: `"int8"` or `"int4"`, as Keras quantizes it; None as it is.
-        variables: what the layer's variables are to hold, by attribute.
-        matrix: function that returns it as a matrix (in, out), float32.
-    """
-
-    mode: str | None
-    variables: dict[str, Any]
-    matrix: Callable[[], Any]
 
 
 def identity_rows(

@@ -6,9 +6,9 @@ of it as a method needs, and decides how:
 - **Where.** On a GPU the work stays there, in float32 at full matmul
   precision through `keras.ops`. On a CPU, and for a TPU (whose compiler
   needs minutes for one full decomposition of one shape), it is done on the
-  host in float64 by LAPACK, `blocks.py` at a time. There all backends get the
-  same basis to the last bit, so that an adapter trained with one loads into
-  another.
+  host in float64 by LAPACK, large products block by block (`blocks.py`). There
+  all backends get the same basis to the last bit, so that an adapter trained
+  with one loads into another.
 - **How.** An orthonormal basis of the smaller side comes from the Gram matrix
   (`eigh`), 3-5 times faster than `svd`. A few large components come from
   Lanczos' method on the host (`krylov.py`), or from a seeded randomised
@@ -133,13 +133,14 @@ def decompose(matrix: Any, needs: Needs, name: str = "matrix") -> Factors:
     found = cache.recalled(
         w,
         f"{_VERSION} {where} {needs}",
-        lambda: _arrays(_decompose(w, needs, name)),
+        lambda: _arrays(computed(w, needs, name)),
         lambda arrays: _fit(arrays, w.shape, needs),
     )
     return Factors(found.get("u"), found["s"], found.get("v"))
 
 
-def _decompose(w: np.ndarray, needs: Needs, name: str) -> Factors:
+def computed(w: np.ndarray, needs: Needs, name: str = "matrix") -> Factors:
+    """What `decompose` returns for a finite w, without the cache on disk."""
     if not on_host():
         try:
             with full_precision():

@@ -112,8 +112,8 @@ def change_of(path: str, layer: Any) -> tuple[Any, np.ndarray]:
     if layer.adapter.replaced is not None:
         raise ValueError(
             f"Layer '{path}' has a base that was made for its adapter "
-            f"({layer.adapter.method}): without the adapter's first "
-            "components that base is no model, so nothing can be added to it. "
+            f"({layer.adapter.method}): without the adapter that base is no "
+            "model, so nothing can be added to it. "
             "Merge the adapter instead."
         )
     if len(layer.adapter.view.batch) > 0:

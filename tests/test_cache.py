@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 from keras import ops
 
-from keras_svdtune import cache, svd
+from keras_svdtune import cache, report, svd
 from keras_svdtune.cache import set_decomposition_cache
 from keras_svdtune.svd import Needs, decompose
 
@@ -39,13 +39,13 @@ def folder(tmp_path, monkeypatch):
 def computed(monkeypatch):
     """The `Needs` of every decomposition that is computed."""
     found = []
-    compute = svd._decompose
+    compute = svd.computed
 
-    def counted(matrix, needs, name):
+    def counted(matrix, needs, name="matrix"):
         found.append(needs)
         return compute(matrix, needs, name)
 
-    monkeypatch.setattr(svd, "_decompose", counted)
+    monkeypatch.setattr(svd, "computed", counted)
     return found
 
 
@@ -131,10 +131,10 @@ def forge(data, other):
         {"u": arrays["v"]},
     ):
         forged = arrays | change
-        about = {"key": key, "sha256": cache._digest(key, forged)}
+        about = {"key": key, "sha256": cache.digest_of(key, forged)}
         yield safetensors.numpy.save(forged, about)
     forged = {"s": arrays["s"]}
-    about = {"key": key, "sha256": cache._digest(key, forged)}
+    about = {"key": key, "sha256": cache.digest_of(key, forged)}
     yield safetensors.numpy.save(forged, about)
 
 
@@ -305,3 +305,11 @@ def test_the_environment_variable_and_the_default(tmp_path, monkeypatch):
     set_decomposition_cache("~/somewhere")
     assert cache._store.folder == Path.home() / "somewhere"
     assert not list(tmp_path.iterdir())  # nothing is made before it is needed
+
+
+def test_estimate_times_a_decomposition_and_no_file(folder, computed):
+    """A read from disk would be taken for the speed of the machine."""
+    report._seconds_per_operation.cache_clear()
+    assert report._seconds_per_operation(64) > 0
+    assert len(computed) == 2 and not entries(folder)
+    report._seconds_per_operation.cache_clear()

@@ -10,7 +10,6 @@ from helpers import (
     assert_close,
     assert_differ,
     assert_same,
-    default_method,
     default_methods,
     dot,
     eager,
@@ -27,7 +26,7 @@ from keras import layers, ops
 from keras.src.backend import get_keras_mask
 
 import keras_svdtune
-from keras_svdtune import SVF, AdaLoRA, PiSSA
+from keras_svdtune import AdaLoRA, PiSSA
 
 VOCABULARY, DIM = 24, 8
 # AdaLoRA leaves embeddings out: a test below.
@@ -370,7 +369,6 @@ def test_estimate_knows_them():
     gemma = tiny_gemma()
     found = keras_svdtune.estimate(gemma, PiSSA(rank=2), ["token_embedding"])
     assert found.trainable == 2 * (32 + 16)
-    assert default_method("svf") == SVF()
 
 
 def tiny_gemma():

@@ -27,7 +27,7 @@ from keras import layers, ops
 from keras_hub.src.models.mixtral.mixtral_decoder import MixtralMoeExperts
 
 import keras_svdtune
-from keras_svdtune import DoRA, LoRA, PiSSA, PiSSADense, attach, quantizing
+from keras_svdtune import DoRA, LoRA, PiSSA, PiSSADense, attach, replaced_kernel
 from keras_svdtune.hosts import matrix_of
 from keras_svdtune.svd import decompose
 
@@ -399,10 +399,10 @@ def test_a_quantizer_that_rounds_otherwise(monkeypatch, tmp_path):
     """As from another release of Keras."""
     path = tmp_path / "adapter.safetensors"
     keras_svdtune.save_adapter(enabled(), path)
-    original = quantizing.quantized_copy
+    original = replaced_kernel.quantized_copy
     config = keras.quantizers.Int4QuantizationConfig(block_size=16)
     monkeypatch.setattr(
-        quantizing, "quantized_copy", lambda *x: original(*x, config)
+        replaced_kernel, "quantized_copy", lambda *x: original(*x, config)
     )
     model = float_model()
     stays = must_stay(model, X, compiled=False)
@@ -482,8 +482,10 @@ def test_an_interrupt_leaves_the_float_model(where, kind, monkeypatch):
         if where == "Adapter":
             monkeypatch.setattr(attach, where, interrupting(attach.Adapter))
         elif where == "assign":
-            original = quantizing.quantize
-            monkeypatch.setattr(quantizing, "quantize", interrupting(original))
+            original = replaced_kernel.quantize
+            monkeypatch.setattr(
+                replaced_kernel, "quantize", interrupting(original)
+            )
         else:
             for cls in (layers.Dense, layers.EinsumDense):
                 original = cls.quantized_build

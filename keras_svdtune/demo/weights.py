@@ -25,6 +25,7 @@ from typing import Any
 import filelock
 from rich.progress import Progress
 
+from keras_svdtune.cache import home_folder
 from keras_svdtune.demo import gguf_to_hf
 
 CHUNK = 1 << 20
@@ -146,8 +147,7 @@ def cache_folder(cache: str | os.PathLike[str] | None = None) -> Path:
     """The folder that holds the demo's downloads and converted weights."""
     if cache is not None:
         return Path(cache).expanduser()
-    home = os.environ.get("KERAS_HOME") or "~/.keras"
-    return Path(home).expanduser() / "keras_svdtune"
+    return home_folder()
 
 
 def fetch_gguf(

@@ -43,10 +43,9 @@ class SVF(Method):
         out <= in:  y = ((x·WV) ⊙ (1 + δ))·Vᵀ
         in < out:   y = ((x·U) ⊙ (1 + δ))·UᵀW
 
-    That is x·W but for rounding, also at first, and `remove_adapter` gives W
-    back but for rounding, twice that of the kernel's dtype: for bfloat16
-    0.4 %. Adapter files are the same, and load into either. Dense and
-    EinsumDense only.
+    That is x·W' but for rounding, also at first, and `remove_adapter` gives W
+    back but for two roundings to the kernel's dtype. Adapter files are the
+    same, and load into either. Dense and EinsumDense only.
 
     `suggested_learning_rate` is 5e-2 with Adam, from this project's own runs
     of the demo on SmolLM2-135M (1e-1 was too large) and Gemma 3 270M, and the

@@ -31,7 +31,7 @@ import keras_svdtune
 from keras_svdtune.attach import matrix_of
 from keras_svdtune.demo.weights import MODELS
 from keras_svdtune.progress import run_all
-from keras_svdtune.quantizing import kernel_maker
+from keras_svdtune.replaced_kernel import kernel_maker
 from keras_svdtune.targets import adapted_layers, find_targets
 
 MODES = ("int4", "int8")

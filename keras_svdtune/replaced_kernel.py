@@ -14,9 +14,9 @@ from typing import Any
 
 from keras import ops
 
+from keras_svdtune.adapter import NewKernel
 from keras_svdtune.hosts import kernel_of, matrix_of, view_of
 from keras_svdtune.quantized import (
-    NewKernel,
     quantize,
     quantized_copy,
     variable_names,
@@ -38,9 +38,10 @@ def kernel_maker(layer: Any, mode: str | None) -> Callable[[Any], NewKernel]:
 
     def as_it_is(matrix: Any) -> NewKernel:
         kernel = ops.cast(view.to_kernel(matrix), kernel_of(layer).dtype)
-        rounded = functools.partial(
-            lambda x: ops.cast(view.to_matrix(x), "float32"), kernel
-        )
+
+        def rounded() -> Any:
+            return ops.cast(view.to_matrix(kernel), "float32")
+
         return NewKernel(None, {name: kernel}, rounded)
 
     if mode is None:
@@ -69,15 +70,20 @@ def put_in_place(layer: Any, kernel: NewKernel) -> None:
         getattr(layer, name).assign(value)
 
 
-def remember(layer: Any) -> Callable[[], None]:
+def remember(layer: Any, kernel: NewKernel) -> Callable[[], None]:
     """How `layer` is now, to undo what `put_in_place` does, also half done.
+
+    Args:
+        layer: a layer as it is.
+        kernel: what will be put in place.
 
     Returns:
         A function that puts attributes, variables and their order back, and
         the kernel's value. The variables are the very same.
     """
-    kernel = kernel_of(layer)
-    before = ops.copy(kernel.value)
+    variable = kernel_of(layer)
+    # Quantization gives the layer another variable; else this one is assigned.
+    before = ops.copy(variable.value) if kernel.mode is None else None
     attributes = dict(layer.__dict__)
     tracker = layer._tracker
     stores = {name: list(x) for name, (_, x) in tracker.config.items()}
@@ -96,7 +102,8 @@ def remember(layer: Any) -> Callable[[], None]:
             tracker.stored_ids[name] = set(ids[name])
         if hasattr(layer, "_torch_params"):  # torch keeps a list of its own
             layer._track_variables()
-        kernel.assign(before)
+        if before is not None:
+            variable.assign(before)
         tracker.locked = locked
 
     return restore
