@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import keras
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -33,7 +34,10 @@ def step(what: str) -> None:
 
 
 class training_bar:
-    """A progress bar with the loss, smoothed over about ten steps."""
+    """A progress bar with the loss, smoothed over about ten steps.
+
+    `keras.config.disable_interactive_logging()` turns it off.
+    """
 
     def __init__(self, steps: int) -> None:
         self._bar = Progress(
@@ -43,6 +47,7 @@ class training_bar:
             TimeRemainingColumn(elapsed_when_finished=True),
             TextColumn("loss [bold]{task.fields[loss]}"),
             console=console,
+            disable=not keras.config.is_interactive_logging_enabled(),
         )
         self._task = self._bar.add_task("", total=steps, loss="-")
         self._smooth: float | None = None

@@ -1,0 +1,175 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/keras-svdtune/keras_svdtune/blob/main/colab/03_which_method.ipynb)
+#
+# # Which method when
+#
+# All methods on one task: pirate speech, as in notebook 01. What does each train, how fast does it learn, what does it forget, and how large is its file?
+#
+# One task, one seed and few steps rank nobody. They show the trade-offs, and this notebook is easily pointed at your own data.
+
+# %% tags=["install"]
+# %pip install -q "keras_svdtune[demo]"
+
+# %%
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+import keras
+import matplotlib.pyplot as plt
+
+from keras_svdtune.demo import chat, fit, notebook, pirate, show, train
+from keras_svdtune.methods import METHODS
+
+SMALL = notebook.small()
+STEPS, LENGTH, HELD_OUT = (16, 24, 16) if SMALL else (200, 40, 64)
+notebook.look()
+
+# %%
+model, name = notebook.load("gemma3_1b", SMALL)
+learn, held_out = notebook.data(model, name, pirate.pirate_pairs(), LENGTH, HELD_OUT)
+print(f"{name}: {len(learn):,} answers to learn from, {len(held_out)} held out")
+
+# %% [markdown]
+# ## Something to forget
+#
+# Who learns to speak like a pirate should still read plain English. So we also measure the loss on sentences that have nothing to do with it.
+
+# %%
+SENTENCES = [
+    "The lighthouse stood on a narrow strip of rock at the mouth of the harbour.",
+    "Water boils at a lower temperature on a high mountain.",
+    "The committee will publish its report at the end of the month.",
+    "She closed the window because the wind was blowing papers off the desk.",
+    "A prime number has no divisors except one and itself.",
+    "The train to the coast leaves every hour from the second platform.",
+    "Bread dough needs time to rise before it goes into the oven.",
+    "Most of the energy on Earth comes from the Sun.",
+]
+plain = chat.encode(
+    model, chat.ChatFormat("", ""), [pirate.Pair("", s, s) for s in SENTENCES], LENGTH
+)
+
+# %% [markdown]
+# ## The race
+#
+# Each method at a learning rate of its own: they differ by a factor of a thousand. Long runs start from `method.suggested_learning_rate`. Runs as short as the small mode's want more of the low-rank methods, so there these rates come from a sweep: set `SWEEP` to see it.
+
+# %%
+SHORT_RUN = {}
+SWEEP = ()  # for example (0.3, 1.0, 3.0): factors to try
+
+
+def run(key, factor=1.0):
+    method = train.make_method(key, rank=8)
+    rate = factor * (SHORT_RUN.get(key) if SMALL else method.suggested_learning_rate)
+    keras.utils.set_random_seed(0)
+    model.backbone.enable_adapter(method)
+    trained = sum(v.size for v in model.backbone.trainable_variables)
+    fit.prepare(model, rate, STEPS)
+    losses, seconds = fit.train(model, learn, STEPS, seed=0)
+    file = f"{key}.safetensors"
+    model.backbone.save_adapter(file)
+    measured = {
+        "trained": trained,
+        "rate": rate,
+        "losses": losses,
+        "held out": fit.evaluate(model, held_out),
+        "plain": fit.evaluate(model, plain),
+        "seconds": seconds,
+        "KiB": os.path.getsize(file) / 1024,
+    }
+    model.backbone.remove_adapter()  # the base again, bit for bit
+    return method.title, measured
+
+
+# %%
+fit.prepare(model, 0.0, STEPS)
+base = {"held out": fit.evaluate(model, held_out), "plain": fit.evaluate(model, plain)}
+print(f"Base model: {base['held out']:.2f} on pirate answers, {base['plain']:.2f} on plain text")
+
+results = dict(run(key) for key in METHODS)
+for factor in SWEEP:
+    for key in METHODS:
+        title, r = run(key, factor)
+        print(f"{title}: {r['held out']:.3f} at {r['rate']:g}")
+
+# %% [markdown]
+# ## Loss curves
+
+# %%
+MARKS = dict(zip(results, "oPXs^Dv*"))
+COLORS = {title: f"C{i}" for i, title in enumerate(results)}
+fig, ax = plt.subplots()
+for title, r in results.items():
+    ax.plot(range(1, STEPS + 1), show.smooth(r["losses"]), color=COLORS[title],
+            marker=MARKS[title], markevery=max(1, STEPS // 6), label=title)
+ax.set(xlabel="training step", ylabel="loss per answer token (smoothed)", title="Training")
+fig.legend(loc="outside right upper");
+
+# %% [markdown]
+# ## Parameters against loss
+#
+# Further left is smaller, further down is better.
+
+# %%
+fig, ax = plt.subplots()
+for title, r in results.items():
+    ax.plot(r["trained"], r["held out"], MARKS[title], ms=10, color=COLORS[title])
+    ax.annotate(title, (r["trained"], r["held out"]), xytext=(0, 9), textcoords="offset points", ha="center")
+ax.axhline(base["held out"], color="grey", ls="--", lw=1)
+ax.annotate("base model", (1, base["held out"]), xycoords=("axes fraction", "data"),
+            xytext=(0, -12), textcoords="offset points", ha="right", color="dimgrey")
+ax.set(xscale="log", xlabel="trained parameters", ylabel="held-out loss", title="What a parameter buys")
+ax.margins(0.12);
+
+# %% [markdown]
+# ## Forgetting
+#
+# The change of the loss on plain English. Above zero, something was forgotten. A method that has learned little has forgotten little, so read this with the picture above.
+
+# %%
+change = {t: r["plain"] - base["plain"] for t, r in results.items()}
+fig, ax = plt.subplots()
+ax.barh(list(change), list(change.values()), color=[COLORS[t] for t in change])
+ax.axvline(0, color="black", lw=1)
+ax.invert_yaxis()
+ax.set(xlabel="change of the loss on plain English (nats per token)", title="What each method forgot");
+
+# %%
+notebook.table([
+    {
+        "method": title,
+        "trained": r["trained"],
+        "file, KiB": r["KiB"],
+        "learning rate": f"{r['rate']:g}",
+        "held-out loss": r["held out"],
+        "plain English": change[title],
+        "seconds a step": r["seconds"],
+    }
+    for title, r in results.items()
+])
+
+# %% [markdown]
+# ## So, which?
+#
+# - **SVF**: the fewest parameters, kilobytes, and tunings that add up (notebook 04). Start here.
+# - **SVFT**: when SVF does not fit the data well enough; a few times its size.
+# - **LoRA-XS**: small, too, and for the components that matter most.
+# - **LoRA, DoRA, AdaLoRA**: the habits of the field, its tools and its rates.
+# - **PiSSA**: LoRA's size, from the largest components; `quantize="int4"` for a small base.
+# - **MiLoRA**: LoRA's size, from the smallest ones, to leave the rest alone.
+#
+# Whichever it is, sweep the learning rate before you judge it.
