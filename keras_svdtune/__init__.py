@@ -29,6 +29,7 @@ Backbone and Task. The same functions take any `keras.Model`.
 | `layers` | layers to declare in hand-built models |
 | `report`, `progress` | what it costs, and how long it takes |
 | `spectrum`, `plot_spectrum` | singular values: a table, and a picture |
+| `spectral_monitor`, `spectral_change` | what training does to them |
 | `adapted_matrix` | one matrix, without its adapter and with it |
 | `backbone` | the methods that KerasHub classes get |
 """
@@ -68,6 +69,8 @@ from keras_svdtune.quantization_error import (
     quantization_error,
 )
 from keras_svdtune.report import Cost, LayerCost, adapter_summary, estimate
+from keras_svdtune.spectral_change import SpectralChange
+from keras_svdtune.spectral_monitor import SpectralMonitor
 from keras_svdtune.spectrum import LayerSpectrum, Spectrum, spectrum
 from keras_svdtune.thin import LayerConversion
 
@@ -228,6 +231,8 @@ __all__ = [
     "SVFTEmbedding",
     "SVFTReversibleEmbedding",
     "SavedAdapter",
+    "SpectralChange",
+    "SpectralMonitor",
     "Spectrum",
     "adapter_disabled",
     "adapter_summary",

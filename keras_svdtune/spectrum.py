@@ -118,12 +118,13 @@ class Spectrum:
             ),
             title_style="bold",
             show_footer=True,
+            pad_edge=False,
         )
         values = sum(len(x.s) for x in self.layers)
-        table.add_column("layer", "total", style="cyan", overflow="fold")
         table.add_column(
-            "matrix", f"{values:,} values", justify="right", no_wrap=True
+            "layer", "total", style="cyan", overflow="fold", min_width=8
         )
+        table.add_column("matrix", f"{values:,} s", justify="right")
         for name, footer in (
             ("no.", f"{len(self.layers):,}"),
             ("max", f"{max(x.s[0] for x in self.layers):.2g}"),
@@ -170,7 +171,7 @@ def _by_shape(
 
 
 def _condition(value: float) -> str:
-    return f"{value:,.0f}" if value < 1e5 else f"{value:.0e}"
+    return f"{value:,.0f}" if value < 1e4 else f"{value:.0e}"
 
 
 def _median(values: Iterable[float]) -> float:
