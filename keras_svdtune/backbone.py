@@ -17,8 +17,10 @@ from keras_svdtune import (
     export,
     files,
     hub,
+    plot_spectrum,
     quantization_error,
     report,
+    spectrum,
 )
 from keras_svdtune.methods.base import METHODS, Method
 
@@ -68,6 +70,8 @@ def functions() -> dict[str, Callable[..., Any]]:
         export.export_peft,
         report.adapter_summary,
         quantization_error.quantization_error,
+        spectrum.spectrum,
+        plot_spectrum.plot_spectrum,
     ):
         found[function.__name__] = function
     return found
