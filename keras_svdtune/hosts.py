@@ -16,6 +16,7 @@ import keras
 from keras import ops
 
 from keras_svdtune.adapter import Adapter
+from keras_svdtune.devices import placement_of, to_numpy
 from keras_svdtune.maps import ConvolutionMap, FrozenMap
 from keras_svdtune.matrix import DENSE_EQUATION, GroupedView, MatrixView
 from keras_svdtune.quantized import identity_rows
@@ -245,3 +246,17 @@ def matrix_of(layer: Any) -> Any:
         layer, bias=None, activation=None, inputs_quantizer=None
     )
     return identity_rows(bare.quantized_call, view, layer.compute_dtype)
+
+
+def host_matrix_of(layer: Any) -> Any:
+    """`matrix_of`, for a decomposition; an array of a kernel on many devices.
+
+    Such a kernel comes to the host in its parts. As a tensor it would first be
+    put together on every device, or be turned into other parts.
+    """
+    if placement_of(kernel_of(layer)) is None:
+        return matrix_of(layer)
+    if layer.quantization_mode is not None:
+        return to_numpy(matrix_of(layer))
+    kernel = to_numpy(kernel_of(layer).value).astype("float32")
+    return view_of(layer).to_matrix(kernel)

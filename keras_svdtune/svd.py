@@ -122,7 +122,9 @@ def decompose(matrix: Any, needs: Needs, name: str = "matrix") -> Factors:
         ValueError: the matrix holds NaN or infinity, or its rank does not
             fit.
     """
-    w = ops.convert_to_numpy(ops.cast(matrix, "float32"))
+    if not isinstance(matrix, np.ndarray):  # it is on the host already
+        matrix = ops.convert_to_numpy(ops.cast(matrix, "float32"))
+    w = np.ascontiguousarray(matrix, "float32")
     if not np.isfinite(w).all():
         raise ValueError(
             f"The kernel of '{name}' holds NaN or infinity, and such a matrix "

@@ -7,6 +7,8 @@ import numpy as np
 from keras import ops
 
 from keras_svdtune.methods.base import (
+    IN,
+    OUT,
     LinearMap,
     Method,
     Weight,
@@ -117,17 +119,25 @@ class AdaLoRA(Method):
                 self.regularization / 2 * orthogonality(ops.transpose(q))
             ),
         }
+        axes: dict[str, tuple[str | None, ...]]
+        axes = {"p": (IN, None), "singular_values": (None,), "q": (None, OUT)}
         found = [
-            Weight(x, shapes[x], trainable=True, regularizer=penalties.get(x))
+            Weight(
+                x,
+                shapes[x],
+                trainable=True,
+                regularizer=penalties.get(x),
+                axes=axes[x],
+            )
             for x in shapes
         ]
         found.append(Weight("mask", (r,), saved=True, dtype="float32"))
         found.append(Weight("calls", (1,), overwritten=True))
-        for x in shapes:
-            found.append(
-                Weight(f"{x}_sensitivity", shapes[x], overwritten=True)
-            )
-            found.append(Weight(f"{x}_variation", shapes[x], overwritten=True))
+        found += [
+            Weight(f"{x}_{what}", shapes[x], overwritten=True, axes=axes[x])
+            for x in shapes
+            for what in ("sensitivity", "variation")
+        ]
         return found
 
     def initial_values(
