@@ -32,7 +32,6 @@ from keras_svdtune.hosts import (
     AdapterHost,
     host_matrix_of,
     kernel_of,
-    matrix_of,
     view_of,
     without_adapter,
 )

@@ -18,8 +18,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_svdtune.layouts import Spec
-
+# The mesh axes of every dim of an array; () for a dim that is not split.
+Axes = tuple[str, ...]
+Spec = tuple[Axes, ...]
 T = TypeVar("T")
 
 

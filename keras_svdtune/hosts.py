@@ -10,6 +10,7 @@ To add a kind of layer, subclass it here, say how its kernel is a matrix
 `HOSTS`.
 """
 
+import threading
 from typing import Any, ClassVar
 
 import keras
@@ -175,6 +176,8 @@ class AdaptedConv3D(AdaptedConvolution, keras.layers.Conv3D):
     plain = keras.layers.Conv3D
 
 
+_ONE_AT_A_TIME = threading.Lock()
+
 # The plain class -> the class with an adapter. A subclass of a plain class
 # may compute something else, so only the class itself is looked up.
 HOSTS: dict[type, type[AdapterHost]] = {
@@ -256,7 +259,10 @@ def host_matrix_of(layer: Any) -> Any:
     """
     if placement_of(kernel_of(layer)) is None:
         return matrix_of(layer)
-    if layer.quantization_mode is not None:
-        return to_numpy(matrix_of(layer))
-    kernel = to_numpy(kernel_of(layer).value).astype("float32")
-    return view_of(layer).to_matrix(kernel)
+    # One at a time: programs that run on all devices from several threads
+    # would wait for each other for ever.
+    with _ONE_AT_A_TIME:
+        if layer.quantization_mode is not None:
+            return to_numpy(matrix_of(layer))
+        kernel = to_numpy(kernel_of(layer).value)
+    return view_of(layer).to_matrix(kernel.astype("float32"))

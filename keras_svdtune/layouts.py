@@ -8,15 +8,14 @@ matrix W (in, out):
 | a dim that is | is split along |
 |---|---|
 | `IN`, `OUT` | the mesh axes of W's in or out, if they split it into blocks |
-| `COMPONENTS`, the other dim of a full basis | the axes that its first dim |
-| | does not take, so that nothing of n² numbers is on every device |
-| None: a rank, and what is tiny | nothing |
+| `COMPONENTS`, of a full basis | the axes that its other dim does not take |
+| None: a rank, or tiny | nothing |
 
-With V (out, n) of SVF under a W that is split along out (column-parallel), V is
-split along out too: h·V is summed over the devices once, and (..)·Vᵀ stays
-where it is. Under a W that is split along in (row-parallel), V is split along n:
-h·V stays, and (..)·Vᵀ is summed once. Either is one collective more in the
-forward pass, and one more in the backward pass.
+So nothing of n² numbers is on every device. With V (out, n) of SVF under a W
+that is split along out (column-parallel), V is split along out too: h·V is
+summed over the devices, and (..)·Vᵀ stays where it is. Under a W that is split
+along in (row-parallel), V is split along n: h·V stays, and (..)·Vᵀ is summed.
+Either is one collective more in the forward pass, and one in the backward pass.
 
 Only names and numbers here; what a backend makes of them is in `devices.py`.
 """
@@ -24,12 +23,11 @@ Only names and numbers here; what a backend makes of them is in `devices.py`.
 import math
 from collections.abc import Iterable, Mapping
 
+from keras_svdtune.devices import Axes, Spec
 from keras_svdtune.matrix import MatrixView
 from keras_svdtune.methods.base import COMPONENTS, IN, OUT, Weight
 
-# The mesh axes of every dim of an array; () for a dim that is not split.
-Axes = tuple[str, ...]
-Spec = tuple[Axes, ...]
+COUNT = "count"  # the matrices of a bank
 
 
 def adapter_layouts(
@@ -63,9 +61,8 @@ def adapter_layouts(
     """
     kernel = tuple(tuple(a for a in axes if sizes[a] > 1) for axes in kernel)
     every = tuple(a for axes in kernel for a in axes)
-    roles = {"count": "count", IN: IN, OUT: OUT}
-    by_role: dict[str | None, Axes] = {None: ()}
-    for role in roles:
+    by_role: dict[str | None, Axes] = {None: (), COMPONENTS: ()}
+    for role in (COUNT, IN, OUT):
         dims = view.kernel_dims(role)
         by_role[role] = (
             block_axes(dims, view.kernel_shape, kernel, sizes)
@@ -75,17 +72,17 @@ def adapter_layouts(
     found: dict[str, Spec] = {}
     components: Axes | None = None
     for weight in weights:
-        dims = (*("count" for _ in view.batch), *_axes_of(weight))
+        names = (*(COUNT for _ in view.batch), *_axes_of(weight))
         shape = view.batch + weight.shape
         spec = [
-            _dividing(by_role.get(dim, ()), size, sizes)
-            for dim, size in zip(dims, shape, strict=True)
+            _dividing(by_role[role], size, sizes)
+            for role, size in zip(names, shape, strict=True)
         ]
-        if COMPONENTS in dims:
+        if COMPONENTS in names:
             if components is None:  # of the basis, which comes first
                 used = {a for axes in spec for a in axes}
                 components = tuple(a for a in every if a not in used)
-            i = dims.index(COMPONENTS)
+            i = names.index(COMPONENTS)
             spec[i] = _dividing(components, shape[i], sizes)
         found[weight.name] = tuple(spec)
     return found

@@ -9,6 +9,7 @@ import keras
 import threadpoolctl
 from rich import progress
 
+from keras_svdtune import devices
 from keras_svdtune.svd import on_host
 
 T = TypeVar("T")
@@ -36,6 +37,7 @@ def run_all(what: str, jobs: Mapping[str, Callable[[], T]]) -> dict[str, T]:
         Whatever a job raises, or an interrupt; jobs not yet begun are
         dropped then.
     """
+    index, _ = devices.processes()
     workers = (os.cpu_count() or 1) if on_host() else 1
     bar = progress.Progress(
         progress.TextColumn("{task.description}"),
@@ -43,7 +45,7 @@ def run_all(what: str, jobs: Mapping[str, Callable[[], T]]) -> dict[str, T]:
         progress.MofNCompleteColumn(),
         progress.TimeRemainingColumn(elapsed_when_finished=True),
         progress.TextColumn("[dim]{task.fields[layer]}"),
-        disable=not keras.config.is_interactive_logging_enabled(),
+        disable=index > 0 or not keras.config.is_interactive_logging_enabled(),
     )
     with bar, threadpoolctl.threadpool_limits(1, "blas"):
         task = bar.add_task(what, total=len(jobs), layer="")

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from keras_svdtune.devices import to_numpy
 from keras_svdtune.methods.base import (
     IN,
     OUT,
@@ -188,12 +189,12 @@ class AdaLoRA(Method):
     def importance(self, weights: Any) -> np.ndarray:
         """(r,) the importance of each triplet; 0 for one that is masked."""
         scores = {
-            x: ops.convert_to_numpy(getattr(weights, f"{x}_sensitivity").value)
-            * ops.convert_to_numpy(getattr(weights, f"{x}_variation").value)
+            x: to_numpy(getattr(weights, f"{x}_sensitivity").value)
+            * to_numpy(getattr(weights, f"{x}_variation").value)
             for x in ("p", "singular_values", "q")
         }
         total = scores["p"].mean(axis=0) + scores["q"].mean(axis=1)
-        mask = ops.convert_to_numpy(weights.mask.value)
+        mask = to_numpy(weights.mask.value)
         return (total + scores["singular_values"]) * mask
 
     def _sensed(self, weights: Any, name: str) -> Any:

@@ -25,7 +25,6 @@ from keras import ops
 
 from keras_svdtune.svd import Factors, Needs
 
-
 # What a dim of a weight is of the matrix W (in, out), for `Weight.axes`.
 IN, OUT, COMPONENTS = "in", "out", "components"
 

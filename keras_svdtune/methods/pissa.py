@@ -52,7 +52,9 @@ class SpectralLoRA(Method):
         rank = int(self.rank)
         return [
             Weight("delta_a", (rows, rank), trainable=True, axes=(IN, None)),
-            Weight("delta_b", (rank, columns), trainable=True, axes=(None, OUT)),
+            Weight(
+                "delta_b", (rank, columns), trainable=True, axes=(None, OUT)
+            ),
             # Saved: a file then gives the same function whatever computed it.
             Weight("a0", (rows, rank), saved=True, axes=(IN, None)),
             Weight("b0", (rank, columns), saved=True, axes=(None, OUT)),
