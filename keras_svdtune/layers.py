@@ -15,7 +15,7 @@ from keras_svdtune import attach
 from keras_svdtune.adapter import Plan, plan
 from keras_svdtune.enable import check_fit
 from keras_svdtune.freezing import freeze_own_variables
-from keras_svdtune.hosts import HOSTS, AdapterHost
+from keras_svdtune.hosts import HOSTS, AdapterHost, host_matrix_of
 from keras_svdtune.methods.base import Method
 
 
