@@ -116,6 +116,25 @@ def place_variable(variable: Any, sharding: Any) -> None:
         variable._value = placed(variable._value, sharding)
 
 
+def whole_rows(x: Any, weight: Any) -> Any:
+    """x (tokens, n) with every row on one device, where `weight` is split.
+
+    For what mixes neighbouring columns: a compiler that has columns on other
+    devices sends them one by one.
+    """
+    layout = getattr(weight, "_layout", None)
+    if layout is None or keras.backend.backend() != "jax":
+        return x
+    import jax
+
+    spec = jax.sharding.PartitionSpec(
+        jax.sharding.PartitionSpec.UNCONSTRAINED, None
+    )
+    return jax.lax.with_sharding_constraint(
+        x, jax.sharding.NamedSharding(layout.mesh, spec)
+    )
+
+
 def follow(variable: Any, other: Any) -> None:
     """Puts a variable where `other` is."""
     if getattr(other, "_layout", None) is not None:

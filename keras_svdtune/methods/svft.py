@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from keras_svdtune.devices import whole_rows
 from keras_svdtune.methods.banded import banded_product, diagonals
 from keras_svdtune.methods.base import (
     COMPONENTS,
@@ -204,6 +205,7 @@ class SVFT(Method):
             m = ops.transpose(m) if transposed else m
             mixed = ops.matmul(components, m)
         else:
+            components = whole_rows(components, weights.basis)
             mixed = self._banded(weights, components, by_rows, transposed)
         mixed = ops.cast(mixed, components.dtype)
         return ops.matmul(mixed, ops.transpose(basis))
