@@ -191,13 +191,13 @@ def make_model(mesh: Any, method: Any) -> Any:
 
 
 def data(index: int, count: int) -> tuple[Any, Any]:
-    """This process's part of every batch, one batch after the other."""
+    """This process's part of the batch."""
     import numpy as np
 
     random = np.random.RandomState(0)
-    tokens = random.randint(1, VOCABULARY, (STEPS, BATCH, LENGTH))
+    tokens = random.randint(1, VOCABULARY, (BATCH, LENGTH))
     part = BATCH // count
-    tokens = tokens[:, index * part : (index + 1) * part].reshape(-1, LENGTH)
+    tokens = tokens[index * part : (index + 1) * part]
     mask = np.ones_like(tokens)
     return {"token_ids": tokens, "padding_mask": mask}, np.roll(tokens, -1, 1)
 
@@ -217,13 +217,10 @@ def train(
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
     x, y = data(index, count)
-    part = BATCH // count
-    losses = []
-    for step in range(STEPS):
-        rows = slice(step * part, (step + 1) * part)
-        batch = {key: value[rows] for key, value in x.items()}
-        history = model.fit(batch, y[rows], batch_size=part, shuffle=False)
-        losses.append(history.history["loss"][0])
+    history = model.fit(
+        x, y, batch_size=len(y), epochs=STEPS, shuffle=False, verbose=0
+    )
+    losses = history.history["loss"]
     path = folder / f"{name} {count}.safetensors"
     model.backbone.save_adapter(path)
     trained = [to_numpy(v.value) for v in model.backbone.trainable_variables]
