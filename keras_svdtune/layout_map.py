@@ -88,16 +88,15 @@ def svdtune_layout_map(
     root = adapted_part(backbone)
     layouts: dict[str, Layout | None] = {v.path: None for v in root.variables}
     for variable, first, second in _split_dims(root, sizes[model]):
-        split: list[str | None] = [None] * len(variable.shape)
+        shape = variable.shape
+        split: list[str | None] = [None] * len(shape)
         for axis, dims in ((model, (*first, *second)), (batch, second)):
             for dim in dims:
-                if (
-                    layout[dim] is None
-                    and variable.shape[dim] % sizes[axis] == 0
-                ):
-                    layout[dim] = axis
+                if split[dim] is None and shape[dim] % sizes[axis] == 0:
+                    split[dim] = axis
                     break
-        layouts[variable.path] = tuple(layout)
+        if any(split):
+            layouts[variable.path] = tuple(split)
     found = keras.distribution.LayoutMap(device_mesh)
     for path, layout in _by_pattern(layouts).items():
         found[path] = layout
