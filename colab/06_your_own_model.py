@@ -137,13 +137,25 @@ Markdown(f"From {before:.1%} to **{after:.1%}** correct, by {cost.trainable:,} o
 # What `SpectralMonitor` measures is in the history like any metric, and so in TensorBoard. In Colab, `%load_ext tensorboard` and `%tensorboard --logdir logs` show it.
 
 # %%
-METRICS = {}
-fig, axes = plt.subplots(1, 2, figsize=(10, 4))
+METRICS = {
+    "sigma_drift": "drift of singular values",
+    "update_effective_rank": "effective rank of the update",
+    "update_top_energy": "energy in its top 8",
+    "intruder_dimensions": "intruder dimensions",
+}
 epochs = range(1, len(history["loss"]) + 1)
-axes[0].plot(epochs, history["accuracy"], "o-", label="training")
-axes[0].plot(epochs, history["val_accuracy"], "s-", label="validation")
-axes[0].set(xlabel="epoch", ylabel="accuracy", title="Learning")
-axes[0].legend();
+fig, axes = plt.subplots(1, 5, figsize=(14, 3))
+axes[0].plot(epochs, history["accuracy"], "o-", ms=4, label="training")
+axes[0].plot(epochs, history["val_accuracy"], "s-", ms=4, label="validation")
+axes[0].set(xlabel="epoch", title="accuracy")
+axes[0].legend()
+for ax, (key, title) in zip(axes[1:], METRICS.items()):
+    ax.plot(epochs, history[key], "o-", ms=4, color="C2")
+    ax.set(xlabel="epoch", title=title)
+    ax.set_ylim(bottom=0, top=None if max(history[key]) > 0 else 1)
+
+# %% [markdown]
+# An intruder dimension is a large singular vector that the base does not have. SVF scales the vectors that are there, so it makes none.
 
 # %%
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -163,7 +175,7 @@ x = np.random.default_rng(0).normal(size=(2, 32)).astype("float32")
 y = plain(x)
 layer = keras_svdtune.SVFDense.from_layer(plain)
 print([f"{v.path}: {tuple(v.shape)}" for v in layer.trainable_variables])
-print("The same output, to the bit:", bool((layer(x) == y).numpy().all() if hasattr(y, "numpy") else (layer(x) == y).all()))
+print("The same output, to the bit:", np.array_equal(layer(x), y))
 
 # %%
 own = keras.Sequential([

@@ -12,7 +12,7 @@ from typing import Any
 
 from keras import ops
 
-from keras_svdtune import attach
+from keras_svdtune import attach, hosts
 from keras_svdtune.methods.base import Method
 
 
@@ -49,7 +49,7 @@ class ModelMatrix:
 
     def kernel(self) -> Any:
         """(in, out), float32: what is in the layer. W, unless `replaced`."""
-        matrix = attach.matrix_of(self.layer)
+        matrix = hosts.matrix_of(self.layer)
         return matrix if self.index is None else matrix[self.index]
 
     def base(self) -> Any:
