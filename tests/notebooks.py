@@ -67,9 +67,9 @@ def execute(name: str, folder: Path, cache: Path) -> Any:
     settings = {
         "CUDA_VISIBLE_DEVICES": "",
         "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
+        "JAX_PLATFORMS": "cpu",
         "KERAS_BACKEND": "jax",
         "KERAS_SVDTUNE_CACHE": str(cache / "decompositions"),
-        "KERAS_SVDTUNE_SMALL": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
     client = nbclient.NotebookClient(

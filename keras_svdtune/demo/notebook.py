@@ -26,7 +26,7 @@ def small() -> bool:
     why = _why_small()
     if why:
         keras.config.disable_interactive_logging()
-        print(f"{why}: the small model from PyPI stands in.")
+        print(f"{why}: small mode.")
     return bool(why)
 
 
