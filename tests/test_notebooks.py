@@ -1,14 +1,11 @@
 """The notebooks run, and what is kept of them is what they are."""
 
 import importlib.util
-import sys
 from pathlib import Path
 
 import keras
+import notebooks
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-import notebooks  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(
