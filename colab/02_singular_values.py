@@ -43,7 +43,7 @@ found.print()
 # %% [markdown]
 # ## Every spectrum
 #
-# A panel for each kind of matrix, a line for each layer. The band is 0.1 to 1.1.
+# A panel for each kind of matrix, a line for each layer. The grey band is 0.1 to 1.1.
 
 # %%
 plot_spectrum(found)
@@ -59,7 +59,7 @@ Markdown(
 # %% [markdown]
 # ## How many lie between 0.1 and 1.1?
 #
-# By layer and kind. Where a row is dark, "small" and "large" are not two groups but one crowd.
+# By layer and kind. The band is absolute: a model that is scaled otherwise lies above it or below. What does not depend on the scale is the shape of the curves above: are there two groups, or one slope from large to small?
 
 # %%
 kinds = found.by_kind()
@@ -101,7 +101,7 @@ notebook.table([
 # The largest singular value over the smallest. It says how far apart the ends are, and how well the smallest are known at all in low precision.
 
 # %%
-fig, ax = plt.subplots()
+fig, ax = plt.subplots(figsize=(10, 4.2))
 for (kind, layers), mark in zip(kinds.items(), MARKS):
     ax.plot([x.condition for x in layers], marker=mark, ms=5, label=kind)
 ax.set(yscale="log", xlabel="layer", ylabel="condition number", title="Largest over smallest")
