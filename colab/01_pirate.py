@@ -25,6 +25,8 @@ import os
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
+import math
+
 import keras
 import matplotlib.pyplot as plt
 from IPython.display import Markdown
@@ -81,7 +83,7 @@ results = {}
 
 
 def tune(label, learning_rate):
-    trained = sum(v.size for v in model.trainable_variables)
+    trained = sum(math.prod(v.shape) for v in model.trainable_variables)
     fit.prepare(model, learning_rate, STEPS)
     losses, seconds = fit.train(model, learn, STEPS, seed=0)
     loss = fit.evaluate(model, held_out)

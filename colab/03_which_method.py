@@ -27,6 +27,8 @@ import os
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
+import math
+
 import keras
 import matplotlib.pyplot as plt
 
@@ -79,7 +81,7 @@ def run(key):
     method = train.make_method(key, rank=8)
     keras.utils.set_random_seed(0)
     model.backbone.enable_adapter(method, TARGETS)
-    trained = sum(v.size for v in model.backbone.trainable_variables)
+    trained = sum(math.prod(v.shape) for v in model.backbone.trainable_variables)
     fit.prepare(model, rate_of(method), STEPS)
     losses, seconds = fit.train(model, learn, STEPS, seed=0)
     file = f"{key}.safetensors"
