@@ -36,7 +36,7 @@ from keras_svdtune.demo import chat, fit, notebook, pirate, show, train
 from keras_svdtune.methods import METHODS
 
 SMALL = notebook.small()
-STEPS, LENGTH, HELD_OUT = (10, 40, 12) if SMALL else (200, 40, 64)
+STEPS, LENGTH, HELD_OUT = (10, 40, 8) if SMALL else (200, 40, 64)
 # The small mode adapts the last ten layers: less to compute.
 TARGETS = [r".*layer_2\d/.*"] if SMALL else None
 notebook.look()
