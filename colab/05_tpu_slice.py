@@ -39,7 +39,7 @@ import keras_svdtune
 from keras_svdtune.demo import fit, notebook, pirate, weights
 
 SMALL = notebook.small()
-STEPS, LENGTH, HELD_OUT = (5, 40, 8) if SMALL else (200, 40, 64)
+STEPS, LENGTH, HELD_OUT = (4, 40, 8) if SMALL else (200, 40, 64)
 notebook.look()
 devices = keras.distribution.list_devices()
 print(devices)
