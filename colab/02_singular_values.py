@@ -102,7 +102,7 @@ notebook.table([
 # The largest singular value over the smallest. It says how far apart the ends are, and how well the smallest are known at all in low precision.
 
 # %%
-fig, ax = plt.subplots(figsize=(10, 4.2))
+fig, ax = plt.subplots()
 for (kind, layers), mark in zip(kinds.items(), MARKS):
     ax.plot([x.condition for x in layers], marker=mark, ms=5, label=kind)
 ax.set(yscale="log", xlabel="layer", ylabel="condition number", title="Largest over smallest")
