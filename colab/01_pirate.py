@@ -111,6 +111,8 @@ model.backbone.save_lora_weights("pirate.lora.h5")
 
 # %% [markdown]
 # ## Side by side
+#
+# By default `enable_lora` adapts the query and value matrices, `enable_svf` all of them. The training curves are smoothed, and so lag behind.
 
 # %%
 fig, ax = plt.subplots()
@@ -120,6 +122,9 @@ for (label, r), marker in zip(results.items(), "os"):
 ax.axhline(before, color="grey", ls="--", lw=1, label="base model, held out")
 ax.set(xlabel="training step", ylabel="loss per answer token", title="Learning to speak like a pirate")
 ax.legend();
+
+# %% [markdown]
+# The seconds are those of one run, with whatever else the machine did. For step times measured side by side see the README.
 
 # %%
 files = {"SVF": "pirate.safetensors", "LoRA": "pirate.lora.h5"}
