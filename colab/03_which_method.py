@@ -16,7 +16,7 @@
 #
 # # Which method when
 #
-# All methods on one task: pirate speech, as in notebook 01. What does each train, how fast does it learn, what does it forget, and how large is its file?
+# The methods on one task: pirate speech, as in notebook 01. What does each train, how fast does it learn, what does it forget, and how large is its file?
 #
 # One task, one seed and few steps rank nobody. They show the trade-offs, and this notebook is easily pointed at your own data.
 
@@ -56,11 +56,7 @@ print(f"{name}: {len(learn):,} answers to learn from, {len(held_out)} held out")
 SENTENCES = [
     "The lighthouse stood on a narrow strip of rock at the mouth of the harbour.",
     "Water boils at a lower temperature on a high mountain.",
-    "The committee will publish its report at the end of the month.",
     "She closed the window because the wind was blowing papers off the desk.",
-    "A prime number has no divisors except one and itself.",
-    "The train to the coast leaves every hour from the second platform.",
-    "Bread dough needs time to rise before it goes into the oven.",
     "Most of the energy on Earth comes from the Sun.",
 ]
 plain = chat.encode(
@@ -107,7 +103,9 @@ base = {"held out": fit.evaluate(model, held_out), "plain": fit.evaluate(model, 
 base_weights = model.backbone.get_weights()
 print(f"Base model: {base['held out']:.2f} on pirate answers, {base['plain']:.2f} on plain text")
 
-results = dict(run(key) for key in METHODS)
+# DoRA and AdaLoRA, LoRA's relatives, wait for the faster machine.
+keys = [key for key in METHODS if not SMALL or key not in ("dora", "adalora")]
+results = dict(run(key) for key in keys)
 
 # %% [markdown]
 # ## Loss curves
