@@ -122,7 +122,7 @@ Markdown(
 # %% [markdown]
 # ## Train it, save it
 #
-# `fit` as ever. The file holds whole arrays, not pieces: it loads on one device, on eight, or on another mesh.
+# `fit` as ever. (Each step sees other answers, so the losses of a few steps go up and down.) The file holds whole arrays, not pieces: it loads on one device, on eight, or on another mesh.
 
 # %%
 learn, _ = notebook.data(model, name, pirate.pirate_pairs(), LENGTH, HELD_OUT)
