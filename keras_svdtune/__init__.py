@@ -28,6 +28,9 @@ Backbone and Task. The same functions take any `keras.Model`.
 | `compose`, `sums` | adapters added up |
 | `layers` | layers to declare in hand-built models |
 | `report`, `progress` | what it costs, and how long it takes |
+| `spectrum`, `plot_spectrum` | singular values: a table, and a picture |
+| `spectral_monitor`, `spectral_change` | what training does to them |
+| `adapted_matrix` | one matrix, without its adapter and with it |
 | `backbone` | the methods that KerasHub classes get |
 """
 
@@ -59,12 +62,16 @@ from keras_svdtune.methods import (
     MiLoRA,
     PiSSA,
 )
+from keras_svdtune.plot_spectrum import plot_spectrum
 from keras_svdtune.quantization_error import (
     LayerQuantization,
     QuantizationError,
     quantization_error,
 )
 from keras_svdtune.report import Cost, LayerCost, adapter_summary, estimate
+from keras_svdtune.spectral_change import SpectralChange
+from keras_svdtune.spectral_monitor import SpectralMonitor
+from keras_svdtune.spectrum import LayerSpectrum, Spectrum, spectrum
 from keras_svdtune.thin import LayerConversion
 
 __version__ = "0.1.0"
@@ -173,6 +180,7 @@ __all__ = [
     "LayerConversion",
     "LayerCost",
     "LayerQuantization",
+    "LayerSpectrum",
     "LoRA",
     "LoRAConv1D",
     "LoRAConv2D",
@@ -223,6 +231,9 @@ __all__ = [
     "SVFTEmbedding",
     "SVFTReversibleEmbedding",
     "SavedAdapter",
+    "SpectralChange",
+    "SpectralMonitor",
+    "Spectrum",
     "adapter_disabled",
     "adapter_summary",
     "compose",
@@ -238,10 +249,12 @@ __all__ = [
     "export_peft",
     "load_adapter",
     "merge_adapter",
+    "plot_spectrum",
     "push_adapter",
     "quantization_error",
     "remove_adapter",
     "save_adapter",
     "set_decomposition_cache",
+    "spectrum",
     "to_lora",
 ]

@@ -17,8 +17,10 @@ from keras_svdtune import (
     export,
     files,
     hub,
+    plot_spectrum,
     quantization_error,
     report,
+    spectrum,
 )
 from keras_svdtune.methods.base import METHODS, Method
 
@@ -41,6 +43,7 @@ def enable_function(cls: type[Method]) -> Callable[..., None]:
 
     enable_method.__signature__ = signature  # type: ignore[attr-defined]
     enable_method.__name__ = enable_method.__qualname__ = f"enable_{cls.name}"
+    enable_method.__module__ = "keras_svdtune"
     enable_method.__doc__ = (
         f"Enables {cls.title} on a model, as `enable_adapter` does.\n\n"
         "Takes the settings below; `model` and `target_layer_names` are as "
@@ -68,6 +71,8 @@ def functions() -> dict[str, Callable[..., Any]]:
         export.export_peft,
         report.adapter_summary,
         quantization_error.quantization_error,
+        spectrum.spectrum,
+        plot_spectrum.plot_spectrum,
     ):
         found[function.__name__] = function
     return found

@@ -14,7 +14,9 @@ from keras_svdtune.svd import on_host
 T = TypeVar("T")
 
 
-def run_all(what: str, jobs: Mapping[str, Callable[[], T]]) -> dict[str, T]:
+def run_all(
+    what: str, jobs: Mapping[str, Callable[[], T]], bar: bool = True
+) -> dict[str, T]:
     """Runs one job for each layer and returns their results.
 
     The host decomposes several matrices at a time, each with one BLAS thread.
@@ -28,6 +30,7 @@ def run_all(what: str, jobs: Mapping[str, Callable[[], T]]) -> dict[str, T]:
     Args:
         what: str, what is done, before the bar.
         jobs: a function for each layer, by its path.
+        bar: bool. Whether to show it.
 
     Returns:
         The results, in the order of `jobs`.
@@ -37,23 +40,23 @@ def run_all(what: str, jobs: Mapping[str, Callable[[], T]]) -> dict[str, T]:
         dropped then.
     """
     workers = (os.cpu_count() or 1) if on_host() else 1
-    bar = progress.Progress(
+    shown = progress.Progress(
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
         progress.MofNCompleteColumn(),
         progress.TimeRemainingColumn(elapsed_when_finished=True),
         progress.TextColumn("[dim]{task.fields[layer]}"),
-        disable=not keras.config.is_interactive_logging_enabled(),
+        disable=not (bar and keras.config.is_interactive_logging_enabled()),
     )
-    with bar, threadpoolctl.threadpool_limits(1, "blas"):
-        task = bar.add_task(what, total=len(jobs), layer="")
+    with shown, threadpoolctl.threadpool_limits(1, "blas"):
+        task = shown.add_task(what, total=len(jobs), layer="")
         pool = ThreadPoolExecutor(workers)
         try:
             futures = {pool.submit(job): path for path, job in jobs.items()}
             for future in as_completed(futures):
                 future.result()
-                bar.update(task, advance=1, layer=futures[future])
+                shown.update(task, advance=1, layer=futures[future])
         finally:
             pool.shutdown(cancel_futures=True)
-        bar.update(task, layer="")
+        shown.update(task, layer="")
     return {path: future.result() for future, path in futures.items()}

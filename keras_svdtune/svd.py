@@ -122,13 +122,7 @@ def decompose(matrix: Any, needs: Needs, name: str = "matrix") -> Factors:
         ValueError: the matrix holds NaN or infinity, or its rank does not
             fit.
     """
-    w = ops.convert_to_numpy(ops.cast(matrix, "float32"))
-    if not np.isfinite(w).all():
-        raise ValueError(
-            f"The kernel of '{name}' holds NaN or infinity, and such a matrix "
-            "has no singular values. Load its weights again, or leave the "
-            "layer out of `target_layer_names`."
-        )
+    w = finite(matrix, name)
     where = "host" if on_host() else f"device {keras.backend.backend()}"
     found = cache.recalled(
         w,
@@ -137,6 +131,18 @@ def decompose(matrix: Any, needs: Needs, name: str = "matrix") -> Factors:
         lambda arrays: _fit(arrays, w.shape, needs),
     )
     return Factors(found.get("u"), found["s"], found.get("v"))
+
+
+def finite(matrix: Any, name: str) -> np.ndarray:
+    """A matrix as a float32 array, or an error if it holds NaN or infinity."""
+    w = ops.convert_to_numpy(ops.cast(matrix, "float32"))
+    if not np.isfinite(w).all():
+        raise ValueError(
+            f"The kernel of '{name}' holds NaN or infinity, and such a matrix "
+            "has no singular values. Load its weights again, or leave the "
+            "layer out of `target_layer_names`."
+        )
+    return w
 
 
 def computed(w: np.ndarray, needs: Needs, name: str = "matrix") -> Factors:
@@ -159,6 +165,32 @@ def computed(w: np.ndarray, needs: Needs, name: str = "matrix") -> Factors:
             stacklevel=2,
         )
     return _run(w, needs, _HOST)
+
+
+def singular_values(
+    matrix: Any, name: str = "matrix", keep: bool = True
+) -> np.ndarray:
+    """All singular values of a matrix, descending, (n,) float32.
+
+    Those of the decomposition that SVF uses, so that it is kept for it, and
+    read if it is there. On a GPU that is of the float32 Gram matrix, whose
+    small values are rounded: if there are any, LAPACK does it in float64.
+
+    Args:
+        matrix, name: as for `decompose`.
+        keep: bool. Whether the cache on disk is used.
+
+    Raises:
+        ValueError: as `decompose`.
+    """
+    needs = Needs("small_side")
+    if keep:
+        s = decompose(matrix, needs, name).s
+    else:
+        s = computed(finite(matrix, name), needs, name).s
+    if on_host() or s[-1] > 1e-2 * s[0]:
+        return s
+    return _run(finite(matrix, name), needs, _HOST).s
 
 
 def on_host() -> bool:

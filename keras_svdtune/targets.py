@@ -33,6 +33,21 @@ def find_targets(
         ValueError: a name or expression matches nothing, or a layer that it
             matches cannot be adapted.
     """
+    return _chosen(model, target_layer_names, _candidates(model))
+
+
+def find_matrices(
+    model: keras.Model, target_layer_names: Iterable[str] | None = None
+) -> dict[str, Any]:
+    """The same, with those among them that have an adapter already."""
+    return _chosen(model, target_layer_names, _candidates(model, True))
+
+
+def _chosen(
+    model: keras.Model,
+    target_layer_names: Iterable[str] | None,
+    candidates: dict[str, Any],
+) -> dict[str, Any]:
     if not model.built:
         raise ValueError(
             f"Model '{model.name}' is not built yet, so it has no kernels. "
@@ -43,7 +58,6 @@ def find_targets(
             "`target_layer_names` must be a list of strings. Received the "
             f"string {target_layer_names!r}; write [{target_layer_names!r}]."
         )
-    candidates = _candidates(model)
     if not candidates:
         raise ValueError(
             f"Model '{model.name}' has no Dense, EinsumDense or convolution "
@@ -69,7 +83,7 @@ def find_targets(
             warnings.warn(
                 f"The reverse projection of '{path}' is a matrix of its own "
                 "(its weights are not tied), which is not adapted.",
-                stacklevel=4,
+                stacklevel=5,
             )
     return chosen
 
@@ -96,17 +110,19 @@ def loadable_layers(model: keras.Model) -> dict[str, Any]:
     return layers_by_path(all_layers(model)) | _candidates(model)
 
 
-def _candidates(model: keras.Model) -> dict[str, Any]:
+def _candidates(model: keras.Model, adapted: bool = False) -> dict[str, Any]:
     return layers_by_path(
         target
         for layer in all_layers(model)
         if layer.built
-        for target in _targets_in(layer)
+        for target in _targets_in(layer, adapted)
     )
 
 
-def _targets_in(layer: Any) -> list[Any]:
-    return [layer] if type(layer) in HOSTS else list(raw_kernels(layer))
+def _targets_in(layer: Any, adapted: bool) -> list[Any]:
+    if type(layer) in HOSTS or (adapted and isinstance(layer, AdapterHost)):
+        return [layer]
+    return list(raw_kernels(layer))
 
 
 def all_layers(model: keras.Model) -> Iterator[Any]:

@@ -294,6 +294,18 @@ class Method:
         """
         return None
 
+    def core(self, weights: Any, s: np.ndarray) -> np.ndarray | None:
+        """M of W' = U (diag(s) + M) Vᵀ, for methods that add one there.
+
+        Args:
+            weights: as in `call`.
+            s: (n,) float64, the singular values of W.
+
+        Returns:
+            The diagonal of M (n,), where all else is 0; or M (n, n); or None.
+        """
+        return None
+
     def dora_factors(self, weights: Any) -> tuple[Any, Any, Any] | None:
         """W' in the form of DoRA, for methods that have it.
 

@@ -141,6 +141,9 @@ class SVF(Method):
         change = scaled_components(ops.transpose(matrix), basis, weights.delta)
         return matrix + ops.transpose(change)
 
+    def core(self, weights: Any, s: np.ndarray) -> np.ndarray:
+        return s * ops.convert_to_numpy(weights.delta)
+
 
 def scaled_components(h: Any, basis: Any, delta: Any) -> Any:
     """((h·B) ⊙ δ)·Bᵀ for h (tokens, n), B (n, n) orthonormal, δ (n,)."""

@@ -181,6 +181,25 @@ class SVFT(Method):
         # The components of the identity are the basis itself.
         return matrix + ops.matmul(self._change(weights, basis, basis), matrix)
 
+    def core(self, weights: Any, s: np.ndarray) -> np.ndarray:
+        entries = ops.convert_to_numpy(weights.m).astype("float64")
+        alive = ops.convert_to_numpy(weights.inverse_s) > 0.0
+        if self.pattern == "plain":
+            return entries * alive
+        n = len(s)
+        m = np.zeros((n, n))
+        if self._pattern(weights.shape) in ("random", "top_k"):
+            m.flat[ops.convert_to_numpy(weights.positions)] = entries
+        else:
+            start = 0
+            for k, i, j in diagonals(n, self._width()):
+                m[np.arange(i, j), np.arange(i + k, j + k)] = entries[
+                    start : start + j - i
+                ]
+                start += j - i
+        by_rows = weights.shape[1] <= weights.shape[0]
+        return m * (alive[:, None] if by_rows else alive)
+
     def _change(
         self,
         weights: Any,

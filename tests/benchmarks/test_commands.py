@@ -104,6 +104,17 @@ def test_qpissa_error(tmp_path: Path) -> None:
         assert result["all"]["nuclear"] < 1
 
 
+def test_monitor_cost(tmp_path: Path) -> None:
+    run(
+        *("monitor_cost.py", tmp_path, *TINY_MODEL, "--rank", "2"),
+        *("--matrices", "3", "--rounds", "1", "--methods", "svf", "lora"),
+    )
+    written = json.loads((tmp_path / "monitor_cost_tiny_jax.json").read_text())
+    for rows in written["results"].values():
+        assert [x["matrices"] for x in rows] == [3, 14]
+        assert all(x["logs"]["sigma_drift"] > 0 for x in rows)
+
+
 @pytest.mark.parametrize("command", ["text_classifier", "image_classifier"])
 def test_classifiers(command: str, tmp_path: Path) -> None:
     run(f"{command}.py", tmp_path, "--tiny")
