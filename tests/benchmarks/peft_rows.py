@@ -76,6 +76,7 @@ def candidates(name: str, inputs: Any, rank: int) -> list[Any]:
     found.append(Candidate(FLOOR, lambda: PeftStep(floor, tokens)))
     for label, config in configs.items():
         model = load()
+        model.embed_tokens = floor.embed_tokens  # most of the memory
         start = time.perf_counter()
         model = peft.get_peft_model(model, config)
         seconds = time.perf_counter() - start
