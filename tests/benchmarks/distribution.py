@@ -2,21 +2,22 @@
 
     python tests/benchmarks/distribution.py                  # 8 CPU devices
     pip install libtpu
-    python tests/benchmarks/distribution.py --topology v5e:2x4 v5e:4x4
+    python tests/benchmarks/distribution.py --model gemma2_9b \\
+        --topology v5e:2x4 --mesh 1,8 --length 1024
 
-Nothing runs: the whole training step (forward, backward, loss, Adam's update) of
-a model of shapes alone is compiled for the devices of a mesh; on a TPU by its
-own compiler, which needs no TPU. From the compiled program: the bytes of its
-arguments and temporaries on a device, and its collectives (all-reduce,
-all-gather, ...), how many and how many bytes their results are. From the layouts:
-the bytes of the model, the bases, the trainables and the optimizer on a device.
+Nothing runs: the whole training step (forward, backward, loss, Adam's update)
+of a model of shapes alone is compiled for the devices of a mesh; on a TPU by
+its own compiler, which needs no TPU. From the compiled program: the bytes of
+its arguments and temporaries on a device, and its collectives (all-reduce,
+all-gather, ...), how many and how many bytes their results are. From the
+layouts: the bytes of model, bases, trainables and optimizer on a device.
 
-The layout is `svdtune_layout_map`'s, or KerasHub's own with `--layout keras_hub`.
-Keras' `enable_lora` adapts the same layers, under the same layout. `base model`
-trains the first norm alone: the forward and backward pass of the model itself.
+The layout is `svdtune_layout_map`'s, or with `--layout keras_hub` KerasHub's
+own. Keras' `enable_lora` adapts the same layers, under the same layout. `base
+model` trains the first norm alone: forward and backward pass of the model.
 
-A program is compiled for two numbers of layers and continued in a straight line to
-the model's own number, unless `--full`: layers are alike.
+A program is compiled for two numbers of layers and continued in a straight
+line to the model's own number, unless `--full`: layers are alike.
 """
 
 import collections
@@ -143,6 +144,7 @@ class Step:
         class_name, config = MODELS[name]
         cls = getattr(keras_hub.models, class_name)
         self.mesh, self.batch, self.length = mesh, batch, length
+        self.optimizer = keras.optimizers.Adam(1e-3)  # its counters are numbers
         with abstract():
             model = cls(**{**config, "num_layers": layers})
             self.layout_map = (
@@ -159,7 +161,6 @@ class Step:
             else:
                 only_first_norm(model)
             self._lay_out(model.variables)
-            self.optimizer = keras.optimizers.Adam(1e-3)
             self.optimizer.build(model.trainable_variables)
             self._lay_out(self.optimizer.variables)
         self.model, self.config = model, config
@@ -193,7 +194,6 @@ class Step:
         """The compiled program."""
         model, optimizer = self.model, self.optimizer
         trainables = model.trainable_variables
-        table = model.token_embedding
         where = self.mesh.backend_mesh
         rows = jax.sharding.NamedSharding(
             where, jax.sharding.PartitionSpec("batch", None)
