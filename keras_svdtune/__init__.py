@@ -26,6 +26,9 @@ Backbone and Task. The same functions take any `keras.Model`.
 | `thin`, `convert` | what an adapter adds as a thin product: any as a LoRA |
 | `export`, `hf_names` | a folder for PEFT, in transformers' names |
 | `compose`, `sums` | adapters added up |
+| `devices`, `layouts` | several devices: what goes where |
+| `planning` | the work of enabling, on all cores and processes |
+| `layout_map`, `abstract` | how to split a decoder, by its structure alone |
 | `layers` | layers to declare in hand-built models |
 | `report`, `progress` | what it costs, and how long it takes |
 | `spectrum`, `plot_spectrum` | singular values: a table, and a picture |
@@ -50,6 +53,7 @@ from keras_svdtune.enable import (
 from keras_svdtune.export import export_peft
 from keras_svdtune.files import load_adapter, save_adapter
 from keras_svdtune.hub import push_adapter
+from keras_svdtune.layout_map import svdtune_layout_map
 from keras_svdtune.methods import (
     METHODS,
     SVF,
@@ -256,5 +260,6 @@ __all__ = [
     "save_adapter",
     "set_decomposition_cache",
     "spectrum",
+    "svdtune_layout_map",
     "to_lora",
 ]

@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_svdtune.bank import over_bank
+from keras_svdtune.devices import place_variable, undistributed
 from keras_svdtune.fingerprint import fingerprint, matches
 from keras_svdtune.matrix import MatrixView
 from keras_svdtune.methods.base import LinearMap, Method, ReverseMap, Weight
@@ -31,6 +32,7 @@ class Adapter(keras.layers.Layer):
         self_contained: bool. Whether a weights file holds the frozen weights
             too. Where the host saves its merged kernel, it holds the
             trainables and a fingerprint of the base.
+        shardings: what `layout_of` says of the weights, by name.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Adapter(keras.layers.Layer):
         initial_value: Callable[[str], Any],
         dtype: Any = None,
         self_contained: bool = False,
+        shardings: dict[str, Any] | None = None,
         name: str = "adapter",
     ):
         super().__init__(name=name, dtype=dtype)
@@ -47,6 +50,7 @@ class Adapter(keras.layers.Layer):
         self.view = view
         self.shape = view.shape
         self._initial_value: Callable[[str], Any] | None = initial_value
+        self._shardings = shardings or {}
         self.self_contained = self_contained
         # One part in how many adapters of the model, for regularisers.
         self.share = 1.0
@@ -58,18 +62,21 @@ class Adapter(keras.layers.Layer):
 
     def build(self, input_shape: Any = None) -> None:
         for weight in self.method.weights(self.shape):
-            variable = self.add_weight(
-                name=f"{self.method.name}_{weight.name}",
-                shape=self.view.batch + weight.shape,
-                initializer=self._initializer(weight),
-                trainable=weight.trainable or weight.overwritten,
-                overwrite_with_gradient=weight.overwritten,
-                regularizer=self._regularizer(weight),
-                # A trainable stays float32 in a bfloat16 model: neither
-                # stored nor cast on access, or small updates are lost.
-                dtype=weight.dtype,
-                autocast=weight.dtype is None,
-            )
+            # A user's rule for kernels may match these paths too.
+            with undistributed():
+                variable = self.add_weight(
+                    name=f"{self.method.name}_{weight.name}",
+                    shape=self.view.batch + weight.shape,
+                    initializer=self._initializer(weight),
+                    trainable=weight.trainable or weight.overwritten,
+                    overwrite_with_gradient=weight.overwritten,
+                    regularizer=self._regularizer(weight),
+                    # A trainable stays float32 in a bfloat16 model: neither
+                    # stored nor cast on access, or small updates are lost.
+                    dtype=weight.dtype,
+                    autocast=weight.dtype is None,
+                )
+            place_variable(variable, self._shardings.get(weight.name))
             setattr(self, weight.name, variable)
         self._initial_value = None
 
@@ -224,6 +231,8 @@ class Plan:
 
 # From a matrix to the kernel that it is in a layer.
 KernelMaker = Callable[[Any], NewKernel]
+# From a method and its first values to tensors, each where it is to be.
+Placer = Callable[[Method, dict[str, Any]], dict[str, Any]]
 
 
 def plan(
@@ -231,16 +240,28 @@ def plan(
     matrix: Any,
     name: str,
     new_kernel: KernelMaker | None = None,
+    place: Placer | None = None,
 ) -> Plan:
     """Decomposes W = `matrix` (in, out), the kernel of `name`.
 
     Or each matrix of a bank (count, in, out), whose weights are stacked.
     `new_kernel` makes the base of a method that replaces W.
     """
+    method, values = started(method, matrix, name, new_kernel)
+    return known_plan(method, matrix, values, new_kernel, place)
+
+
+def started(
+    method: Method,
+    matrix: Any,
+    name: str,
+    new_kernel: KernelMaker | None = None,
+) -> tuple[Method, dict[str, Any]]:
+    """The expensive part of `plan`: the method, resolved, and first values."""
     start = _start_one if len(matrix.shape) == 2 else _start_bank
     method, values = start(method, matrix, name)
     if method.base_mode is None:
-        return known_plan(method, matrix, values, new_kernel)
+        return method, values
     assert new_kernel is not None
 
     def rounded(rest: np.ndarray) -> np.ndarray:
@@ -252,8 +273,7 @@ def plan(
         return decompose(ops.convert_to_tensor(rest), needs, name)
 
     w = ops.convert_to_numpy(matrix)
-    values = method.fitted(w, values, rounded, decomposed)
-    return known_plan(method, matrix, values, new_kernel)
+    return method, method.fitted(w, values, rounded, decomposed)
 
 
 def known_plan(
@@ -261,12 +281,13 @@ def known_plan(
     matrix: Any,
     values: dict[str, Any],
     new_kernel: KernelMaker | None = None,
+    place: Placer | None = None,
 ) -> Plan:
     """The same where the first values are known."""
     w = ops.convert_to_numpy(matrix)
     # Tensors already: while the next matrix is decomposed the memory of these
     # arrays is free again. At the end it would be held twice.
-    tensors = {name: ops.convert_to_tensor(x) for name, x in values.items()}
+    tensors = (place or on_one_device)(method, values)
     if not method.replaces_base:
         return Plan(method, tensors, fingerprint(w))
     assert new_kernel is not None
@@ -286,6 +307,11 @@ def known_plan(
         float(np.linalg.norm(rest - base)),
     )
     return Plan(method, tensors, fingerprint(base), facts)
+
+
+def on_one_device(_: Method, values: dict[str, Any]) -> dict[str, Any]:
+    """The tensors of these values, for a kernel on one device."""
+    return {name: ops.convert_to_tensor(x) for name, x in values.items()}
 
 
 def _start_one(

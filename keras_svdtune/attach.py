@@ -2,7 +2,8 @@
 
 A KerasHub backbone is a Functional graph that calls its layers by
 reference, so a layer cannot be replaced; it can change its class. All that
-this package relies on of Keras' internals is in this file and `freezing.py`:
+this package relies on of Keras' internals is in this file and `freezing.py`,
+and for several devices in `devices.py`:
 
 - Variables and paths stay where they are. The adapter is a sublayer, built in
   the layer's own name scope, so that its variables get full paths.
@@ -16,22 +17,25 @@ this package relies on of Keras' internals is in this file and `freezing.py`:
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from keras import ops
 
 from keras_svdtune.adapter import Adapter, Plan, plan
+from keras_svdtune.devices import placed, placement_of
 from keras_svdtune.embeddings import AdaptedEmbedding
 from keras_svdtune.hosts import (
     HOSTS,
     AdaptedConvolution,
     AdapterHost,
+    host_matrix_of,
     kernel_of,
-    matrix_of,
     view_of,
     without_adapter,
 )
+from keras_svdtune.layouts import adapter_layouts
 from keras_svdtune.methods.base import Method
 from keras_svdtune.quantized import (
     float_policy,
@@ -169,6 +173,7 @@ def attach(
         # What an adapter adds to a quantized kernel is of the float policy.
         dtype=float_policy(layer),
         self_contained=declared,
+        shardings=shardings_of(layer, method),
         name=_slot(layer),
     )
     owner = owner_of(layer)
@@ -184,6 +189,32 @@ def attach(
     owner.__class__ = host_class
 
 
+def shardings_of(layer: Any, method: Method) -> dict[str, Any]:
+    """How each weight of an adapter is split, as its kernel is; by name.
+
+    Empty where the kernel is on one device.
+    """
+    kernel = placement_of(kernel_of(layer))
+    if kernel is None:
+        return {}
+    view = view_of(layer)
+    specs = adapter_layouts(
+        method.weights(view.shape), view, kernel.spec, kernel.sizes
+    )
+    return {name: kernel.sharding(spec) for name, spec in specs.items()}
+
+
+def place_values(
+    layer: Any, method: Method, values: dict[str, Any]
+) -> dict[str, Any]:
+    """The tensors of an adapter's first values, each on its devices."""
+    shardings = shardings_of(layer, method)
+    return {
+        name: placed(value, shardings.get(name))
+        for name, value in values.items()
+    }
+
+
 def attach_plan(layer: Any, ready: Plan) -> None:
     """Gives `layer` the adapter that was prepared for it; uses it up."""
     attach(layer, ready.method, lambda name: ready.values.pop(name, None))
@@ -196,7 +227,11 @@ def attach_plan(layer: Any, ready: Plan) -> None:
 def plan_for(method: Method, layer: Any, path: str) -> Plan:
     """Decomposes the kernel of a layer; touches nothing."""
     return plan(
-        method, matrix_of(layer), path, kernel_maker(layer, method.base_mode)
+        method,
+        host_matrix_of(layer),
+        path,
+        kernel_maker(layer, method.base_mode),
+        functools.partial(place_values, layer),
     )
 
 
@@ -259,7 +294,7 @@ def take_away(layer: Any) -> None:
 def rebuild_basis(layer: Any) -> None:
     """Computes the adapter's weights anew, for a kernel that was replaced."""
     adapter = layer.adapter
-    new = plan(adapter.method, matrix_of(layer), layer.path)
+    new = plan(adapter.method, host_matrix_of(layer), layer.path)
     for name, value in new.values.items():
         getattr(adapter, name).assign(value)
     adapter.reset()

@@ -4,8 +4,8 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
+from keras_svdtune.devices import to_numpy
 from keras_svdtune.enable import require_adapted
 from keras_svdtune.methods.adalora import AdaLoRA
 
@@ -107,9 +107,7 @@ class RankAllocator(keras.callbacks.Callback):
             return
         adapters = self._adapters()
         logs["orthogonality"] = sum(
-            float(ops.convert_to_numpy(loss))
-            for x in adapters
-            for loss in x.losses
+            float(to_numpy(loss)) for x in adapters for loss in x.losses
         )
         logs["mean_rank"] = self._budget / len(adapters)
 
@@ -147,4 +145,4 @@ class RankAllocator(keras.callbacks.Callback):
 
 
 def _values(adapter: Any) -> np.ndarray:
-    return ops.convert_to_numpy(adapter.singular_values.value)
+    return to_numpy(adapter.singular_values.value)

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 
 import keras
 
+from keras_svdtune.devices import follow, undistributed
+
 
 def reset_compiled(layers: Iterable[keras.layers.Layer]) -> None:
     """Makes every live model that holds one of `layers` compile anew.
@@ -39,7 +41,14 @@ def reset_compiled(layers: Iterable[keras.layers.Layer]) -> None:
                 setattr(model, name, None)
         optimizer = getattr(model, "optimizer", None)
         if optimizer is not None and optimizer.built:
-            fresh = type(optimizer).from_config(optimizer.get_config())
+            with undistributed():
+                fresh = type(optimizer).from_config(optimizer.get_config())
+            # Its counters go where the old ones are, whatever
+            # `keras.distribution` is in effect now.
+            for ours, theirs in zip(
+                fresh.variables, optimizer.variables, strict=False
+            ):
+                follow(ours, theirs)
             model.optimizer = fresh
 
 

@@ -10,7 +10,6 @@ import rich.table
 from keras import ops
 
 from keras_svdtune.adapter import Plan
-from keras_svdtune.attach import matrix_of
 from keras_svdtune.enable import (
     adapted_part,
     enabled_method,
@@ -18,6 +17,7 @@ from keras_svdtune.enable import (
     require_adapted,
 )
 from keras_svdtune.fingerprint import fingerprint
+from keras_svdtune.hosts import matrix_of
 from keras_svdtune.methods.base import Method
 from keras_svdtune.methods.lora import LoRA
 from keras_svdtune.thin import LayerConversion, thin_products

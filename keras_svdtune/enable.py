@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -10,16 +9,16 @@ from typing import Any
 
 import keras
 import keras_hub
-from keras import ops
 from keras.layers import Embedding
 
 from keras_svdtune import attach, embeddings, hosts, quantized
 from keras_svdtune.adapter import Plan
 from keras_svdtune.compiled import reset_compiled
+from keras_svdtune.devices import to_numpy
 from keras_svdtune.freezing import freeze
 from keras_svdtune.methods.base import METHODS, Method, nearest
 from keras_svdtune.moving_statistics import Statistics
-from keras_svdtune.progress import run_all
+from keras_svdtune.planning import plan_layers
 from keras_svdtune.raw_kernels import RawKernel
 from keras_svdtune.replaced_kernel import put_in_place, remember
 from keras_svdtune.targets import adapted_layers, all_layers, find_targets
@@ -74,11 +73,9 @@ def enable_adapter(
     root = adapted_part(model)
     method = checked_method(method)
     layers = targets_for(root, method, target_layer_names)
-    jobs = {
-        path: functools.partial(attach.plan_for, method, layer, path)
-        for path, layer in layers.items()
-    }
-    plans = run_all(f"{method.title}: decomposing", jobs)
+    plans = plan_layers(
+        f"{method.title}: decomposing", layers, dict.fromkeys(layers, method)
+    )
     attach_plans(root, method, layers, plans)
 
 
@@ -239,13 +236,13 @@ def adapter_disabled(model: keras.Model) -> Iterator[None]:
     """
     adapters = [x.adapter for x in require_adapted(model).values()]
     pairs = [
-        (v, ops.convert_to_numpy(v.value).copy())
+        (v, to_numpy(v.value).copy())
         for adapter in adapters
         for v in adapter.variables_by_name(trainable=True).values()
     ]
     for adapter in adapters:
         adapter.reset()
-    neutral = [ops.convert_to_numpy(v.value).copy() for v, _ in pairs]
+    neutral = [to_numpy(v.value).copy() for v, _ in pairs]
     statistics = statistics_of(model)
     moved = statistics.moved()
     statistics.assign()
@@ -253,7 +250,7 @@ def adapter_disabled(model: keras.Model) -> Iterator[None]:
         yield
     finally:
         changed = any(
-            not (ops.convert_to_numpy(v.value) == n).all()
+            not (to_numpy(v.value) == n).all()
             for (v, _), n in zip(pairs, neutral, strict=True)
         )
         for variable, value in pairs:

@@ -30,10 +30,10 @@ import safetensors.numpy
 from keras import ops
 
 from keras_svdtune.adapter_file import write_atomically
-from keras_svdtune.attach import matrix_of, view_of
 from keras_svdtune.convert import Conversion
 from keras_svdtune.enable import adapted_part, enabled_method, require_adapted
 from keras_svdtune.hf_names import Family, family_of, paths_in, place_of
+from keras_svdtune.hosts import matrix_of, view_of
 from keras_svdtune.progress import run_all
 from keras_svdtune.targets import all_layers, layers_by_path
 from keras_svdtune.thin import (

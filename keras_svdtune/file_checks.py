@@ -9,8 +9,15 @@ from keras import ops
 
 from keras_svdtune.adapter import Plan
 from keras_svdtune.adapter_file import EFFECTS, FINGERPRINTS, SavedAdapter
+from keras_svdtune.devices import to_numpy
 from keras_svdtune.fingerprint import effect, fingerprint, matches, same_effect
-from keras_svdtune.hosts import kernel_of, kernel_shape, matrix_of, view_of
+from keras_svdtune.hosts import (
+    host_matrix_of,
+    kernel_of,
+    kernel_shape,
+    matrix_of,
+    view_of,
+)
 from keras_svdtune.methods.base import METHODS, Method, Weight, nearest
 from keras_svdtune.renumbered import renumbered
 
@@ -222,7 +229,7 @@ def check_start(
         return
     trained = layer.adapter.variables_by_name(trainable=True)
     for name, value in values.items():
-        ours = ops.convert_to_numpy(getattr(layer.adapter, name).value)
+        ours = to_numpy(getattr(layer.adapter, name).value)
         key = f"{layer.adapter.method.name}_{name}"
         if key not in trained and not np.array_equal(ours, value):
             raise ValueError(
@@ -240,7 +247,7 @@ def fingerprint_of(layer: Any) -> np.ndarray:
         return adapter.replaced.float_fingerprint
     if adapter is not None and adapter.base_fingerprint is not None:
         return adapter.base_fingerprint
-    return fingerprint(ops.convert_to_numpy(matrix_of(layer)))
+    return fingerprint(ops.convert_to_numpy(host_matrix_of(layer)))
 
 
 def base_dtype(layer: Any) -> str:

@@ -4,7 +4,6 @@ All is checked before anything is touched: a file that does not belong to this
 model never loads. What a file holds is described in `adapter_file.py`.
 """
 
-import functools
 import os
 from typing import Any
 
@@ -13,7 +12,7 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from keras_svdtune.adapter import Plan, known_plan, plan
+from keras_svdtune.adapter import Plan
 from keras_svdtune.adapter_file import (
     EFFECTS,
     FINGERPRINTS,
@@ -23,6 +22,7 @@ from keras_svdtune.adapter_file import (
     checked_path,
     read_adapter,
 )
+from keras_svdtune.devices import shared, to_numpy
 from keras_svdtune.enable import (
     adapted_part,
     attach_plans,
@@ -47,8 +47,7 @@ from keras_svdtune.fingerprint import effect
 from keras_svdtune.hosts import kernel_shape, matrix_of
 from keras_svdtune.methods.base import Method
 from keras_svdtune.moving_statistics import Statistics
-from keras_svdtune.progress import run_all
-from keras_svdtune.replaced_kernel import kernel_maker
+from keras_svdtune.planning import plan_layers
 from keras_svdtune.targets import adapted_layers, loadable_layers
 
 
@@ -60,7 +59,8 @@ def save_adapter(
     """Writes the trainables of the enabled adapter to one file.
 
     The file is written under a temporary name and renamed, so that `path`
-    holds the old file or the new one, never half of one.
+    holds the old file or the new one, never half of one. With several
+    processes all call this, and the first one writes.
 
     Args:
         model: a model with an adapter.
@@ -75,7 +75,8 @@ def save_adapter(
         ValueError: the model has no adapter, or `path` another ending.
     """
     path = checked_path(path)
-    saved_adapter(model, include_basis).save(path)
+    saved = saved_adapter(model, include_basis)
+    shared(0, lambda: saved.save(path))
 
 
 def saved_adapter(
@@ -94,7 +95,7 @@ def saved_adapter(
                 value = getattr(adapter, weight.name).value
                 value = ops.cast(value, dtype_in_file(weight))
                 key = array_key(layer_path, adapter.method, weight.name)
-                arrays[key] = np.ascontiguousarray(ops.convert_to_numpy(value))
+                arrays[key] = np.ascontiguousarray(to_numpy(value))
         matrix = matrix_of(layer)
         fingerprints.append(fingerprint_of(layer))
         effects.append(effect(adapter.method, adapter, matrix))
@@ -131,7 +132,8 @@ def load_adapter(
 
     If the model has no adapter yet, the file's method is enabled on the
     file's layers. If it has the same one, values are assigned and nothing is
-    compiled anew.
+    compiled anew. With several processes all call this, and the first one reads
+    for all.
 
     Args:
         model: the base model, or the same with the same method enabled.
@@ -149,7 +151,8 @@ def load_adapter(
             it was.
     """
     if not isinstance(adapter, SavedAdapter):
-        adapter = read_adapter(adapter)
+        file = adapter
+        adapter = shared(0, lambda: read_adapter(file))
     root = adapted_part(model)
     adapted = adapted_layers(root)
     method, methods = methods_of(adapter)
@@ -171,17 +174,7 @@ def load_adapter(
     Statistics(root).check(moved, adapter.source)
     check_bases(adapter, layers, methods, ours)
     if not adapted:
-        jobs = {
-            layer_path: functools.partial(
-                _plan,
-                layer_path,
-                layer,
-                methods[layer_path],
-                values[layer_path],
-            )
-            for layer_path, layer in layers.items()
-        }
-        plans = run_all(f"{method.title}: loading", jobs)
+        plans = plan_layers(f"{method.title}: loading", layers, methods, values)
         for row, (layer_path, layer) in enumerate(layers.items()):
             check_effect(adapter, row, layer, plans[layer_path])
         attach_plans(root, method, layers, plans)
@@ -208,20 +201,3 @@ def _check_layer(
         check_layer(layer_path, layer, method)
     except ValueError as error:
         raise ValueError(f"{adapter.source} does not fit. {error}") from None
-
-
-def _plan(
-    layer_path: str, layer: Any, method: Method, values: dict[str, Any]
-) -> Plan:
-    matrix = matrix_of(layer)
-    computed = {
-        w.name
-        for w in method.weights(tuple(matrix.shape[-2:]))
-        if not w.overwritten
-    } - set(values)
-    if not computed:  # nothing to decompose
-        maker = kernel_maker(layer, method.base_mode)
-        return known_plan(method, matrix, dict(values), maker)
-    ready = plan(method, matrix, layer_path)
-    ready.values.update(values)
-    return ready

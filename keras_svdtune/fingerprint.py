@@ -24,6 +24,7 @@ from keras import ops
 
 from keras_svdtune import blocks
 from keras_svdtune.bank import over_bank
+from keras_svdtune.devices import to_numpy
 from keras_svdtune.svd import full_precision
 
 _BASE_PROBES, _EFFECT_PROBES = 4, 8
@@ -82,7 +83,7 @@ def effect(method: Any, weights: Any, matrix: Any) -> np.ndarray:
             one = functools.partial(_change, method)
             change = over_bank(one, method, weights, x, matrix)
             change = ops.sum(change, axis=0)
-    change = ops.convert_to_numpy(change).astype("float64")
+    change = to_numpy(change).astype("float64")
     return np.sum(change * b, axis=1).astype("float32")
 
 

@@ -10,12 +10,14 @@ To add a kind of layer, subclass it here, say how its kernel is a matrix
 `HOSTS`.
 """
 
+import threading
 from typing import Any, ClassVar
 
 import keras
 from keras import ops
 
 from keras_svdtune.adapter import Adapter
+from keras_svdtune.devices import placement_of, to_numpy
 from keras_svdtune.maps import ConvolutionMap, FrozenMap
 from keras_svdtune.matrix import DENSE_EQUATION, GroupedView, MatrixView
 from keras_svdtune.quantized import identity_rows
@@ -174,6 +176,8 @@ class AdaptedConv3D(AdaptedConvolution, keras.layers.Conv3D):
     plain = keras.layers.Conv3D
 
 
+_ONE_AT_A_TIME = threading.Lock()
+
 # The plain class -> the class with an adapter. A subclass of a plain class
 # may compute something else, so only the class itself is looked up.
 HOSTS: dict[type, type[AdapterHost]] = {
@@ -245,3 +249,28 @@ def matrix_of(layer: Any) -> Any:
         layer, bias=None, activation=None, inputs_quantizer=None
     )
     return identity_rows(bare.quantized_call, view, layer.compute_dtype)
+
+
+def host_matrix_of(layer: Any) -> Any:
+    """`matrix_of`, for a decomposition; an array of a kernel on many devices.
+
+    Such a kernel comes to the host in its parts. As a tensor it would first be
+    put together on every device, or be turned into other parts.
+    """
+    if placement_of(kernel_of(layer)) is None:
+        return matrix_of(layer)
+    # One at a time: programs that run on all devices from several threads
+    # would wait for each other for ever.
+    with _ONE_AT_A_TIME:
+        if layer.quantization_mode is not None:
+            return to_numpy(matrix_of(layer))
+        kernel = to_numpy(kernel_of(layer).value)
+    return view_of(layer).to_matrix(kernel.astype("float32"))
+
+
+def host_value_of(variable: Any) -> Any:
+    """A variable's tensor; an array where it is split over devices."""
+    if placement_of(variable) is None:
+        return ops.convert_to_tensor(variable)
+    with _ONE_AT_A_TIME:
+        return to_numpy(variable.value)

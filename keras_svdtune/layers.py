@@ -15,7 +15,7 @@ from keras_svdtune import attach
 from keras_svdtune.adapter import Plan, plan
 from keras_svdtune.enable import check_fit
 from keras_svdtune.freezing import freeze_own_variables
-from keras_svdtune.hosts import HOSTS, AdapterHost, matrix_of
+from keras_svdtune.hosts import HOSTS, AdapterHost, host_matrix_of
 from keras_svdtune.methods.base import Method
 
 
@@ -57,7 +57,7 @@ class DeclaredLayer(AdapterHost):
 
     def _plan(self) -> Plan:
         layer: Any = self
-        return plan(self.method, matrix_of(self), layer.name)
+        return plan(self.method, host_matrix_of(layer), layer.name)
 
     def load_own_variables(self, store: Any) -> None:
         super().load_own_variables(store)  # type: ignore[misc]

@@ -26,10 +26,12 @@ import functools
 import math
 from typing import Any
 
+import numpy as np
 from keras import ops
 
 DENSE_EQUATION = "...i,io->...o"
 _Labels = tuple[str, ...]
+_Shape = tuple[int, ...]
 _ELLIPSIS = "."  # one label that stands for any number of batch axes
 
 
@@ -85,6 +87,18 @@ class MatrixView:
         self.shape = (math.prod(self._in_dims), math.prod(self._out_dims))
         self.count = math.prod(self._counts) if self._shared else None
 
+    def kernel_dims(self, part: str) -> tuple[int, ...]:
+        """The dims of the kernel that are `"in"`, `"out"` or `"count"`.
+
+        In the order in which `to_matrix` flattens them.
+        """
+        labels = {
+            "in": self._contracted,
+            "out": self._produced,
+            "count": self._shared,
+        }[part]
+        return tuple(self._kernel.index(x) for x in labels)
+
     @property
     def batch(self) -> tuple[int, ...]:
         """(count,) for a bank, () for one matrix: what comes before `shape`."""
@@ -94,7 +108,7 @@ class MatrixView:
         """Kernel of `kernel_shape` -> W (in, out), or (count, in, out)."""
         labels = self._shared + self._contracted + self._produced
         kernel = _permute(kernel, self._kernel, labels)
-        return ops.reshape(kernel, self.batch + self.shape)
+        return _reshape(kernel, self.batch + self.shape)
 
     def to_kernel(self, matrix: Any) -> Any:
         """W (in, out), or (count, in, out) -> kernel of `kernel_shape`."""
@@ -165,7 +179,13 @@ class GroupedView(MatrixView):
         self.kernel_shape = tuple(kernel_shape)
 
     def to_matrix(self, kernel: Any) -> Any:
-        return super().to_matrix(ops.reshape(kernel, self._split_shape))
+        return super().to_matrix(_reshape(kernel, self._split_shape))
+
+    def kernel_dims(self, part: str) -> tuple[int, ...]:
+        last = len(self.kernel_shape) - 1  # it holds groups, and out in each
+        if part == "in":
+            return super().kernel_dims(part)
+        return (last,) if part == "count" else ()
 
     def to_kernel(self, matrix: Any) -> Any:
         return ops.reshape(super().to_kernel(matrix), self.kernel_shape)
@@ -208,7 +228,22 @@ def _permute(x: Any, old: _Labels, new: _Labels) -> Any:
     """Transposes the axes of `x`, labelled `old`, into the order `new`."""
     order = _axes(old, new, len(x.shape))
     # Most equations need no transposition; then no op is added to the graph.
-    return x if order == tuple(range(len(order))) else ops.transpose(x, order)
+    if order == tuple(range(len(order))):
+        return x
+    # An array stays on the host: a kernel gathered from several devices.
+    return (
+        x.transpose(order)
+        if isinstance(x, np.ndarray)
+        else (ops.transpose(x, order))
+    )
+
+
+def _reshape(x: Any, shape: _Shape) -> Any:
+    return (
+        x.reshape(shape)
+        if isinstance(x, np.ndarray)
+        else (ops.reshape(x, shape))
+    )
 
 
 @functools.lru_cache(maxsize=1024)

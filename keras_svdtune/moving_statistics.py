@@ -14,6 +14,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_svdtune.devices import to_numpy
 from keras_svdtune.targets import all_layers, layers_by_path
 
 _NAMES = ("moving_mean", "moving_variance")
@@ -77,4 +78,4 @@ class Statistics:
 
 
 def _numpy(variable: Any) -> np.ndarray:
-    return ops.convert_to_numpy(ops.cast(variable.value, "float32")).copy()
+    return to_numpy(ops.cast(variable.value, "float32")).copy()

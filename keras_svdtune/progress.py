@@ -9,6 +9,7 @@ import keras
 import threadpoolctl
 from rich import progress
 
+from keras_svdtune import devices
 from keras_svdtune.svd import on_host
 
 T = TypeVar("T")
@@ -39,6 +40,7 @@ def run_all(
         Whatever a job raises, or an interrupt; jobs not yet begun are
         dropped then.
     """
+    index, _ = devices.processes()
     workers = (os.cpu_count() or 1) if on_host() else 1
     shown = progress.Progress(
         progress.TextColumn("{task.description}"),
@@ -46,7 +48,8 @@ def run_all(
         progress.MofNCompleteColumn(),
         progress.TimeRemainingColumn(elapsed_when_finished=True),
         progress.TextColumn("[dim]{task.fields[layer]}"),
-        disable=not (bar and keras.config.is_interactive_logging_enabled()),
+        disable=index > 0
+        or not (bar and keras.config.is_interactive_logging_enabled()),
     )
     with shown, threadpoolctl.threadpool_limits(1, "blas"):
         task = shown.add_task(what, total=len(jobs), layer="")

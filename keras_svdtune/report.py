@@ -20,6 +20,7 @@ from keras_svdtune.enable import (
     require_adapted,
     targets_for,
 )
+from keras_svdtune.hosts import host_matrix_of
 from keras_svdtune.methods.base import Method
 
 
@@ -232,7 +233,7 @@ def _with_rank(method: Method, layer: Any, path: str) -> Method:
     energy = getattr(method, "rank", None)
     if not isinstance(energy, float):
         return method
-    matrix = attach.matrix_of(layer)
+    matrix = host_matrix_of(layer)
     needs = method.needs(tuple(matrix.shape[-2:]))
     assert needs is not None
     each = matrix if len(matrix.shape) == 3 else matrix[None]

@@ -135,7 +135,9 @@ def decompose(matrix: Any, needs: Needs, name: str = "matrix") -> Factors:
 
 def finite(matrix: Any, name: str) -> np.ndarray:
     """A matrix as a float32 array, or an error if it holds NaN or infinity."""
-    w = ops.convert_to_numpy(ops.cast(matrix, "float32"))
+    if not isinstance(matrix, np.ndarray):  # it is on the host already
+        matrix = ops.convert_to_numpy(ops.cast(matrix, "float32"))
+    w = np.ascontiguousarray(matrix, "float32")
     if not np.isfinite(w).all():
         raise ValueError(
             f"The kernel of '{name}' holds NaN or infinity, and such a matrix "

@@ -18,11 +18,11 @@ import functools
 from typing import Any
 
 import numpy as np
-from keras import ops
 
 from keras_svdtune import svd
-from keras_svdtune.attach import matrix_of
+from keras_svdtune.devices import to_numpy
 from keras_svdtune.enable import check_fit
+from keras_svdtune.hosts import matrix_of
 from keras_svdtune.methods.lora import LoRA
 from keras_svdtune.progress import run_all
 
@@ -87,7 +87,7 @@ def thin_product(path: str, layer: Any, rank: int | None) -> ThinProduct:
                 "the rank of its approximation must be given, such as "
                 "`rank=16`. Received: rank=None"
             )
-        a, b = (ops.convert_to_numpy(x) for x in factors)
+        a, b = (to_numpy(x) for x in factors)
         if 1 <= a.shape[1] <= min(change.shape):
             return _thin(path, change, a, b)
         # PiSSA's 2r may exceed what a matrix can have; AdaLoRA may have 0.
@@ -122,8 +122,8 @@ def change_of(path: str, layer: Any) -> tuple[Any, np.ndarray]:
             "made. Merge the adapter instead."
         )
     matrix = matrix_of(layer)
-    merged = ops.convert_to_numpy(layer.adapter.merged(matrix))
-    change = merged.astype("float64") - ops.convert_to_numpy(matrix)
+    merged = to_numpy(layer.adapter.merged(matrix))
+    change = merged.astype("float64") - to_numpy(matrix)
     if not np.isfinite(change).all():
         raise ValueError(
             f"The adapter of layer '{path}' holds NaN or infinity. Load or "

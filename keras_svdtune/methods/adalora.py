@@ -6,7 +6,10 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from keras_svdtune.devices import to_numpy
 from keras_svdtune.methods.base import (
+    IN,
+    OUT,
     LinearMap,
     Method,
     Weight,
@@ -117,17 +120,25 @@ class AdaLoRA(Method):
                 self.regularization / 2 * orthogonality(ops.transpose(q))
             ),
         }
+        axes: dict[str, tuple[str | None, ...]]
+        axes = {"p": (IN, None), "singular_values": (None,), "q": (None, OUT)}
         found = [
-            Weight(x, shapes[x], trainable=True, regularizer=penalties.get(x))
+            Weight(
+                x,
+                shapes[x],
+                trainable=True,
+                regularizer=penalties.get(x),
+                axes=axes[x],
+            )
             for x in shapes
         ]
         found.append(Weight("mask", (r,), saved=True, dtype="float32"))
         found.append(Weight("calls", (1,), overwritten=True))
-        for x in shapes:
-            found.append(
-                Weight(f"{x}_sensitivity", shapes[x], overwritten=True)
-            )
-            found.append(Weight(f"{x}_variation", shapes[x], overwritten=True))
+        found += [
+            Weight(f"{x}_{what}", shapes[x], overwritten=True, axes=axes[x])
+            for x in shapes
+            for what in ("sensitivity", "variation")
+        ]
         return found
 
     def initial_values(
@@ -178,12 +189,12 @@ class AdaLoRA(Method):
     def importance(self, weights: Any) -> np.ndarray:
         """(r,) the importance of each triplet; 0 for one that is masked."""
         scores = {
-            x: ops.convert_to_numpy(getattr(weights, f"{x}_sensitivity").value)
-            * ops.convert_to_numpy(getattr(weights, f"{x}_variation").value)
+            x: to_numpy(getattr(weights, f"{x}_sensitivity").value)
+            * to_numpy(getattr(weights, f"{x}_variation").value)
             for x in ("p", "singular_values", "q")
         }
         total = scores["p"].mean(axis=0) + scores["q"].mean(axis=1)
-        mask = ops.convert_to_numpy(weights.mask.value)
+        mask = to_numpy(weights.mask.value)
         return (total + scores["singular_values"]) * mask
 
     def _sensed(self, weights: Any, name: str) -> Any:

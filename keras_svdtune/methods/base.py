@@ -25,6 +25,9 @@ from keras import ops
 
 from keras_svdtune.svd import Factors, Needs
 
+# What a dim of a weight is of the matrix W (in, out), for `Weight.axes`.
+IN, OUT, COMPONENTS = "in", "out", "components"
+
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
@@ -42,6 +45,9 @@ class Weight:
             next value, which Keras' optimizers then assign; float32.
         regularizer: function from the weight to a number that is added to the
             loss, averaged over the adapters of the model; or None.
+        axes: what each dim is of W: `IN`, `OUT`, `COMPONENTS` (of a full
+            basis, n of them), or None. It decides on which devices the weight
+            is where W is on several (`layouts.py`). Empty: on all of them.
     """
 
     name: str
@@ -51,6 +57,7 @@ class Weight:
     dtype: str | None = None
     overwritten: bool = False
     regularizer: Callable[[Any], Any] | None = None
+    axes: tuple[str | None, ...] = ()
 
     def __post_init__(self) -> None:
         if self.trainable:
@@ -327,6 +334,12 @@ class Method:
         compared = {f.name for f in dataclasses.fields(self) if f.compare}
         values = dataclasses.asdict(self)
         return {k: v for k, v in values.items() if k in compared}
+
+
+def small_side(shape: tuple[int, int]) -> str:
+    """Which side of W (in, out) the basis of the smaller side is of."""
+    rows, columns = shape
+    return OUT if columns <= rows else IN
 
 
 def check_rank(rank: Any, shape: tuple[int, int]) -> None:

@@ -7,6 +7,8 @@ import numpy as np
 from keras import ops
 
 from keras_svdtune.methods.base import (
+    IN,
+    OUT,
     LinearMap,
     Method,
     ReverseMap,
@@ -76,10 +78,10 @@ class DoRA(Method):
     def weights(self, shape: tuple[int, int]) -> list[Weight]:
         rows, columns = shape
         return [
-            Weight("a", (rows, self.rank), trainable=True),
-            Weight("b", (self.rank, columns), trainable=True),
-            Weight("magnitude_change", (columns,), trainable=True),
-            Weight("squared_norms", (columns,), dtype="float32"),
+            Weight("a", (rows, self.rank), trainable=True, axes=(IN, None)),
+            Weight("b", (self.rank, columns), trainable=True, axes=(None, OUT)),
+            Weight("magnitude_change", (columns,), trainable=True, axes=(OUT,)),
+            Weight("squared_norms", (columns,), dtype="float32", axes=(OUT,)),
         ]
 
     def initial_values(

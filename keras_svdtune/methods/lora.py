@@ -7,7 +7,14 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_svdtune.methods.base import LinearMap, Method, Weight, register
+from keras_svdtune.methods.base import (
+    IN,
+    OUT,
+    LinearMap,
+    Method,
+    Weight,
+    register,
+)
 from keras_svdtune.methods.low_rank import branch, scale_of
 from keras_svdtune.svd import Factors
 
@@ -65,8 +72,8 @@ class LoRA(Method):
     def weights(self, shape: tuple[int, int]) -> list[Weight]:
         rows, columns = shape
         return [
-            Weight("a", (rows, self.rank), trainable=True),
-            Weight("b", (self.rank, columns), trainable=True),
+            Weight("a", (rows, self.rank), trainable=True, axes=(IN, None)),
+            Weight("b", (self.rank, columns), trainable=True, axes=(None, OUT)),
         ]
 
     def initial_values(

@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_svdtune.methods.base import (
+    OUT,
     LinearMap,
     Method,
     ReverseMap,
@@ -75,7 +76,7 @@ class LoRAXS(Method):
     def weights(self, shape: tuple[int, int]) -> list[Weight]:
         rank = int(self.rank)
         return [
-            Weight("v", (shape[1], rank)),
+            Weight("v", (shape[1], rank), axes=(OUT, None)),
             Weight("r", (rank, rank), trainable=True),
         ]
 

@@ -8,7 +8,14 @@ import numpy as np
 from keras import ops
 
 from keras_svdtune.methods import qpissa
-from keras_svdtune.methods.base import LinearMap, Method, Weight, register
+from keras_svdtune.methods.base import (
+    IN,
+    OUT,
+    LinearMap,
+    Method,
+    Weight,
+    register,
+)
 from keras_svdtune.methods.low_rank import branch, scale_of
 from keras_svdtune.svd import Factors, Needs
 
@@ -44,11 +51,13 @@ class SpectralLoRA(Method):
         rows, columns = shape
         rank = int(self.rank)
         return [
-            Weight("delta_a", (rows, rank), trainable=True),
-            Weight("delta_b", (rank, columns), trainable=True),
+            Weight("delta_a", (rows, rank), trainable=True, axes=(IN, None)),
+            Weight(
+                "delta_b", (rank, columns), trainable=True, axes=(None, OUT)
+            ),
             # Saved: a file then gives the same function whatever computed it.
-            Weight("a0", (rows, rank), saved=True),
-            Weight("b0", (rank, columns), saved=True),
+            Weight("a0", (rows, rank), saved=True, axes=(IN, None)),
+            Weight("b0", (rank, columns), saved=True, axes=(None, OUT)),
         ]
 
     def initial_values(

@@ -8,11 +8,13 @@ from keras import ops
 
 from keras_svdtune import blocks
 from keras_svdtune.methods.base import (
+    COMPONENTS,
     LinearMap,
     Method,
     ReverseMap,
     Weight,
     register,
+    small_side,
 )
 from keras_svdtune.svd import Factors, Needs
 
@@ -89,7 +91,10 @@ class SVF(Method):
 
     def weights(self, shape: tuple[int, int]) -> list[Weight]:
         n = min(shape)
-        return [Weight("basis", (n, n)), Weight("delta", (n,), trainable=True)]
+        return [
+            Weight("basis", (n, n), axes=(small_side(shape), COMPONENTS)),
+            Weight("delta", (n,), trainable=True, axes=(COMPONENTS,)),
+        ]
 
     def initial_values(
         self,

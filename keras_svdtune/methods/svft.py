@@ -8,14 +8,17 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from keras_svdtune.devices import whole_rows
 from keras_svdtune.methods.banded import banded_product, diagonals
 from keras_svdtune.methods.base import (
+    COMPONENTS,
     LinearMap,
     Method,
     ReverseMap,
     Weight,
     nearest,
     register,
+    small_side,
 )
 from keras_svdtune.svd import Factors, Needs
 
@@ -116,7 +119,7 @@ class SVFT(Method):
         n, d = min(shape), self._width()
         count = n * (2 * d + 1) - d * (d + 1)
         found = [
-            Weight("basis", (n, n)),
+            Weight("basis", (n, n), axes=(small_side(shape), COMPONENTS)),
             # 1 / s, in float32: bfloat16 would distort M.
             Weight("inverse_s", (n,), dtype="float32"),
             Weight("m", (count,), trainable=True),
@@ -221,7 +224,9 @@ class SVFT(Method):
             m = ops.transpose(m) if transposed else m
             mixed = ops.matmul(components, m)
         else:
+            components = whole_rows(components, weights.basis)
             mixed = self._banded(weights, components, by_rows, transposed)
+            mixed = whole_rows(mixed, weights.basis)
         mixed = ops.cast(mixed, components.dtype)
         return ops.matmul(mixed, ops.transpose(basis))
 

@@ -43,7 +43,7 @@ from rich.table import Table
 
 import keras_svdtune
 from keras_svdtune import svd
-from keras_svdtune.attach import matrix_of
+from keras_svdtune.hosts import matrix_of
 from keras_svdtune.targets import adapted_layers, find_targets
 
 TORCH = "torch.linalg.svd, float32"

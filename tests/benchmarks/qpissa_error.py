@@ -28,8 +28,8 @@ from keras import ops
 from rich.table import Table
 
 import keras_svdtune
-from keras_svdtune.attach import matrix_of
 from keras_svdtune.demo.weights import MODELS
+from keras_svdtune.hosts import matrix_of
 from keras_svdtune.progress import run_all
 from keras_svdtune.replaced_kernel import kernel_maker
 from keras_svdtune.targets import adapted_layers, find_targets
