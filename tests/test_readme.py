@@ -30,7 +30,12 @@ PYTHON = [code for language, code in BLOCKS if language == "python"]
 COMMANDS = [code for language, code in BLOCKS if language == "bash"]
 INLINE = re.findall(r"`([^`\n]+)`", PROSE)
 LINKS = re.findall(r"\]\(([^)\s]+)\)", TEXT)
-HOSTS = {"ai.google.dev", "arxiv.org", "img.shields.io"}
+HOSTS = {
+    "ai.google.dev",
+    "arxiv.org",
+    "colab.research.google.com",
+    "img.shields.io",
+}
 
 
 def batches():
