@@ -7,13 +7,15 @@ method says of the difference.
 
 import dataclasses
 import types
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
-from keras import ops
-
-from keras_svdtune import attach, hosts
+from keras_svdtune import attach, devices
+from keras_svdtune.hosts import host_matrix_of, host_value_of
 from keras_svdtune.methods.base import Method
+from keras_svdtune.progress import run_all
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,7 @@ class ModelMatrix:
 
     def kernel(self) -> Any:
         """(in, out), float32: what is in the layer. W, unless `replaced`."""
-        matrix = hosts.matrix_of(self.layer)
+        matrix = host_matrix_of(self.layer)
         return matrix if self.index is None else matrix[self.index]
 
     def base(self) -> Any:
@@ -77,13 +79,22 @@ class ModelMatrix:
         assert adapter is not None
         found = types.SimpleNamespace(shape=self.shape)
         for weight in adapter.method.weights(self.shape):
-            value = ops.convert_to_tensor(getattr(adapter, weight.name))
+            value = host_value_of(getattr(adapter, weight.name))
             if self.index is not None:
                 value = value[self.index]
             setattr(found, weight.name, value)
         if neutral:
             vars(found).update(adapter.method.neutral(found))
         return found
+
+
+def for_each(
+    what: str, jobs: Mapping[str, Callable[[], T]], bar: bool = True
+) -> dict[str, T]:
+    """`run_all`; with several processes in order, as they gather together."""
+    if devices.processes()[1] > 1:
+        return {path: job() for path, job in jobs.items()}
+    return run_all(what, jobs, bar)
 
 
 def matrices_of(layers: dict[str, Any]) -> dict[str, ModelMatrix]:

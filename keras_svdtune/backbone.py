@@ -43,6 +43,7 @@ def enable_function(cls: type[Method]) -> Callable[..., None]:
 
     enable_method.__signature__ = signature  # type: ignore[attr-defined]
     enable_method.__name__ = enable_method.__qualname__ = f"enable_{cls.name}"
+    enable_method.__module__ = "keras_svdtune"
     enable_method.__doc__ = (
         f"Enables {cls.title} on a model, as `enable_adapter` does.\n\n"
         "Takes the settings below; `model` and `target_layer_names` are as "

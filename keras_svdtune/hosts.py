@@ -266,3 +266,11 @@ def host_matrix_of(layer: Any) -> Any:
             return to_numpy(matrix_of(layer))
         kernel = to_numpy(kernel_of(layer).value)
     return view_of(layer).to_matrix(kernel.astype("float32"))
+
+
+def host_value_of(variable: Any) -> Any:
+    """A variable's tensor; an array where it is split over devices."""
+    if placement_of(variable) is None:
+        return ops.convert_to_tensor(variable)
+    with _ONE_AT_A_TIME:
+        return to_numpy(variable.value)

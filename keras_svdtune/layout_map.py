@@ -167,7 +167,7 @@ def _kinds(group: list[tuple[Any, MatrixView]], width: int) -> list[str | None]:
             kinds.append(ROW if several[0] else COLUMN)
         elif reads and writes:  # its shape does not tell: the last one writes
             last = i == len(group) - 1 and len(group) > 1
-            kinds.append(ROW if last and ROW not in kinds else COLUMN)
+            kinds.append(ROW if last else COLUMN)
         elif writes:
             kinds.append(ROW)
         elif reads and (len(group) > 1 or view.shape[1] > width):

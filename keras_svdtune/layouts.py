@@ -116,6 +116,31 @@ def block_axes(
     return found
 
 
+def refitted(
+    spec: Spec, shape: tuple[int, ...], sizes: Mapping[str, int]
+) -> Spec:
+    """How to split an array that comes in place of one of another shape.
+
+    Like that one if it has as many dims; if not, along one of its own. For a
+    kernel that is packed when it is quantized, its scale and its zero point.
+
+    Args:
+        spec: the mesh axes of each dim of the first array.
+        shape: of the new one.
+        sizes: devices along each mesh axis.
+    """
+    if len(spec) == len(shape):
+        pairs = zip(spec, shape, strict=True)
+        return tuple(_dividing(axes, n, sizes) for axes, n in pairs)
+    every = tuple(a for axes in spec for a in axes)
+    found: list[Axes] = [()] * len(shape)
+    if len(shape) > 1:  # or it is tiny
+        parts = [_dividing(every, n, sizes) for n in shape]
+        best = max(range(len(shape)), key=lambda i: len(parts[i]))
+        found[best] = parts[best]
+    return tuple(found)
+
+
 def _axes_of(weight: Weight) -> tuple[str | None, ...]:
     return weight.axes or (None,) * len(weight.shape)
 

@@ -11,6 +11,7 @@ from typing import Any
 from keras import ops
 from keras.layers import Embedding
 
+from keras_svdtune.devices import undistributed
 from keras_svdtune.matrix import MatrixView
 
 MODES = ("int8", "int4")
@@ -75,9 +76,10 @@ def quantized_copy(
     config["dtype"] = float_policy(layer)
     initializer = f"{variable_names(layer)[0].strip('_')}_initializer"
     config[initializer] = "zeros"
-    fresh = type(layer).from_config(config)
-    fresh.build_from_config(layer.get_build_config())
-    quantize(fresh, kernel, mode, quantization_config)
+    with undistributed():  # it is for its values only
+        fresh = type(layer).from_config(config)
+        fresh.build_from_config(layer.get_build_config())
+        quantize(fresh, kernel, mode, quantization_config)
     return fresh
 
 

@@ -15,7 +15,13 @@ from typing import Any
 from keras import ops
 
 from keras_svdtune.adapter import NewKernel
+from keras_svdtune.devices import (
+    place_variable,
+    placement_of,
+    undistributed,
+)
 from keras_svdtune.hosts import kernel_of, matrix_of, view_of
+from keras_svdtune.layouts import refitted
 from keras_svdtune.quantized import (
     quantize,
     quantized_copy,
@@ -65,7 +71,15 @@ def kernel_maker(layer: Any, mode: str | None) -> Callable[[Any], NewKernel]:
 def put_in_place(layer: Any, kernel: NewKernel) -> None:
     """Gives `layer` this kernel; makes it a quantized one if the kernel is."""
     if kernel.mode is not None:
-        quantize(layer, layer._kernel.value, kernel.mode)
+        before = placement_of(kernel_of(layer))
+        with undistributed():  # a rule for a kernel fits no packed one
+            quantize(layer, layer._kernel.value, kernel.mode)
+        if before is not None:
+            for name in kernel.variables:
+                variable = getattr(layer, name)
+                shape = tuple(variable.shape)
+                spec = refitted(before.spec, shape, before.sizes)
+                place_variable(variable, before.sharding(spec))
     for name, value in kernel.variables.items():
         getattr(layer, name).assign(value)
 

@@ -13,9 +13,11 @@ eigenvectors are cosines with the singular vectors of the base.
 | anything else: DoRA, a replaced base | that of W', and of dW, formed |
 """
 
+import contextlib
 import dataclasses
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -94,21 +96,8 @@ def change_of(matrix: ModelMatrix, base: Base, what: What) -> SpectralChange:
     Raises:
         ValueError: the adapter holds NaN or infinity.
     """
-    assert matrix.method is not None
-    weights = matrix.weights()
-    core = matrix.method.core(weights, base.s)
-    if core is not None:
-        found = _from_core(core, base.s, matrix.shape)
-    elif matrix.replaced:
-        found = _from_dense(matrix, base)
-    else:
-        kernel = matrix.kernel()
-        with svd.full_precision():
-            factors = matrix.method.low_rank_factors(weights, kernel)
-            if factors is None:
-                found = _from_dense(matrix, base)
-            else:
-                found = _from_thin(kernel, *factors, base)
+    with _precisely():
+        found = _compared(matrix, base)
     new, update, vectors = found
     if not (np.isfinite(new).all() and np.isfinite(update).all()):
         raise ValueError(
@@ -130,6 +119,32 @@ def change_of(matrix: ModelMatrix, base: Base, what: What) -> SpectralChange:
 # order, and the singular vectors of W', the largest first, in terms of those
 # of W: (n, n), or None where they are the same ones.
 _Found = tuple[np.ndarray, np.ndarray, np.ndarray | None]
+
+
+def _compared(matrix: ModelMatrix, base: Base) -> _Found:
+    assert matrix.method is not None
+    weights = matrix.weights()
+    core = matrix.method.core(weights, base.s)
+    if core is not None:
+        return _from_core(core, base.s, matrix.shape)
+    if matrix.replaced:
+        return _from_dense(matrix, base)
+    kernel = matrix.kernel()
+    factors = matrix.method.low_rank_factors(weights, kernel)
+    if factors is None:
+        return _from_dense(matrix, base)
+    return _from_thin(kernel, *factors, base)
+
+
+def _precisely() -> contextlib.AbstractContextManager[None]:
+    """Products in full float32, for which a CPU need not be asked.
+
+    There several threads do this, and would undo each other's setting, which
+    is of the process in TensorFlow and torch.
+    """
+    if svd.on_host() and keras.backend.backend() != "jax":
+        return contextlib.nullcontext()
+    return svd.full_precision()
 
 
 def _from_core(

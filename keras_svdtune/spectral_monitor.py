@@ -6,9 +6,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_svdtune.adapted_matrix import ModelMatrix, matrices_of
+from keras_svdtune.adapted_matrix import ModelMatrix, for_each, matrices_of
 from keras_svdtune.enable import require_adapted
-from keras_svdtune.progress import run_all
 from keras_svdtune.spectral_change import (
     Base,
     SpectralChange,
@@ -104,7 +103,7 @@ class SpectralMonitor(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._watched = self._drawn(matrices_of(require_adapted(self.model)))
-        self._bases = run_all(
+        self._bases = for_each(
             "SpectralMonitor: decomposing",
             {
                 path: functools.partial(base_of, matrix)
@@ -121,7 +120,7 @@ class SpectralMonitor(keras.callbacks.Callback):
             )
             for path, matrix in self._watched.items()
         }
-        found = run_all("SpectralMonitor", jobs, bar=False)
+        found = for_each("SpectralMonitor", jobs, bar=False)
         self.changes = tuple(found.values())
         if logs is not None:
             logs.update(_means(self.changes))

@@ -18,9 +18,8 @@ import rich.table
 from keras import ops
 
 from keras_svdtune import svd
-from keras_svdtune.adapted_matrix import ModelMatrix, matrices_of
+from keras_svdtune.adapted_matrix import ModelMatrix, for_each, matrices_of
 from keras_svdtune.enable import adapted_part
-from keras_svdtune.progress import run_all
 from keras_svdtune.targets import find_matrices
 
 
@@ -237,7 +236,7 @@ def spectrum(
         path: functools.partial(_values_of, matrix)
         for path, matrix in matrices.items()
     }
-    found = run_all("Singular values", jobs)
+    found = for_each("Singular values", jobs)
     counts: dict[str, itertools.count[int]] = {}
     layers = []
     for path, matrix in matrices.items():

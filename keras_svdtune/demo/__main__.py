@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from keras_svdtune.demo import optional, show, train, weights
+from keras_svdtune.demo import results as files
 from keras_svdtune.methods import METHODS
 
 MODULE = "keras_svdtune.demo"
@@ -90,6 +91,13 @@ def parser() -> argparse.ArgumentParser:
         help="folder for adapter files and plots (default: %(default)s)",
     )
     parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help="write what was measured as JSON, for "
+        "`python -m keras_svdtune.demo.results`",
+    )
+    parser.add_argument(
         "--debug", action="store_true", help="show where an error came from"
     )
     return parser
@@ -128,6 +136,10 @@ def demo(options: argparse.Namespace) -> None:
     if len(results) > 1:
         show.comparison(results)
         show.plot(results, options.out / f"{name}-all.png")
+        picture = options.out / f"{name}-all-parameters.png"
+        files.picture(files.measured(results, options), picture)
+    if options.results:
+        files.write(results, options.results, options)
     show.step(f"Done. Adapter files and loss curves are in {options.out}")
 
 

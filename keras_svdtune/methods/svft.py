@@ -226,6 +226,7 @@ class SVFT(Method):
         else:
             components = whole_rows(components, weights.basis)
             mixed = self._banded(weights, components, by_rows, transposed)
+            mixed = whole_rows(mixed, weights.basis)
         mixed = ops.cast(mixed, components.dtype)
         return ops.matmul(mixed, ops.transpose(basis))
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import common
-import jax
 import keras
 import numpy as np
 import step_time
@@ -44,9 +43,9 @@ def measure(
     """All candidates on so many tokens."""
     random = np.random.default_rng(0)
     shape = (tokens, model.input_shape[-1])
-    inputs = jax.numpy.asarray(random.standard_normal(shape), "float32")
+    inputs = random.standard_normal(shape).astype("float32")
     scale = model.get_layer("norm").gamma
-    found = [step_time.Candidate(FLOOR, model, inputs, [scale])]
+    found = [step_time.candidate(FLOOR, model, inputs, [scale])]
     for method in (
         keras_svdtune.LoRA(rank=options.rank),
         keras_svdtune.PiSSA(rank=options.rank),
@@ -57,10 +56,10 @@ def measure(
         label = method.title
         if hasattr(method, "rank"):
             label += f" (rank {method.rank})"
-        found.append(step_time.Candidate(label, model, inputs, variables))
+        found.append(step_time.candidate(label, model, inputs, variables))
         keras_svdtune.remove_adapter(model)
     for candidate in found:
-        candidate.run()
+        candidate.step()
     for i in track(range(options.steps), f"{tokens} tokens"):
         for candidate in found[i % len(found) :] + found[: i % len(found)]:
             candidate.measure()

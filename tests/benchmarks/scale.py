@@ -644,7 +644,7 @@ def check_flops(
                 }
             )
 
-    path = folder / "step_time_gemma3_270m.json"
+    path = folder / "step_time_gemma3_270m_jax.json"
     if path.exists():
         read = json.loads(path.read_text())
         compare(

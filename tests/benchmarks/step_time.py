@@ -2,35 +2,43 @@
 
     python tests/benchmarks/step_time.py --model gemma3_270m
 
-One step is the forward and backward pass of the backbone (no optimizer, no
-logits), compiled by JAX, on the mean square of its output. All candidates
-adapt the same layers of the same model: every Dense and EinsumDense of every
-block. Two others frame them:
+All candidates adapt the same layers of the same model: every Dense and
+EinsumDense of every block. Others frame them:
 
 - the frozen floor: nothing trains but one small vector below the first
   block, so that the gradient goes through all activations;
-- full fine-tuning.
+- Keras' `enable_lora` and full fine-tuning;
+- with `--peft` (on torch), PEFT's methods on the same weights in transformers,
+  with a frozen floor of their own.
+
+`--model 2048x16384` is a single Dense layer of that shape, with random weights,
+on a norm. `steps.py` says what a step is. `compare.py` runs this for several
+models and backends.
 
 The candidates take turns: every round runs each of them once, and the table
 shows medians over the rounds, so that what else runs on the machine meets all
 of them alike. Compare ratios of one run, never seconds of two. CPU seconds
 (all threads of the process) are shown too: they hardly depend on the load,
-but do not tell how well a step keeps several cores busy.
+but do not tell how well a step keeps several cores busy. `peak` is the most
+resident memory during a step, above what there was before it.
 """
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import common
-import jax
 import keras
 import numpy as np
+import peft_rows
+import step_plot
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from steps import random_tokens, step_of
 
 import keras_svdtune
 from keras_svdtune.targets import find_targets
@@ -38,309 +46,320 @@ from keras_svdtune.targets import find_targets
 FLOOR = "frozen floor"
 LORA = "Keras enable_lora"
 FULL = "full fine-tuning"
+RATIOS = ("seconds", "cpu_seconds", "flops", "temp_bytes", "peak_bytes")
 
 
 class Candidate:
-    """A compiled step with its arguments; the model may change after it.
+    """A step with its figures; the model may change after it is made.
 
     Args:
         name: str.
-        backbone: the model, as it is to be trained.
-        inputs: what it is called with.
-        variables: what trains; None for the model's trainables.
-        enable_seconds: how long it took to make the model so.
+        make_step: function that gives the step, a function without arguments
+            that has `figures()`.
+        enable_seconds: how long it took to make the model so; None if nothing
+            was done.
+        parameters: how many numbers train.
+        file_bytes: the size of the file that keeps them.
     """
 
     def __init__(
         self,
         name: str,
-        backbone: Any,
-        inputs: Any,
-        variables: list[Any] | None = None,
-        enable_seconds: float = 0.0,
+        make_step: Callable[[], Any],
+        enable_seconds: float | None = None,
+        parameters: int | None = None,
+        file_bytes: int | None = None,
     ):
-        if variables is None:
-            variables = backbone.trainable_variables
         self.name = name
-        self.enable_seconds = enable_seconds
-        self.parameters = sum(int(np.prod(v.shape)) for v in variables)
+        start = time.perf_counter()
+        self.step = make_step()
+        self.known = {
+            "compile_seconds": time.perf_counter() - start,
+            "enable_seconds": enable_seconds,
+            "trainable_parameters": parameters,
+            "file_bytes": file_bytes,
+            **self.step.figures(),
+        }
         self.seconds: list[float] = []
         self.cpu_seconds: list[float] = []
-        trains = {id(v) for v in variables}
-        constants = [v for v in backbone.variables if id(v) not in trains]
-        self.arguments = (
-            [v.value for v in variables],
-            [v.value for v in constants],
-            inputs,
-        )
-        step = jax.value_and_grad(_loss(backbone, variables, constants))
-        start = time.perf_counter()
-        self.step = jax.jit(step).lower(*self.arguments).compile()
-        self.compile_seconds = time.perf_counter() - start
-
-    def run(self) -> tuple[float, float]:
-        """Runs the step once; returns seconds by the clock and of CPU."""
-        cpu, clock = time.process_time(), time.perf_counter()
-        jax.block_until_ready(self.step(*self.arguments))
-        return time.perf_counter() - clock, time.process_time() - cpu
+        self.peaks: list[int] = []
 
     def measure(self) -> None:
-        """Runs the step once and keeps the seconds."""
-        clock, cpu = self.run()
-        self.seconds.append(clock)
-        self.cpu_seconds.append(cpu)
+        """Runs the step once and keeps the figures."""
+        before = common.rss_bytes()
+        common.restart_peak()
+        cpu, clock = time.process_time(), time.perf_counter()
+        self.step()
+        self.seconds.append(time.perf_counter() - clock)
+        self.cpu_seconds.append(time.process_time() - cpu)
+        peak = common.peak_bytes()
+        if before is not None and peak is not None:
+            self.peaks.append(max(peak - before, 0))
 
     def result(self) -> dict[str, Any]:
         """The figures, but for ratios to other candidates."""
-        memory = self.step.memory_analysis()
         return {
             "seconds": statistics.median(self.seconds),
             "cpu_seconds": statistics.median(self.cpu_seconds),
             "all_seconds": [round(s, 4) for s in self.seconds],
             "all_cpu_seconds": [round(s, 4) for s in self.cpu_seconds],
-            "flops": self.step.cost_analysis()["flops"],
-            "temp_bytes": memory.temp_size_in_bytes,
-            "argument_bytes": memory.argument_size_in_bytes,
-            "trainable_parameters": self.parameters,
-            "enable_seconds": self.enable_seconds,
-            "compile_seconds": self.compile_seconds,
+            "peak_bytes": statistics.median(self.peaks) if self.peaks else None,
+            **self.known,
         }
 
 
-def _loss(
-    backbone: Any, variables: list[Any], constants: list[Any]
-) -> Callable[..., Any]:
-    order = [id(v) for v in [*variables, *constants]]
-    trainables = [order.index(id(v)) for v in backbone.trainable_variables]
-    others = [order.index(id(v)) for v in backbone.non_trainable_variables]
+def candidate(
+    name: str,
+    model: Any,
+    inputs: Any,
+    variables: list[Any] | None = None,
+    **known: Any,
+) -> Candidate:
+    """A candidate of Keras, as the model is now.
 
-    def loss(values: list[Any], constants: list[Any], inputs: Any) -> Any:
-        state = [*values, *constants]
-        outputs, _, losses = backbone.stateless_call(
-            [state[i] for i in trainables],
-            [state[i] for i in others],
-            inputs,
-            training=True,
-            return_losses=True,
-        )
-        return (outputs**2).mean() + sum(losses)
-
-    return loss
+    Args:
+        variables: what trains; None for the model's trainables.
+        **known: what is known of it, see `Candidate`.
+    """
+    if variables is None:
+        variables = model.trainable_variables
+    known["parameters"] = sum(int(np.prod(v.shape)) for v in variables)
+    return Candidate(name, lambda: step_of(model, inputs, variables), **known)
 
 
 def candidates(
-    backbone: Any, inputs: Any, methods: dict[str, Any], rank: int
+    load: Callable[[], Any],
+    inputs: Any,
+    methods: dict[str, Any],
+    rank: int,
 ) -> tuple[list[Candidate], dict[str, str]]:
-    """Compiles all candidates, one after the other, on one model.
+    """Builds all candidates, one after the other.
+
+    Args:
+        load: gives the model. On torch, where a step is the model itself and
+            nothing compiled, it is called for every candidate.
 
     Returns:
         The candidates, and why a method is left out.
     """
-    found = [
-        Candidate(FLOOR, backbone, inputs, [_first_vector(backbone)]),
-        Candidate(FULL, backbone, inputs),
-    ]
+    shared = load()
+    fresh = keras.backend.backend() == "torch"
     left_out = {}
+
+    def model() -> Any:
+        if not fresh:
+            return shared
+        one = load()
+        # No step changes a weight, so all can have the same.
+        for ours, theirs in zip(one.variables, shared.variables, strict=True):
+            ours.value.data = theirs.value.data
+        return one
+
+    found = [candidate(FLOOR, one := model(), inputs, [_first_vector(one)])]
     for name, method in track(methods.items(), "Enabling and compiling"):
+        one = model()
         start = time.perf_counter()
         try:
-            keras_svdtune.enable_adapter(backbone, method)
+            keras_svdtune.enable_adapter(one, method)
         except ValueError as error:
             left_out[name] = str(error)
             continue
         seconds = time.perf_counter() - start
-        label = method.title
-        if hasattr(method, "rank"):
-            label += f" (rank {method.rank})"
-        if ":" in name:
-            label += f" {name.partition(':')[2]}"
-        found.append(Candidate(label, backbone, inputs, enable_seconds=seconds))
-        keras_svdtune.remove_adapter(backbone)
+        size = _file_bytes(lambda path: keras_svdtune.save_adapter(one, path))  # noqa: B023
+        found.append(
+            candidate(
+                _label(name, method),
+                one,
+                inputs,
+                enable_seconds=seconds,
+                file_bytes=size,
+            )
+        )
+        if not fresh:
+            keras_svdtune.remove_adapter(one)
+    one = model()
+    size = _file_bytes(one.save_weights, ".weights.h5")
+    found.insert(1, candidate(FULL, one, inputs, file_bytes=size))
     # Last, since it cannot be taken back.
-    layers = find_targets(backbone).values()
+    one = model()
     start = time.perf_counter()
-    backbone.enable_lora(rank, sorted({x.name for x in layers}))
+    size = _enable_lora(one, rank)
     seconds = time.perf_counter() - start
-    lora = Candidate(
-        f"{LORA}({rank})", backbone, inputs, enable_seconds=seconds
+    lora = candidate(
+        f"{LORA}({rank})",
+        one,
+        inputs,
+        enable_seconds=seconds,
+        file_bytes=size and _file_bytes(one.save_lora_weights, ".lora.h5"),
     )
     found.insert(1, lora)
     return found, left_out
 
 
-def _first_vector(backbone: Any) -> Any:
+def _enable_lora(model: Any, rank: int) -> bool:
+    """Keras' LoRA on every target; whether the model can save it."""
+    layers = find_targets(model).values()
+    if hasattr(model, "enable_lora"):
+        model.enable_lora(rank, sorted({x.name for x in layers}))
+        return True
+    for layer in model.layers:
+        layer.trainable = False
+    for layer in layers:
+        layer.trainable = True
+        layer.enable_lora(rank)
+    return False
+
+
+def _label(name: str, method: Any) -> str:
+    label = method.title
+    if hasattr(method, "rank"):
+        label += f" (rank {method.rank})"
+    return f"{label} {name.partition(':')[2]}".strip()
+
+
+def _file_bytes(save: Callable[[str], None], ending: str = "") -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / (
+            f"file{ending}" if ending else "file.safetensors"
+        )
+        save(str(path))
+        return path.stat().st_size
+
+
+def _first_vector(model: Any) -> Any:
     """The first norm scale (or bias): below every matrix but embeddings."""
-    return next(v for v in backbone.trainable_variables if len(v.shape) == 1)
+    return next(v for v in model.trainable_variables if len(v.shape) == 1)
 
 
 def measure(found: list[Candidate], rounds: int) -> None:
     """Runs every candidate once a round, after one round to warm up."""
-    for candidate in found:
-        candidate.run()
+    for one in found:
+        one.step()
     for i in track(range(rounds), "Measuring", disable=not rounds):
         # Another order each time: what follows what should not matter.
-        for candidate in found[i % len(found) :] + found[: i % len(found)]:
-            candidate.measure()
+        for one in found[i % len(found) :] + found[: i % len(found)]:
+            one.measure()
 
 
 def with_ratios(results: dict[str, dict[str, Any]]) -> None:
     """Adds the ratios to `enable_lora` and to the floor."""
     lora = next(r for name, r in results.items() if name.startswith(LORA))
-    for result in results.values():
-        for key in ("seconds", "cpu_seconds", "flops", "temp_bytes"):
-            result[f"{key}_to_lora"] = result[key] / lora[key]
-        result["seconds_to_floor"] = (
-            result["seconds"] / results[FLOOR]["seconds"]
-        )
+    for name, result in results.items():
+        for key in RATIOS:
+            if result.get(key) and lora.get(key):
+                result[f"{key}_to_lora"] = result[key] / lora[key]
+        theirs = name.startswith(peft_rows.PREFIX)
+        floor = results[peft_rows.FLOOR if theirs else FLOOR]
+        result["seconds_to_floor"] = result["seconds"] / floor["seconds"]
+
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "s / step": lambda r: f"{r['seconds']:.3g}",
+    "min - max": lambda r: (
+        f"{min(r['all_seconds']):.3g} - {max(r['all_seconds']):.3g}"
+    ),
+    "to enable_lora": lambda r: f"{r['seconds_to_lora']:.2f}",
+    "to floor": lambda r: f"{r['seconds_to_floor']:.2f}",
+    "CPU s": lambda r: f"{r['cpu_seconds']:.3g}",
+    "CPU to enable_lora": lambda r: f"{r['cpu_seconds_to_lora']:.2f}",
+    "GFLOP": lambda r: f"{r['flops'] / 1e9:.3g}",
+    "temp MB": lambda r: f"{r['temp_bytes'] / 1e6:.4g}",
+    "temp to enable_lora": lambda r: f"{r['temp_bytes_to_lora']:.2f}",
+    "peak MB": lambda r: f"{r['peak_bytes'] / 1e6:.4g}",
+    "trainable": lambda r: f"{r['trainable_parameters']:,}",
+    "file KiB": lambda r: f"{r['file_bytes'] / 1024:,.0f}",
+    "s to enable": lambda r: f"{r['enable_seconds']:.1f}",
+}
+
+
+def cells(result: dict[str, Any]) -> list[str]:
+    """A row of the table; a dash for what is not known."""
+    found = []
+    for text in COLUMNS.values():
+        try:
+            found.append(text(result))
+        except (KeyError, TypeError):
+            found.append("-")
+    return found
 
 
 def table_of(results: dict[str, dict[str, Any]], title: str, note: str) -> Any:
     """The results as a table."""
     table = Table(title=title, caption=note)
     table.add_column("", no_wrap=True)
-    for column in (
-        "s / step",
-        "min - max",
-        "to enable_lora",
-        "to floor",
-        "CPU s",
-        "to enable_lora",
-        "GFLOP",
-        "temp MB",
-        "trainable",
-        "s to enable",
-    ):
-        table.add_column(column, justify="right", no_wrap=True)
-    for name, r in results.items():
-        table.add_row(
-            name,
-            f"{r['seconds']:.3g}",
-            f"{min(r['all_seconds']):.3g} - {max(r['all_seconds']):.3g}",
-            f"{r['seconds_to_lora']:.2f}",
-            f"{r['seconds_to_floor']:.2f}",
-            f"{r['cpu_seconds']:.3g}",
-            f"{r['cpu_seconds_to_lora']:.2f}",
-            f"{r['flops'] / 1e9:.3g}",
-            f"{r['temp_bytes'] / 1e6:.4g}",
-            f"{r['trainable_parameters']:,}",
-            f"{r['enable_seconds']:.1f}" if r["enable_seconds"] else "-",
-        )
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    for name, result in results.items():
+        table.add_row(name, *cells(result))
     return table
-
-
-def plot(
-    results: dict[str, dict[str, Any]], title: str, note: str, path: Path
-) -> None:
-    """Draws seconds per step as bars, shortest on top."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("No plot: matplotlib is not installed.")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names = sorted(results, key=lambda name: -results[name]["seconds"])
-    floor = results[FLOOR]["seconds"]
-    lora = next(r["seconds"] for n, r in results.items() if n.startswith(LORA))
-    figure, axes = pyplot.subplots(
-        figsize=(8, 1.6 + 0.36 * len(names)), layout="constrained"
-    )
-    for i, name in enumerate(names):
-        r = results[name]
-        framed = name in (FLOOR, FULL) or name.startswith(LORA)
-        axes.barh(
-            i,
-            r["seconds"],
-            height=0.66,
-            color="#b0b7c0" if framed else "#2f6db3",
-        )
-        low, high = min(r["all_seconds"]), max(r["all_seconds"])
-        axes.plot([low, high], [i, i], color="#222222", linewidth=1)
-        axes.annotate(
-            f"{r['seconds_to_lora']:.2f}",
-            (max(high, r["seconds"]), i),
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="center",
-        )
-    for x, text in ((floor, "floor"), (lora, "enable_lora")):
-        axes.axvline(x, color="#c0392b", linewidth=1, linestyle="--")
-        axes.annotate(
-            text,
-            (x, len(names) - 0.45),
-            xytext=(0, 1),
-            textcoords="offset points",
-            ha="center",
-            va="bottom",
-            color="#c0392b",
-            fontsize=9,
-        )
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(-0.6, len(names) - 0.4)
-    axes.set_xlim(0, max(max(r["all_seconds"]) for r in results.values()) * 1.1)
-    axes.set_xlabel(
-        "seconds per step: bar = median, line = fastest to slowest,\n"
-        f"number = ratio to Keras enable_lora\n{note}",
-        fontsize=9,
-    )
-    axes.set_title(title, pad=18)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    print(f"Written: {path}")
 
 
 def main() -> None:
     """Runs the command."""
-    parser = common.parser(__doc__.splitlines()[0])
+    parser = common.parser(__doc__.splitlines()[0], by_shape=True)
     parser.add_argument("--batch", type=int, default=2, help="sequences")
     parser.add_argument("--length", type=int, default=512, help="tokens each")
     parser.add_argument("--steps", type=int, default=7, help="rounds")
+    parser.add_argument("--peft", action="store_true", help="PEFT too (torch)")
     options = parser.parse_args()
-    common.require_jax()
     keras.config.disable_interactive_logging()  # one progress bar is enough
+    keras_svdtune.set_decomposition_cache(False)  # every enabling from nothing
     machine = common.machine()
     methods, left_out = common.methods_for(options.methods, options.rank)
-    backbone = common.load_backbone(options.model)
+    model = common.load_backbone(options.model)
     shape = (options.batch, options.length)
-    vocabulary = backbone.token_embedding.input_dim
-    tokens = np.random.default_rng(0).integers(0, vocabulary, shape)
-    inputs = {
-        "token_ids": jax.numpy.asarray(tokens, "int32"),
-        "padding_mask": jax.numpy.ones(shape, "int32"),
-    }
-    n_layers = len(find_targets(backbone))
-    found, unfit = candidates(backbone, inputs, methods, options.rank)
+    if isinstance(model, keras.Sequential):
+        random = np.random.default_rng(0)
+        inputs = random.standard_normal((*shape, model.input_shape[-1]))
+        inputs = inputs.astype("float32")
+    else:
+        inputs = random_tokens(model.token_embedding.input_dim, *shape)
+    n_layers, dtype = len(find_targets(model)), model.dtype_policy.name
+    del model
+    found, unfit = candidates(
+        lambda: common.load_backbone(options.model),
+        inputs,
+        methods,
+        options.rank,
+    )
     left_out |= unfit
+    if options.peft:
+        found += peft_rows.candidates(options.model, inputs, options.rank)
     measure(found, options.steps)
     results = {c.name: c.result() for c in found}
     with_ratios(results)
     machine["load_at_end"] = common.load()
     title = (
         f"One step of {options.model}: {n_layers} matrices, "
-        f"{options.batch} x {options.length} tokens, float32"
+        f"{options.batch} x {options.length} tokens, {dtype}"
     )
     note = common.describe(machine)
     common.show(table_of(results, title, f"{note}, {options.steps} rounds"))
     for name, reason in left_out.items():
         Console().print(f"Left out: {name} ({reason})")
-    name = f"step_time_{options.model}"
+    name = f"step_time_{options.model}_{machine['backend']}"
+    if isinstance(inputs, np.ndarray):
+        name += f"_{options.batch * options.length}"
     common.write_json(
         options.results,
         name,
         {
             "model": options.model,
+            "title": title,
             "matrices": n_layers,
             "batch": options.batch,
             "length": options.length,
-            "dtype": backbone.dtype_policy.name,
+            "dtype": dtype,
             "rounds": options.steps,
             "machine": machine,
             "left_out": left_out,
             "results": results,
         },
     )
-    plot(results, title, note, options.results / f"{name}.png")
+    framed = (FLOOR, FULL, LORA, peft_rows.PREFIX)
+    step_plot.plot(
+        results, framed, title, note, options.results / f"{name}.png"
+    )
 
 
 if __name__ == "__main__":

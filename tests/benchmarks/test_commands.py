@@ -33,25 +33,51 @@ def run(command: str, results: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def test_step_time(tmp_path: Path) -> None:
-    methods = ("svf", "svft:pattern=random", "pissa")
+METHODS = ("svf", "svft:pattern=random", "pissa")
+
+
+def test_compare(tmp_path: Path) -> None:
     printed = run(
-        *("step_time.py", tmp_path, *TINY_MODEL, "--batch", "1"),
-        *("--length", "8"),
-        *("--steps", "2", "--rank", "2", "--methods", *methods),
+        *("compare.py", tmp_path, "--models", "tiny", "--backends", "jax"),
+        *("--layers", "8x16", "9999999x9999999", "--tokens", "8"),
+        *("--batch", "1", "--length", "8", "--steps", "2", "--rank", "2"),
+        *("--methods", *METHODS),
     )
     assert "SVFT pattern=random" in printed
-    written = json.loads((tmp_path / "step_time_tiny.json").read_text())
-    results = written["results"]
-    assert list(results) == [
-        *("frozen floor", "Keras enable_lora(2)", "full fine-tuning"),
-        *("SVF", "SVFT pattern=random", "PiSSA (rank 2)"),
-    ]
+    assert "Left out: 9999999x9999999 at 8 tokens needs" in printed
+    table = (tmp_path / "compare.md").read_text()
+    for name in ("tiny_jax", "8x16_jax_8"):
+        path = tmp_path / f"step_time_{name}.json"
+        written = json.loads(path.read_text())
+        results = written["results"]
+        assert list(results) == [
+            *("frozen floor", "Keras enable_lora(2)", "full fine-tuning"),
+            *("SVF", "SVFT pattern=random", "PiSSA (rank 2)"),
+        ]
+        for label, result in results.items():
+            assert len(result["all_seconds"]) == 2
+            assert result["flops"] > 0 and result["temp_bytes"] > 0
+            assert f"| {label} | " in table
+        assert written["machine"]["cores"] >= 1
+        assert path.with_suffix(".png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "torch"])
+def test_step_time(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(backend)
+    monkeypatch.setenv("KERAS_BACKEND", backend)
+    run(
+        *("step_time.py", tmp_path, *TINY_MODEL, "--batch", "1"),
+        *("--length", "8", "--steps", "1", "--rank", "2"),
+        *("--methods", *METHODS),
+    )
+    path = tmp_path / f"step_time_tiny_{backend}.json"
+    results = json.loads(path.read_text())["results"]
+    assert len(results) == 6
     for result in results.values():
-        assert len(result["all_seconds"]) == 2
-        assert result["flops"] > 0 and result["temp_bytes"] > 0
-    assert written["machine"]["cores"] >= 1
-    assert (tmp_path / "step_time_tiny.png").stat().st_size > 0
+        assert result["seconds_to_lora"] > 0 and "flops" not in result
 
 
 def test_enable_time(tmp_path: Path) -> None:
@@ -76,6 +102,17 @@ def test_qpissa_error(tmp_path: Path) -> None:
     for result in written["results"]:
         assert result["all"]["layers"] == 14
         assert result["all"]["nuclear"] < 1
+
+
+def test_monitor_cost(tmp_path: Path) -> None:
+    run(
+        *("monitor_cost.py", tmp_path, *TINY_MODEL, "--rank", "2"),
+        *("--matrices", "3", "--rounds", "1", "--methods", "svf", "lora"),
+    )
+    written = json.loads((tmp_path / "monitor_cost_tiny_jax.json").read_text())
+    for rows in written["results"].values():
+        assert [x["matrices"] for x in rows] == [3, 14]
+        assert all(x["logs"]["sigma_drift"] > 0 for x in rows)
 
 
 @pytest.mark.parametrize("command", ["text_classifier", "image_classifier"])

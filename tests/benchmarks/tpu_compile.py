@@ -493,6 +493,11 @@ def plot(found: dict[str, Any], title: str, note: str, path: Path) -> None:
 
 def tpu(chip: str = CHIP) -> Any:
     """A device to compile for; ends the command if libtpu is missing."""
+    return topology(f"{chip}:2x2")[0]
+
+
+def topology(name: str) -> Any:
+    """The devices of a slice, such as `v5e:2x4`; none of them is there."""
     if importlib.util.find_spec("libtpu") is None:
         sys.exit("This benchmark needs the TPU's compiler: pip install libtpu")
     # There is no TPU to ask for these.
@@ -501,10 +506,9 @@ def tpu(chip: str = CHIP) -> Any:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     # Nothing runs on a TPU, so no process need have it for itself.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    topology = topologies.get_topology_desc(
-        platform="tpu", topology_name=f"{chip}:2x2"
-    )
-    return topology.devices[0]
+    return topologies.get_topology_desc(
+        platform="tpu", topology_name=name
+    ).devices
 
 
 def options_from_command_line() -> argparse.Namespace:

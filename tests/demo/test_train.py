@@ -1,5 +1,7 @@
 """The whole demo, on a model with a few thousand weights."""
 
+import json
+
 import keras
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from tiny_llama_gguf import write_tiny_llama  # noqa: E402
 from keras_svdtune.demo import (  # noqa: E402
     __main__,
     gguf_to_hf,
+    results,
     show,
     train,
     weights,
@@ -77,9 +80,22 @@ def test_command_line(demo, monkeypatch, tmp_path):
     two = {name: METHODS[name] for name in ("svf", "lora")}
     monkeypatch.setattr(__main__, "METHODS", two)
     options = ["--model", "gemma3_270m", "--method", "all"]
-    status, said = demo(*options, "--steps", "2", "--pairs", "4")
+    file = tmp_path / "results.json"
+    status, said = demo(
+        *options, "--steps", "2", "--pairs", "4", "--results", str(file)
+    )
     assert status == 0
+    found = json.loads(file.read_text())
+    assert found["steps"] == 2 and found["base"]["loss"] > 0
+    assert list(found["methods"]) == ["svf", "lora"]
+    for method in found["methods"].values():
+        assert len(method["training_losses"]) == 2
+        assert method["reloaded_agree"] <= method["answers"] == 5
+    picture = tmp_path / "picture.png"
+    results.main([str(file), str(picture)])
+    assert picture.stat().st_size > 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "gemma3_270m-all-parameters.png",
         "gemma3_270m-all.png",
         "gemma3_270m-lora.png",
         "gemma3_270m-lora.safetensors",

@@ -1,0 +1,234 @@
+"""Writes the pages of the documentation from the package.
+
+One page for each method, with its formula, the picture of what it trains, its
+docstring and its layers; reference pages that hold every other public name;
+README.md as the front page. A public name that has no page, or a method
+without a formula or a picture, fails the build.
+"""
+
+import importlib
+import inspect
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+if importlib.util.find_spec("jax") and "KERAS_BACKEND" not in os.environ:
+    os.environ["KERAS_BACKEND"] = "jax"
+
+from formulas import FORMULAS  # noqa: E402
+from latex2mathml import converter  # noqa: E402
+from mkdocs.exceptions import PluginError  # noqa: E402
+from mkdocs.structure.files import File, Files  # noqa: E402
+from pictures import PICTURES  # noqa: E402
+
+import keras_svdtune  # noqa: E402
+from keras_svdtune import METHODS  # noqa: E402
+from keras_svdtune.backbone import functions  # noqa: E402
+from keras_svdtune.layers import DeclaredLayer  # noqa: E402
+
+REPOSITORY = HERE.parent
+
+
+def pages() -> dict[str, str]:
+    """What is written, by its path."""
+    methods = METHODS
+    if not set(methods) == set(FORMULAS) == set(PICTURES):
+        raise PluginError(
+            "Every method needs a formula and a picture. Methods: "
+            f"{sorted(methods)}, formulas: {sorted(FORMULAS)}, pictures: "
+            f"{sorted(PICTURES)}"
+        )
+    found = {
+        "index.md": front_page(),
+        "changelog.md": (REPOSITORY / "CHANGELOG.md").read_text("utf-8"),
+        "methods/index.md": methods_page(),
+    }
+    for name, cls in methods.items():
+        found[f"methods/{name}.md"] = method_page(name, cls)
+        found[f"methods/{name}.svg"] = PICTURES[name]()
+    for title, names in groups().items():
+        found[f"reference/{title.lower()}.md"] = reference_page(title, names)
+    text = "\n".join(found.values())
+    counts = {
+        name: len(re.findall(f"^{re.escape(heading(name))}$", text, re.M))
+        for name in keras_svdtune.__all__
+    }
+    wrong = {name: n for name, n in counts.items() if n != 1}
+    if wrong:
+        raise PluginError(f"Public names that are not on one page: {wrong}")
+    return found
+
+
+def heading(name: str) -> str:
+    """The line that the documentation of a public name begins with."""
+    value = getattr(keras_svdtune, name)
+    if not callable(value):
+        return f"## {name}"
+    # A function may have the name of its module, which then comes first.
+    inner = f"{name}.{name}"
+    where = inner if value.__module__ == f"keras_svdtune.{name}" else name
+    return f"::: keras_svdtune.{where}"
+
+
+def entry(name: str) -> str:
+    """The documentation of a public name."""
+    value = getattr(keras_svdtune, name)
+    if not callable(value):
+        return f"{heading(name)}\n\n{CONSTANTS[name]}"
+    if not inspect.isclass(value):
+        return heading(name)
+    # Attributes are in the docstring of the class; and a method's own methods
+    # are those of the base class, `Method`.
+    members = [
+        x
+        for x, member in vars(value).items()
+        if not x.startswith("_")
+        and (inspect.isfunction(member) or isinstance(member, property))
+        and member.__doc__
+    ]
+    if issubclass(value, DeclaredLayer) or value in METHODS.values():
+        members = []
+    return f"{heading(name)}\n    options:\n      members: {members or 'false'}"
+
+
+def groups() -> dict[str, list[str]]:
+    """The public names that are not on a method's page, by their page."""
+    found: dict[str, list[str]] = {"Model": [], "Functions": [], "Classes": []}
+    on_models = functions()
+    for name in keras_svdtune.__all__:
+        value = getattr(keras_svdtune, name)
+        if _method_of(value, name):
+            continue
+        if inspect.isclass(value) or not callable(value):
+            found["Classes"].append(name)
+        else:
+            found["Model" if name in on_models else "Functions"].append(name)
+    return found
+
+
+def _method_of(value: Any, name: str) -> str | None:
+    """The method on whose page a public name is."""
+    for method, cls in METHODS.items():
+        if value is cls or name == f"enable_{method}":
+            return method
+        if (
+            inspect.isclass(value)
+            and issubclass(value, DeclaredLayer)
+            and value.method_class is cls
+        ):
+            return method
+    return None
+
+
+def front_page() -> str:
+    """README.md, its links to files of the repository as they are there."""
+    text = (REPOSITORY / "README.md").read_text("utf-8")
+
+    def linked(match: re.Match[str]) -> str:
+        text, target = match.groups()
+        if re.match(r"https?://|#", target):
+            return match.group(0)
+        return f"{text}(files/{target})"
+
+    return re.sub(r"(!?\[[^\]]*\])\(([^)\s]+)\)", linked, text)
+
+
+def methods_page() -> str:
+    """The table of methods."""
+    lines = [
+        "# Methods",
+        "",
+        "| method | trainable in a layer of 1024 x 256, rank 8 | learning rate "
+        "to start from |",
+        "|---|---|---|",
+    ]
+    for name, cls in METHODS.items():
+        settings = inspect.signature(cls).parameters
+        method = cls(rank=8) if "rank" in settings else cls()
+        shapes = [w.shape for w in method.weights((1024, 256)) if w.trainable]
+        count = sum(_product(shape) for shape in shapes)
+        lines.append(
+            f"| [{cls.title}]({name}.md) | {count:,} | "
+            f"{method.suggested_learning_rate:g} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def method_page(name: str, cls: Any) -> str:
+    """One method: its formula, its picture, and all that has its name."""
+    formula = converter.convert(FORMULAS[name], display="block")
+    ours = [
+        x
+        for x in keras_svdtune.__all__
+        if _method_of(getattr(keras_svdtune, x), x) == name
+    ]
+    layers = [x for x in ours if x != cls.__name__ and not x.startswith("enab")]
+    verbs = [x for x in ours if x.startswith("enable_")]
+    parts = [
+        f"# {cls.title}",
+        f"<div>{formula}</div>",
+        f"![What {cls.title} trains]({name}.svg)",
+        *(entry(x) for x in (cls.__name__, *verbs, *layers)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+CONSTANTS = {
+    "METHODS": "A dict with the class of each method by its short name: "
+    '`METHODS["svf"]` is `SVF`.',
+}
+
+INTRODUCTIONS: dict[str, str] = {
+    "Model": "Methods of every KerasHub Backbone and Task, and functions that "
+    "take any built `keras.Model` first. The `enable_*` of each method are on "
+    "its page.",
+    "Functions": "Functions of the package that are no methods of a model.",
+    "Classes": "What the functions return, the callbacks, and the base class "
+    "of the methods.",
+}
+
+
+def reference_page(title: str, names: list[str]) -> str:
+    """The docstrings of some public names."""
+    entries = "\n\n".join(entry(x) for x in names)
+    return f"# {title}\n\n{INTRODUCTIONS[title]}\n\n{entries}\n"
+
+
+def on_config(config: Any) -> Any:
+    """The navigation: every page that is written."""
+    generated = pages()
+
+    def under(folder: str) -> list[str]:
+        found = [x for x in generated if x.startswith(folder)]
+        return [x for x in found if x.endswith(".md")]
+
+    config.nav = [
+        {"keras_svdtune": "index.md"},
+        {"Methods": under("methods/")},
+        {"Reference": under("reference/")},
+        {"Changelog": "changelog.md"},
+    ]
+    return config
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Adds what is written, and the files that README.md points to."""
+    generated = pages()
+    for path, content in generated.items():
+        files.append(File.generated(config, path, content=content))
+    for path in set(re.findall(r"\(files/([^)\s#]+)", generated["index.md"])):
+        content = (REPOSITORY / path).read_bytes()
+        files.append(File.generated(config, f"files/{path}", content=content))
+    return files

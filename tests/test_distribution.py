@@ -1,0 +1,39 @@
+"""Several devices: the same numbers, in parts.
+
+The programs are in `distributed.py`; a failed assertion in one is printed here.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "jax", reason="keras.distribution is JAX's"
+)
+
+
+@pytest.mark.parametrize(
+    ("program", "model"),
+    [
+        ("losses", "gemma"),
+        ("losses", "llama3"),
+        ("sizes", "gemma"),
+        ("files", "gemma"),
+        ("others", "gemma"),
+    ],
+)
+def test_eight_devices(program, model):
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(Path(__file__).parent / "distributed.py"),
+            *(program, model),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

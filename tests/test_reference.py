@@ -1,0 +1,70 @@
+"""The reference: every public name and every method is in it."""
+
+import importlib.util
+import re
+import sys
+import xml.etree.ElementTree
+from pathlib import Path
+
+import pytest
+
+import keras_svdtune
+from keras_svdtune import METHODS
+
+pytest.importorskip("mkdocs")
+pytest.importorskip("latex2mathml")
+pytest.importorskip("matplotlib")
+
+HOOKS = Path(__file__).parent.parent / ".docs" / "hooks.py"
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    before = list(sys.path)
+    spec = importlib.util.spec_from_file_location("docs_hooks", HOOKS)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    sys.path[:] = before
+
+
+def test_every_public_name_is_documented_once(hooks):
+    text = "\n".join(hooks.pages().values())
+    for name in keras_svdtune.__all__:
+        line = re.escape(hooks.heading(name))
+        assert len(re.findall(f"^{line}$", text, re.M)) == 1, name
+
+
+def test_a_name_without_a_page_fails_the_build(hooks, monkeypatch):
+    groups = hooks.groups()
+    groups["Classes"].remove("Spectrum")
+    monkeypatch.setattr(hooks, "groups", lambda: groups)
+    with pytest.raises(hooks.PluginError, match="Spectrum"):
+        hooks.pages()
+
+
+def test_a_method_without_a_picture_fails_the_build(hooks, monkeypatch):
+    monkeypatch.delitem(hooks.PICTURES, "svf")
+    with pytest.raises(hooks.PluginError, match="a formula and a picture"):
+        hooks.pages()
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_page_of_a_method(hooks, name):
+    page = hooks.method_page(name, METHODS[name])
+    assert page.startswith(f"# {METHODS[name].title}\n")
+    formula = re.search(r"<math.*?</math>", page)[0]
+    assert xml.etree.ElementTree.fromstring(formula).tag.endswith("math")
+    assert f"]({name}.svg)" in page
+    picture = hooks.PICTURES[name]()
+    assert xml.etree.ElementTree.fromstring(picture).tag.endswith("svg")
+    assert "#d55e00" in picture.lower()  # something trains
+    assert picture == hooks.PICTURES[name]()  # always the same
+    layers = f"{METHODS[name].__name__}Dense"
+    assert f"::: keras_svdtune.{layers}" in page
+
+
+def test_public_docstrings():
+    for name in keras_svdtune.__all__:
+        value = getattr(keras_svdtune, name)
+        assert not callable(value) or value.__doc__, name
