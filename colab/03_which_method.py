@@ -139,7 +139,7 @@ ax.margins(0.12);
 # %% [markdown]
 # ## Forgetting
 #
-# The change of the loss on plain English. Above zero, something was forgotten. A method that has learned little has forgotten little, so read this with the picture above.
+# The change of the loss on plain English. Above zero, something was forgotten; below, plain English has become easier, too. A method that has learned little has forgotten little, so read this with the picture above.
 
 # %%
 change = {t: r["plain"] - base["plain"] for t, r in results.items()}
