@@ -118,7 +118,7 @@ history = model.fit(
     *learn,
     validation_data=check,
     batch_size=20,
-    epochs=12 if SMALL else 3,
+    epochs=15 if SMALL else 3,
     verbose=0,
     callbacks=[
         keras_svdtune.SpectralMonitor(),
@@ -148,12 +148,13 @@ epochs = range(1, len(history["loss"]) + 1)
 fig, axes = plt.subplots(1, 5, figsize=(14, 3))
 axes[0].plot(epochs, history["accuracy"], "o-", ms=4, label="training")
 axes[0].plot(epochs, history["val_accuracy"], "s-", ms=4, label="validation")
-axes[0].set(xlabel="epoch", title="accuracy")
+axes[0].set(xlabel="epoch", title="accuracy", ylim=(0, 1))
 axes[0].legend()
 for ax, (key, title) in zip(axes[1:], METRICS.items()):
     ax.plot(epochs, history[key], "o-", ms=4, color="C2")
-    ax.set(xlabel="epoch", title=title)
-    ax.set_ylim(bottom=0, top=None if max(history[key]) > 0 else 1)
+    ax.set(xlabel="epoch", title=title, ylim=(0, 1.1 * max(history[key]) or 1))
+for ax in axes:
+    ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
 
 # %% [markdown]
 # An intruder dimension is a large singular vector that the base does not have. SVF scales the vectors that are there, so it makes none.
