@@ -27,7 +27,7 @@ def run(command: str, results: Path, *arguments: str) -> str:
         ],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
