@@ -138,7 +138,7 @@ def test_scale(tmp_path: Path) -> None:
 
 
 def test_distribution(tmp_path: Path) -> None:
-    """SVF: one collective a layer in either pass, and an eighth of the bytes."""
+    """SVF: one collective a layer in either pass, an eighth of the bytes."""
     run(
         *("distribution.py", tmp_path, *TINY_MODEL, "--mesh", "1,8"),
         *("--length", "16", "--rank", "2", "--methods", "svf"),
