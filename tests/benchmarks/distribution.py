@@ -111,6 +111,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+# What libtpu lets a program of a v5e allocate.
+USABLE = 15.75 * 2**30
 _KINDS = (
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all"),
     "collective-permute",
@@ -403,6 +405,12 @@ def measure(name: str, place: str, options: Any) -> None:
     (options.results / f"{stem}.md").write_text(markdown(result))
 
 
+def largest_batch(figures: dict[str, Any], batch: int) -> int:
+    """How many sequences fit, if all temporaries grow with their number."""
+    free = USABLE - (figures["peak"] - figures["temporaries"])
+    return max(int(free * batch / figures["temporaries"]), 0)
+
+
 def markdown(result: dict[str, Any]) -> str:
     """The results as a page."""
     name, place = result["model"], result["place"]
@@ -413,6 +421,23 @@ def markdown(result: dict[str, Any]) -> str:
         "and GB (10^6, 10^9 bytes) on each device; collectives are all in one "
         "step, and their bytes those of their results on one device.",
     ]
+    layers = MODELS[name][1]["num_layers"]
+    compiled = {
+        tuple(x["compiled_layers"])
+        for found in result["meshes"].values()
+        for x in found.values()
+        if "compiled_layers" in x
+    }
+    if any(max(few) < layers for few in compiled):
+        lines[-1] += (
+            f" Compiled for {' and '.join(map(str, sorted(*compiled)))} layers "
+            f"and continued in a straight line to {layers}."
+        )
+    if place != "cpu":
+        lines[-1] += (
+            " The largest batch is for 15.75 GiB on each device, all "
+            "temporaries counted as growing with it."
+        )
     for key, found in result["meshes"].items():
         shape, tokens = key.rsplit(", ", 1)
         lines += [
@@ -421,17 +446,19 @@ def markdown(result: dict[str, Any]) -> str:
             "",
             "| | model MB | bases MB | trainables MB | optimizer MB | adapter, "
             "share of one device | temporaries GB | peak GB | collectives | "
-            "over the base | MB sent |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
+            "over the base | MB sent | largest batch |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         base = found.get(BASE, {}).get("collectives")
         for label, x in found.items():
             if "error" in x:
-                lines.append(f"| {label} | {x['error']} |" + " |" * 9)
+                lines.append(f"| {label} | {x['error']} |" + " |" * 10)
                 continue
             whole = x.get("adapter on one device", 0)
             part = x.get("bases", 0) + x.get("trainables", 0)
             share = f"{part / whole:.3f}" if whole and label != BASE else ""
+            batch = int(tokens.split(" x ")[0])
+            fits = "" if place == "cpu" else largest_batch(x, batch)
             over = "" if base is None else f"{x['collectives'] - base:+.0f}"
             lines.append(
                 f"| {label} | {x['model'] / 1e6:,.1f} "
@@ -440,7 +467,7 @@ def markdown(result: dict[str, Any]) -> str:
                 f"| {x['optimizer'] / 1e6:,.3f} | {share} "
                 f"| {x['temporaries'] / 1e9:,.3f} | {x['peak'] / 1e9:,.3f} "
                 f"| {x['collectives']:.0f} | {over} "
-                f"| {x['collective bytes'] / 1e6:,.1f} |"
+                f"| {x['collective bytes'] / 1e6:,.1f} | {fits} |"
             )
     return "\n".join(lines) + "\n"
 

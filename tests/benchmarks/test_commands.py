@@ -27,7 +27,7 @@ def run(command: str, results: Path, *arguments: str) -> str:
         ],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -172,3 +172,28 @@ def test_scale(tmp_path: Path) -> None:
     assert len(written["check"]) > 2
     for row in written["check"]:
         assert abs(row["flops_ratio"] - 1.0) < 0.05
+
+
+def test_distribution(tmp_path: Path) -> None:
+    """SVF: one collective a layer in either pass, an eighth of the bytes."""
+    run(
+        *("distribution.py", tmp_path, *TINY_MODEL, "--mesh", "1,8"),
+        *("--length", "16", "--rank", "2", "--methods", "svf"),
+    )
+    written = json.loads((tmp_path / "distribution_tiny_cpu.json").read_text())
+    (found,) = written["meshes"].values()
+    base, svf = found["base model"], found["SVF"]
+    layers = 2 * 7
+    assert 0 < svf["collectives"] - base["collectives"] <= 2 * layers
+    adapter = svf["bases"] + svf["trainables"]
+    assert adapter <= svf["adapter on one device"] / 6
+    assert svf["bases"] > svf["trainables"] > 0 < svf["optimizer"]
+    page = (tmp_path / "distribution_tiny_cpu.md").read_text()
+    assert "Keras enable_lora(2)" in page
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    run("two_processes.py", tmp_path, "--methods", "svf")
+    written = json.loads((tmp_path / "two_processes.json").read_text())
+    losses = written["svf"]["losses_of_two_processes"]
+    assert len(losses) == 6 and losses[-1] < losses[0]
