@@ -39,10 +39,10 @@ from IPython.display import Markdown
 import keras_svdtune
 from keras_svdtune.demo import fit, notebook, pirate, weights
 
-SMALL = notebook.small()
+SMALL = notebook.small() or len(keras.distribution.list_devices()) < 8
 STEPS, LENGTH, HELD_OUT = (4, 40, 8) if SMALL else (200, 40, 64)
 notebook.look()
-devices = keras.distribution.list_devices()
+devices = keras.distribution.list_devices("cpu" if SMALL else None)
 print(devices)
 
 # %% [markdown]

@@ -32,7 +32,7 @@ class Adapter(keras.layers.Layer):
         self_contained: bool. Whether a weights file holds the frozen weights
             too. Where the host saves its merged kernel, it holds the
             trainables and a fingerprint of the base.
-        shardings: what `layout_of` says of the weights, by name.
+        shardings: what `attach.shardings_of` says of the weights, by name.
     """
 
     def __init__(

@@ -17,7 +17,6 @@ and for several devices in `devices.py`:
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +47,6 @@ from keras_svdtune.raw_kernels import (
     adapted_kernels,
     reading_merged,
 )
-from keras_svdtune.replaced_kernel import kernel_maker
 
 
 class _SavesMerged(AdapterHost):
@@ -222,17 +220,6 @@ def attach_plan(layer: Any, ready: Plan) -> None:
     if ready.replaced is not None:
         base = dataclasses.replace(ready.replaced, kernel=None)
         layer.adapter.replaced = base
-
-
-def plan_for(method: Method, layer: Any, path: str) -> Plan:
-    """Decomposes the kernel of a layer; touches nothing."""
-    return plan(
-        method,
-        host_matrix_of(layer),
-        path,
-        kernel_maker(layer, method.base_mode),
-        functools.partial(place_values, layer),
-    )
 
 
 def detach(layer: Any) -> None:

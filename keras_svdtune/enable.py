@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 import keras_hub
+import numpy as np
 from keras.layers import Embedding
 
 from keras_svdtune import attach, embeddings, hosts, quantized
@@ -240,23 +241,22 @@ def adapter_disabled(model: keras.Model) -> Iterator[None]:
         for adapter in adapters
         for v in adapter.variables_by_name(trainable=True).values()
     ]
-    for adapter in adapters:
-        adapter.reset()
-    neutral = [to_numpy(v.value).copy() for v, _ in pairs]
     statistics = statistics_of(model)
     moved = statistics.moved()
-    statistics.assign()
+    neutral: list[Any] = []
+    after: list[Any] = []
     try:
+        for adapter in adapters:
+            adapter.reset()
+        neutral = [to_numpy(v.value).copy() for v, _ in pairs]
+        statistics.assign()
         yield
+        after = [to_numpy(v.value).copy() for v, _ in pairs]
     finally:
-        changed = any(
-            not (to_numpy(v.value) == n).all()
-            for (v, _), n in zip(pairs, neutral, strict=True)
-        )
         for variable, value in pairs:
             variable.assign(value)
         statistics.assign(moved)
-    if changed:
+    if not all(map(np.array_equal, after, neutral)):
         raise RuntimeError(
             "The adapter was trained or loaded while it was disabled. It has "
             "its earlier values again; train outside `adapter_disabled()`."

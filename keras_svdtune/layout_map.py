@@ -19,7 +19,7 @@ import keras_hub
 
 from keras_svdtune.abstract import abstract
 from keras_svdtune.enable import adapted_part
-from keras_svdtune.hosts import HOSTS, kernel_of, view_of
+from keras_svdtune.hosts import HOSTS, AdapterHost, kernel_of, view_of
 from keras_svdtune.matrix import MatrixView
 from keras_svdtune.raw_kernels import raw_kernels
 from keras_svdtune.targets import all_layers
@@ -127,7 +127,9 @@ def _split_dims(
         yield table.reverse_embeddings, (1,), (0,)
     groups: dict[str, list[tuple[Any, MatrixView]]] = {}
     for layer in all_layers(root):
-        if type(layer) in HOSTS and layer.built:
+        if (
+            type(layer) in HOSTS or isinstance(layer, AdapterHost)
+        ) and layer.built:
             found = [layer] if not isinstance(layer, type(table)) else []
         else:
             found = raw_kernels(layer)

@@ -154,7 +154,8 @@ def _positive(s: np.ndarray) -> np.ndarray:
 
 def _set_limits(axis: Any, layers: Sequence[LayerSpectrum], bars: int) -> None:
     """Limits of the shared axis, with room below for the bars."""
-    values = np.concatenate([x.s for x in layers])
+    adapted = [x.adapted for x in layers if x.adapted is not None]
+    values = np.concatenate([x.s for x in layers] + adapted)
     # What is rounding rather than a value would squeeze the rest together.
     values = np.log10(values[values > 1e-7 * max(values.max(), 1e-300)])
     if not len(values):

@@ -177,7 +177,7 @@ def _matching(wanted: str, candidates: dict[str, Any]) -> list[str]:
 def _by_default(name: str, candidates: dict[str, Any]) -> dict[str, Any]:
     chosen, left_out = {}, []
     for path, layer in candidates.items():
-        if not getattr(HOSTS.get(type(layer)), "by_default", True):
+        if not getattr(HOSTS.get(type(layer), layer), "by_default", True):
             continue
         try:
             view_of(layer)

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from keras_svdtune import svd
-from keras_svdtune.devices import to_numpy
+from keras_svdtune.devices import placement_of, to_numpy
 from keras_svdtune.enable import check_fit
-from keras_svdtune.hosts import matrix_of
+from keras_svdtune.hosts import kernel_of, matrix_of
 from keras_svdtune.methods.lora import LoRA
 from keras_svdtune.progress import run_all
 
@@ -115,6 +115,13 @@ def change_of(path: str, layer: Any) -> tuple[Any, np.ndarray]:
             f"({layer.adapter.method}): without the adapter that base is no "
             "model, so nothing can be added to it. "
             "Merge the adapter instead."
+        )
+    place = placement_of(kernel_of(layer))
+    if place is not None and place.mesh.size > 1:
+        raise ValueError(
+            f"Layer '{path}' is on {place.mesh.size} devices, where an adapter "
+            "is not converted. Save it by `save_adapter`, and load it into "
+            "the model on one device."
         )
     if len(layer.adapter.view.batch) > 0:
         raise ValueError(

@@ -33,6 +33,8 @@ def small() -> bool:
 def _why_small() -> str:
     if os.environ.get("KERAS_SVDTUNE_SMALL", "0") != "0":
         return "KERAS_SVDTUNE_SMALL is set"
+    if keras.backend.backend() != "jax":
+        return f"On {keras.backend.backend()}, and not on JAX"
     if all("cpu" in x.lower() for x in keras.distribution.list_devices()):
         return "No GPU or TPU here"
     kagglehub = require("kagglehub")

@@ -180,7 +180,8 @@ def main() -> None:
                 ["--model", model, "--batch", *shape, *common]
                 + (["--peft"] if real else []),
             )
-    for layer in options.layers:
+    on_jax = "jax" in options.backends and importlib.util.find_spec("jax")
+    for layer in options.layers if on_jax else []:
         for tokens in options.tokens:
             needed, free = gigabytes(layer, tokens), available_gigabytes()
             if needed > free:

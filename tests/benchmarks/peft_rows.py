@@ -60,7 +60,7 @@ def candidates(name: str, inputs: Any, rank: int) -> list[Any]:
         for label, extra in settings.items()
     }
     configs[f"AdaLoRA (rank {rank})"] = peft.AdaLoraConfig(
-        init_r=rank,
+        init_r=-(-3 * rank // 2),  # as ours starts
         target_r=rank,
         total_step=100,
         lora_alpha=rank,
