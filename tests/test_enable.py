@@ -31,7 +31,7 @@ from helpers import (
 )
 
 import keras_svdtune
-from keras_svdtune import SVF, LoRA, PiSSA, attach, progress
+from keras_svdtune import SVF, LoRA, PiSSA, attach, planning, progress
 from keras_svdtune.backbone import patch_keras_hub
 
 X, Y = small_data()
@@ -391,7 +391,7 @@ def test_interrupt_leaves_the_model_as_it_was(
     gemma, data = tiny_gemma(), tokens()
     gemma.get_layer("decoder_block_0").attention.trainable = False
     module, name = {
-        "decomposing": (attach, "plan"),
+        "decomposing": (planning, "started"),
         "attaching": (attach, "Adapter"),
     }[where]
     original, calls = getattr(module, name), []
