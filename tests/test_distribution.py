@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
     [
         "losses gemma",
         # The others take minutes more; the command does them all.
-        "losses llama3 svf pissa",
+        "losses llama3 svf",
         "sizes gemma",
         "files gemma",
         "others gemma",
