@@ -8,6 +8,7 @@ without a formula or a picture, fails the build.
 
 import importlib
 import inspect
+import math
 import os
 import re
 import sys
@@ -129,13 +130,8 @@ def front_page() -> str:
     """README.md, its links to files of the repository as they are there."""
     text = (REPOSITORY / "README.md").read_text("utf-8")
 
-    def linked(match: re.Match[str]) -> str:
-        text, target = match.groups()
-        if re.match(r"https?://|#", target):
-            return match.group(0)
-        return f"{text}(files/{target})"
-
-    return re.sub(r"(!?\[[^\]]*\])\(([^)\s]+)\)", linked, text)
+    # Of a badge, the link around its picture too.
+    return re.sub(r"\]\((?!https?://|#)([^)\s]+)\)", r"](files/\1)", text)
 
 
 def methods_page() -> str:
@@ -151,19 +147,12 @@ def methods_page() -> str:
         settings = inspect.signature(cls).parameters
         method = cls(rank=8) if "rank" in settings else cls()
         shapes = [w.shape for w in method.weights((1024, 256)) if w.trainable]
-        count = sum(_product(shape) for shape in shapes)
+        count = sum(map(math.prod, shapes))
         lines.append(
             f"| [{cls.title}]({name}.md) | {count:,} | "
             f"{method.suggested_learning_rate:g} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 def method_page(name: str, cls: Any) -> str:

@@ -5,6 +5,7 @@ readable on white and on black.
 """
 
 import io
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -31,7 +32,12 @@ class Picture:
         left, top = self.x, height / 2
         colour = TRAINED if trained else FROZEN
         self.fill(left, top, width, height, colour, 0.75 if trained else 0.25)
-        self.outline(left, top, width, height, colour)
+        self.rectangle(
+            *(left, top, width, height),
+            fill=False,
+            edgecolor=colour,
+            linewidth=1.4,
+        )
         self.text(left + width / 2, -IN / 2 - 0.45, name)
         self.x += width + 0.5
         return left, top
@@ -51,31 +57,19 @@ class Picture:
         alpha: float = 0.75,
     ) -> None:
         """A part of a block."""
-        self.axes.add_patch(
-            Rectangle(
-                (left, top - height),
-                width,
-                height,
-                facecolor=colour,
-                alpha=alpha,
-                linewidth=0,
-            )
+        self.rectangle(
+            *(left, top, width, height),
+            facecolor=colour,
+            alpha=alpha,
+            linewidth=0,
         )
 
-    def outline(
-        self, left: float, top: float, width: float, height: float, colour: str
+    def rectangle(
+        self, left: float, top: float, width: float, height: float, **how: Any
     ) -> None:
-        """Its edge."""
-        self.axes.add_patch(
-            Rectangle(
-                (left, top - height),
-                width,
-                height,
-                fill=False,
-                edgecolor=colour,
-                linewidth=1.4,
-            )
-        )
+        """A rectangle, as matplotlib's `Rectangle` is told to look."""
+        corner = (left, top - height)
+        self.axes.add_patch(Rectangle(corner, width, height, **how))
 
     def diagonal(
         self, left: float, top: float, size: float, band: int, trained: bool

@@ -231,19 +231,13 @@ def _permute(x: Any, old: _Labels, new: _Labels) -> Any:
     if order == tuple(range(len(order))):
         return x
     # An array stays on the host: a kernel gathered from several devices.
-    return (
-        x.transpose(order)
-        if isinstance(x, np.ndarray)
-        else (ops.transpose(x, order))
-    )
+    on_host = isinstance(x, np.ndarray)
+    return x.transpose(order) if on_host else ops.transpose(x, order)
 
 
 def _reshape(x: Any, shape: _Shape) -> Any:
-    return (
-        x.reshape(shape)
-        if isinstance(x, np.ndarray)
-        else (ops.reshape(x, shape))
-    )
+    on_host = isinstance(x, np.ndarray)
+    return x.reshape(shape) if on_host else ops.reshape(x, shape)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -49,7 +49,7 @@ class SpectralChange:
 
 
 @dataclasses.dataclass(frozen=True)
-class What:
+class Measures:
     """What is measured.
 
     Attributes:
@@ -90,7 +90,9 @@ def base_of(matrix: ModelMatrix) -> Base:
     return Base(found.s.astype("float64"), basis)
 
 
-def change_of(matrix: ModelMatrix, base: Base, what: What) -> SpectralChange:
+def change_of(
+    matrix: ModelMatrix, base: Base, measures: Measures
+) -> SpectralChange:
     """Compares a matrix as it is now with its base.
 
     Raises:
@@ -110,8 +112,8 @@ def change_of(matrix: ModelMatrix, base: Base, what: What) -> SpectralChange:
         matrix.path,
         float(np.linalg.norm(np.sort(new)[::-1] - base.s)) / norm,
         effective_rank(update),
-        float(energy[: what.rank].sum() / (energy.sum() or 1.0)),
-        int((near[: what.top] < what.threshold).sum()),
+        float(energy[: measures.rank].sum() / (energy.sum() or 1.0)),
+        int((near[: measures.top] < measures.threshold).sum()),
     )
 
 

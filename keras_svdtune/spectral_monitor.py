@@ -10,8 +10,8 @@ from keras_svdtune.adapted_matrix import ModelMatrix, for_each, matrices_of
 from keras_svdtune.enable import require_adapted
 from keras_svdtune.spectral_change import (
     Base,
+    Measures,
     SpectralChange,
-    What,
     base_of,
     change_of,
 )
@@ -33,9 +33,9 @@ class SpectralMonitor(keras.callbacks.Callback):
     An intruder dimension is a large singular vector of W' that W has nothing
     like: |cos| is below `threshold` with every singular vector of W. Low-rank
     methods make some, and they go with forgetting; SVF cannot, it scales the
-    vectors that are there. (The paper looks at the output side; here it is the
-    smaller side of W, whose vectors are a whole basis. Values of W that are
-    equal leave their vectors free to turn.)
+    vectors that are there. (They are looked for on the smaller side of W, whose
+    vectors are a whole basis. Values of W that are equal leave their vectors
+    free to turn.)
 
     The keys are in the history, and in `CSVLogger`, `TensorBoard` and all
     callbacks that come after this one in the list. `changes` has the numbers
@@ -95,7 +95,7 @@ class SpectralMonitor(keras.callbacks.Callback):
                 "`threshold` must be a cosine in (0, 1]. "
                 f"Received: threshold={threshold!r}"
             )
-        self.what = What(rank, top, threshold)
+        self.measures = Measures(rank, top, threshold)
         self.matrices = matrices
         self.changes: tuple[SpectralChange, ...] = ()
         self._watched: dict[str, ModelMatrix] = {}
@@ -116,7 +116,7 @@ class SpectralMonitor(keras.callbacks.Callback):
         require_adapted(self.model)
         jobs = {
             path: functools.partial(
-                change_of, matrix, self._bases[path], self.what
+                change_of, matrix, self._bases[path], self.measures
             )
             for path, matrix in self._watched.items()
         }

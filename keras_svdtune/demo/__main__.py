@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from keras_svdtune.demo import optional, show, train, weights
-from keras_svdtune.demo import results as files
+from keras_svdtune.demo import results as results_file
 from keras_svdtune.methods import METHODS
 
 MODULE = "keras_svdtune.demo"
@@ -137,9 +137,9 @@ def demo(options: argparse.Namespace) -> None:
         show.comparison(results)
         show.plot(results, options.out / f"{name}-all.png")
         picture = options.out / f"{name}-all-parameters.png"
-        files.picture(files.measured(results, options), picture)
+        results_file.picture(results_file.measured(results, options), picture)
     if options.results:
-        files.write(results, options.results, options)
+        results_file.write(results, options.results, options)
     show.step(f"Done. Adapter files and loss curves are in {options.out}")
 
 

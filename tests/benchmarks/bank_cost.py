@@ -53,9 +53,7 @@ def measure(
     ):
         keras_svdtune.enable_adapter(model, method)
         variables = [*model.trainable_variables, scale]
-        label = method.title
-        if hasattr(method, "rank"):
-            label += f" (rank {method.rank})"
+        label = common.label_of("", method)
         found.append(step_time.candidate(label, model, inputs, variables))
         keras_svdtune.remove_adapter(model)
     for candidate in found:

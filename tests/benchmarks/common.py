@@ -8,6 +8,7 @@ import datetime
 import gc
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -152,6 +153,27 @@ def methods_for(
         except (TypeError, ValueError) as error:
             left_out[spec] = str(error)
     return methods, left_out
+
+
+def label_of(name: str, method: keras_svdtune.Method) -> str:
+    """What a row is called: the method, its rank, settings beyond that.
+
+    Args:
+        name: as `methods_for` takes it, `svft:pattern=random`.
+    """
+    label = method.title
+    if hasattr(method, "rank"):
+        label += f" (rank {method.rank})"
+    return f"{label} {name.partition(':')[2]}".strip()
+
+
+def trained_numbers(variables: list[Any]) -> int:
+    """How many numbers a gradient trains: not averages kept beside them."""
+    return sum(
+        math.prod(v.shape)
+        for v in variables
+        if not getattr(v, "overwrite_with_gradient", False)
+    )
 
 
 def _plain(value: str) -> Any:

@@ -337,12 +337,7 @@ def candidates(wanted: list[str] | None, rank: int) -> dict[str, Any]:
     methods, _ = common.methods_for(wanted, rank)
     found: dict[str, Any] = {BASE: None, f"{LORA}({rank})": rank}
     for spec, method in methods.items():
-        label = method.title
-        if hasattr(method, "rank"):
-            label += f" (rank {method.rank})"
-        if ":" in spec:
-            label += f" {spec.partition(':')[2]}"
-        found[label] = method
+        found[common.label_of(spec, method)] = method
     return found
 
 

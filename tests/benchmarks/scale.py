@@ -441,11 +441,7 @@ def candidates(
             Candidate(name, traces, trainable, saved_bytes=4 * trainable)
         )
     for name, method in methods.items():
-        title = method.title
-        if hasattr(method, "rank"):
-            title += f" (rank {method.rank})"
-        if ":" in name:
-            title += f" {name.partition(':')[2]}"
+        title = common.label_of(name, method)
         found.append(_of_method(title, config, method, tokens, dtype))
     full = [trace_full(s, tokens, dtype) for s in shapes]
     size = 2 if dtype == "bfloat16" else 4

@@ -123,7 +123,7 @@ def candidate(
     """
     if variables is None:
         variables = model.trainable_variables
-    known["parameters"] = sum(int(np.prod(v.shape)) for v in variables)
+    known["parameters"] = common.trained_numbers(variables)
     return Candidate(name, lambda: step_of(model, inputs, variables), **known)
 
 
@@ -168,7 +168,7 @@ def candidates(
         size = _file_bytes(lambda path: keras_svdtune.save_adapter(one, path))  # noqa: B023
         found.append(
             candidate(
-                _label(name, method),
+                common.label_of(name, method),
                 one,
                 inputs,
                 enable_seconds=seconds,
@@ -208,13 +208,6 @@ def _enable_lora(model: Any, rank: int) -> bool:
         layer.trainable = True
         layer.enable_lora(rank)
     return False
-
-
-def _label(name: str, method: Any) -> str:
-    label = method.title
-    if hasattr(method, "rank"):
-        label += f" (rank {method.rank})"
-    return f"{label} {name.partition(':')[2]}".strip()
 
 
 def _file_bytes(save: Callable[[str], None], ending: str = "") -> int:

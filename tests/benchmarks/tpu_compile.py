@@ -119,9 +119,7 @@ class Step:
 
     def __init__(self, backbone: Any, shape: Any, device: Any):
         trainables = backbone.trainable_variables
-        self.parameters = sum(
-            math.prod(v.shape) for v in trainables if not _overwritten(v)
-        )
+        self.parameters = common.trained_numbers(trainables)
         place = jax.sharding.SingleDeviceSharding(device)
 
         def abstract(shape: Any, dtype: Any) -> Any:
@@ -191,10 +189,6 @@ def whole(seconds: float) -> float:
     return seconds - min(math.floor(seconds), 0)
 
 
-def _overwritten(variable: Any) -> bool:
-    return getattr(variable, "overwrite_with_gradient", False)
-
-
 def enable_with_zeros(backbone: Any, method: keras_svdtune.Method) -> None:
     """Enables a method with zeros for what it would compute from W."""
     layers = targets_for(backbone, method, None)
@@ -250,11 +244,7 @@ def steps(
     compile_all(f"{LORA}({rank})", lora)
     del lora
     for label, method in track(methods.items(), f"Compiling {name}"):
-        title = method.title
-        if hasattr(method, "rank"):
-            title += f" (rank {method.rank})"
-        if ":" in label:
-            title += f" {label.partition(':')[2]}"
+        title = common.label_of(label, method)
         try:
             enable_with_zeros(backbone, method)
         except ValueError as error:
