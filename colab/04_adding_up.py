@@ -116,8 +116,8 @@ for ax, picture, title in zip(axes, pictures, titles):
     i, j = np.unravel_index(picture.argmin(), picture.shape)
     ax.add_patch(plt.Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, lw=2.5, ec="C1"))
     ax.set(title=title, xlabel="weight of the Spanish adapter", xticks=range(GRID), yticks=range(GRID))
-    ax.set_xticklabels([f"{w:g}" for w in weights])
-    ax.set_yticklabels([f"{w:g}" for w in weights])
+    ax.set_xticklabels([f"{w:.2g}" for w in weights])
+    ax.set_yticklabels([f"{w:.2g}" for w in weights])
     ax.grid(False)
 axes[0].set_ylabel("weight of the pirate adapter")
 fig.suptitle("Held-out loss of every mixture; the best one is framed");
@@ -127,7 +127,7 @@ base, best = losses[0, 0], losses.mean(-1)
 p, s = np.unravel_index(best.argmin(), best.shape)
 Markdown(
     f"The base model has {base[0]:.2f} on pirate and {base[1]:.2f} on Spanish. The best mixture on average is "
-    f"**{weights[p]:g} pirate + {weights[s]:g} Spanish**, with {losses[p, s, 0]:.2f} and {losses[p, s, 1]:.2f}. "
+    f"**{weights[p]:.2g} pirate + {weights[s]:.2g} Spanish**, with {losses[p, s, 0]:.2f} and {losses[p, s, 1]:.2f}. "
     f"Each adapter alone has {losses[-1, 0, 0]:.2f} and {losses[-1, 0, 1]:.2f} (pirate), "
     f"{losses[0, -1, 0]:.2f} and {losses[0, -1, 1]:.2f} (Spanish)."
 )

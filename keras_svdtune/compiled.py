@@ -53,6 +53,11 @@ def reset_compiled(layers: Iterable[keras.layers.Layer]) -> None:
 
 
 def _live_models() -> list[keras.Model]:
-    # type() and not isinstance(): the latter asks an object for __class__,
-    # and a lazy proxy among all live objects would import its module.
-    return [x for x in gc.get_objects() if issubclass(type(x), keras.Model)]
+    # A large program has millions of objects: a set of types is asked three
+    # times as fast as `issubclass`. And not isinstance(): that asks an object
+    # for __class__, and a lazy proxy among them would import its module.
+    types, new = {keras.Model}, {keras.Model}
+    while new:
+        new = {sub for cls in new for sub in cls.__subclasses__()} - types
+        types |= new
+    return [x for x in gc.get_objects() if type(x) in types]

@@ -36,6 +36,12 @@ NO_MATRIX = (
 )
 # They read the values of their inputs, and cannot be traced.
 EAGER = (*EAGER_ONLY, "StableDiffusion3Backbone")
+# A quarter of a minute and more each: whether every matrix is reached is tested
+# always, the rest by `pytest -m slow`.
+LONG = (
+    *(*EAGER, "BASNetBackbone", "DFineBackbone", "DepthAnythingBackbone"),
+    "SAM3PromptableConceptBackbone",
+)
 # The other methods: a dozen backbones of all kinds.
 REPRESENTATIVES = (
     ("svft", "ViTBackbone"),
@@ -53,14 +59,6 @@ REPRESENTATIVES = (
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_to_compile():
-    """Each program runs twice: its compilation is most of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def test_every_exported_backbone_is_known():
     assert not missing(), (
         f"KerasHub exports {missing()}: give each a tiny configuration in "
@@ -71,10 +69,19 @@ def test_every_exported_backbone_is_known():
 
 # Some classes have two names.
 @pytest.mark.parametrize(
-    "name", {cls: name for name, cls in exported().items()}.values()
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in LONG else ())
+        for name in {cls: name for name, cls in exported().items()}.values()
+    ],
 )
-def test_svf_reaches_every_matrix(name, tmp_path):
+def test_svf(name, tmp_path):
     run_census(name, keras_svdtune.SVF(), tmp_path)
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_svf_reaches_every_matrix(name):
+    enable(TINY[name]()[0], keras_svdtune.SVF())
 
 
 @pytest.mark.parametrize("method, name", REPRESENTATIVES)
@@ -93,20 +100,7 @@ def run_census(name, method, tmp_path):
     forward = jit(lambda values: outputs(model, inputs, plain, values))
     y = forward(base)
 
-    matrices = {
-        id(v): v.path
-        for v in model.trainable_variables
-        if len([n for n in v.shape if n > 1]) > 1
-        and not v.path.split("/")[-1].endswith(NO_MATRIX)
-    }
-    keras_svdtune.enable_adapter(model, method)
-    reached = {id(kernel_of(x)) for x in adapted_layers(model).values()}
-    reached |= depthwise_kernels(model)
-    if not method.banks:
-        reached |= {i for i, p in matrices.items() if "expert_bank" in p}
-    left = [p for i, p in matrices.items() if i not in reached]
-    assert not left, f"not adapted: {left}"
-
+    enable(model, method)
     trained = list(model.trainable_variables)
     step = jit(
         jax.value_and_grad(
@@ -155,6 +149,23 @@ def run_census(name, method, tmp_path):
     keras_svdtune.remove_adapter(model)
     assert [v.path for v in model.variables] == [v.path for v in plain]
     assert_same([numpy(v) for v in model.variables], base, "given back")
+
+
+def enable(model, method):
+    """Enables it, on every matrix that the model has."""
+    matrices = {
+        id(v): v.path
+        for v in model.trainable_variables
+        if len([n for n in v.shape if n > 1]) > 1
+        and not v.path.split("/")[-1].endswith(NO_MATRIX)
+    }
+    keras_svdtune.enable_adapter(model, method)
+    reached = {id(kernel_of(x)) for x in adapted_layers(model).values()}
+    reached |= depthwise_kernels(model)
+    if not method.banks:
+        reached |= {i for i, p in matrices.items() if "expert_bank" in p}
+    left = [p for i, p in matrices.items() if i not in reached]
+    assert not left, f"not adapted: {left}"
 
 
 def outputs(model, inputs, variables, values):

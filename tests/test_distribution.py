@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
         # The others take minutes more; the command does them all.
         "losses llama3 svf",
         "sizes gemma",
-        "files gemma",
+        "files gemma svf",
         "others gemma",
     ],
 )

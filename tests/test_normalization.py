@@ -13,19 +13,6 @@ from keras_svdtune.files import saved_adapter
 NAMES = ("DeepLabV3Backbone", "EfficientNetBackbone", "SegFormerBackbone")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_to_compile():
-    """Each program runs once or twice: its compilation is most of the time."""
-    if keras.backend.backend() != "jax":
-        yield
-        return
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def moving_statistics(model):
     """Those of every BatchNormalization."""
     return [

@@ -30,7 +30,10 @@ import time
 from typing import Any
 
 # Before JAX is imported, by `common`.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} "
+    "--xla_force_host_platform_device_count=8"
+)
 
 import common
 import jax

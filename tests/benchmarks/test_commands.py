@@ -12,6 +12,7 @@ import pytest
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "jax", reason="the benchmarks read XLA's figures"
 )
+slow = pytest.mark.slow
 
 TINY_MODEL = ("--model", "tiny")
 
@@ -62,6 +63,7 @@ def test_compare(tmp_path: Path) -> None:
         assert path.with_suffix(".png").stat().st_size > 0
 
 
+@slow
 @pytest.mark.parametrize("backend", ["tensorflow", "torch"])
 def test_step_time(
     backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -80,6 +82,7 @@ def test_step_time(
         assert result["seconds_to_lora"] > 0 and "flops" not in result
 
 
+@slow
 def test_enable_time(tmp_path: Path) -> None:
     printed = run(
         *("enable_time.py", tmp_path, *TINY_MODEL, "--rounds", "1"),
@@ -94,6 +97,7 @@ def test_enable_time(tmp_path: Path) -> None:
             assert row["relative_difference"] < 1e-2
 
 
+@slow
 def test_qpissa_error(tmp_path: Path) -> None:
     printed = run("qpissa_error.py", tmp_path, *TINY_MODEL, "--ranks", "2")
     assert "ffw_linear" in printed
@@ -104,6 +108,7 @@ def test_qpissa_error(tmp_path: Path) -> None:
         assert result["all"]["nuclear"] < 1
 
 
+@slow
 def test_monitor_cost(tmp_path: Path) -> None:
     run(
         *("monitor_cost.py", tmp_path, *TINY_MODEL, "--rank", "2"),
@@ -115,6 +120,7 @@ def test_monitor_cost(tmp_path: Path) -> None:
         assert all(x["logs"]["sigma_drift"] > 0 for x in rows)
 
 
+@slow
 @pytest.mark.parametrize("command", ["text_classifier", "image_classifier"])
 def test_classifiers(command: str, tmp_path: Path) -> None:
     run(f"{command}.py", tmp_path, "--tiny")
@@ -130,6 +136,7 @@ def test_classifiers(command: str, tmp_path: Path) -> None:
         assert written["normalization"]["inference_same_to_the_bit"]
 
 
+@slow
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu"
 )
@@ -159,6 +166,7 @@ def test_tpu_compile(tmp_path: Path) -> None:
     assert (tmp_path / "tpu_compile_tiny.png").stat().st_size > 0
 
 
+@slow
 def test_scale(tmp_path: Path) -> None:
     printed = run(
         *("scale.py", tmp_path, *TINY_MODEL, "--length", "16", "--rank", "2"),
@@ -174,6 +182,7 @@ def test_scale(tmp_path: Path) -> None:
         assert abs(row["flops_ratio"] - 1.0) < 0.05
 
 
+@slow
 def test_distribution(tmp_path: Path) -> None:
     """SVF: one collective a layer in either pass, an eighth of the bytes."""
     run(
@@ -192,6 +201,7 @@ def test_distribution(tmp_path: Path) -> None:
     assert "Keras enable_lora(2)" in page
 
 
+@slow
 def test_two_processes(tmp_path: Path) -> None:
     run("two_processes.py", tmp_path, "--methods", "svf")
     written = json.loads((tmp_path / "two_processes.json").read_text())
