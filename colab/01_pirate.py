@@ -36,7 +36,7 @@ import keras_svdtune  # adds enable_svf() to every KerasHub model
 from keras_svdtune.demo import chat, fit, notebook, pirate, show
 
 SMALL = notebook.small()  # False: Gemma, from Kaggle
-STEPS, LENGTH, HELD_OUT = (12, 40, 8) if SMALL else (200, 40, 64)
+STEPS, LENGTH, HELD_OUT = (8, 40, 8) if SMALL else (200, 40, 64)
 notebook.look()
 
 # %% [markdown]

@@ -37,7 +37,7 @@ from keras_svdtune.demo import chat, fit, notebook, pirate, show, train
 from keras_svdtune.methods import METHODS
 
 SMALL = notebook.small()
-STEPS, LENGTH, HELD_OUT = (6, 32, 8) if SMALL else (200, 40, 64)
+STEPS, LENGTH, HELD_OUT = (5, 32, 8) if SMALL else (200, 40, 64)
 # The small mode adapts the last five layers: less to compute.
 TARGETS = [r".*layer_2[5-9]/.*"] if SMALL else None
 notebook.look()

@@ -36,7 +36,7 @@ from keras_svdtune import compose
 from keras_svdtune.demo import chat, fit, notebook, pirate
 
 SMALL = notebook.small()
-STEPS, LENGTH, HELD_OUT, GRID = (16, 40, 8, 4) if SMALL else (120, 40, 48, 6)
+STEPS, LENGTH, HELD_OUT, GRID = (10, 40, 8, 3) if SMALL else (120, 40, 48, 6)
 # The small mode adapts the last ten layers: less to compute.
 TARGETS = [r".*layer_2\d/.*"] if SMALL else None
 notebook.look()

@@ -127,6 +127,12 @@ class Watch(keras.callbacks.Callback):
 def raw_tokens(task: Any) -> Iterator[None]:
     """Lets `fit` and `evaluate` take token ids instead of strings."""
     preprocessor = task.preprocessor
+    # While a layer is not built, Keras traces the model anew in every `fit` and
+    # `evaluate`; and a preprocessor is only built where it is called.
+    if preprocessor is not None and not preprocessor.built:
+        preprocessor.build(None)
+        for layer in preprocessor._flatten_layers():
+            layer.built = True
     task.preprocessor = None
     try:
         yield
