@@ -28,7 +28,6 @@ def cache(tmp_path_factory):
 
 
 @pytest.mark.real
-@pytest.mark.xdist_group("real")
 @pytest.mark.parametrize("name", NAMES)
 def test_runs(name, tmp_path, cache):
     done = notebooks.execute(name, tmp_path, cache)

@@ -207,3 +207,19 @@ def test_two_processes(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "two_processes.json").read_text())
     losses = written["svf"]["losses_of_two_processes"]
     assert len(losses) == 6 and losses[-1] < losses[0]
+
+
+@slow
+def test_sharded_losses(tmp_path: Path) -> None:
+    arguments = ("--methods", "svf", "lora", "--rank", "2")
+    run("sharded_losses.py", tmp_path, *TINY_MODEL, *arguments)
+    path = tmp_path / "sharded_losses_tiny_2x4.json"
+    before = path.read_text()
+    rows = json.loads(before)["rows"]
+    assert list(rows) == ["SVF", "LoRA (rank 2)"]
+    for row in rows.values():
+        assert row["largest_difference"] < 1e-4
+        assert len(row["losses_of_eight"]) == 20
+    # What is there is not run again.
+    run("sharded_losses.py", tmp_path, *TINY_MODEL, *arguments)
+    assert path.read_text() == before
