@@ -19,10 +19,11 @@ pytestmark = pytest.mark.skipif(
     "program",
     [
         "losses gemma",
-        # The others take minutes more; the command does them all.
         "losses llama3 svf",
+        pytest.param("losses llama3", marks=pytest.mark.slow),
         "sizes gemma",
         "files gemma svf",
+        pytest.param("files gemma", marks=pytest.mark.slow),
         "others gemma",
     ],
 )

@@ -46,7 +46,8 @@ def main() -> None:
     for reason in left_out.values():
         print("Left out:", reason)
 
-    name = f"sharded_losses_{options.model}_{'x'.join(map(str, shape))}"
+    mesh = "x".join(map(str, shape))
+    name = f"sharded_losses_{options.model}_{mesh}_{options.length}"
     path = options.results / f"{name}.json"
     written: dict[str, Any] = {"rows": {}}
     if path.exists():
