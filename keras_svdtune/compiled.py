@@ -53,10 +53,6 @@ def reset_compiled(layers: Iterable[keras.layers.Layer]) -> None:
 
 
 def _live_models() -> list[keras.Model]:
-    # Asked of every object there is, so cheaply: no issubclass(). And neither
-    # isinstance() nor a hash, which run code of a lazy proxy or a metaclass.
-    types = [keras.Model]
-    for cls in types:
-        types += cls.__subclasses__()
-    wanted = {id(cls) for cls in types}
-    return [x for x in gc.get_objects() if id(type(x)) in wanted]
+    # type() and not isinstance(): the latter asks an object for __class__,
+    # and a lazy proxy among all live objects would import its module.
+    return [x for x in gc.get_objects() if issubclass(type(x), keras.Model)]
