@@ -38,7 +38,7 @@ def main() -> None:
     """Runs the command."""
     parser = common.parser(__doc__.splitlines()[0])
     parser.add_argument("--mesh", default="2,4", help="batch,model")
-    parser.add_argument("--length", type=int, default=16, help="tokens")
+    parser.add_argument("--length", type=int, default=32, help="tokens")
     options = parser.parse_args()
     keras.config.disable_interactive_logging()
     shape = tuple(int(x) for x in options.mesh.split(","))
@@ -100,6 +100,8 @@ def sentences(task: Any, name: str, length: int) -> tuple[Any, Any]:
     if name in MODELS:
         style = chat.format_for(task, name)
         data = chat.encode(task, style, pirate.pirate_pairs(), length)
+        if len(data) < BATCH:
+            raise SystemExit(f"Only {len(data)} answers fit: use --length 32")
         data = data.rows(np.arange(BATCH))
         return data.x, (data.y, data.weight)
     rng = np.random.default_rng(0)
