@@ -320,6 +320,27 @@ def test_figures_of_the_demo_are_those_of_its_results():
         assert row[4] == f"{x['dialect']:.1%}".replace("%", " %")
 
 
+def test_step_times_are_those_of_the_results():
+    path = RESULTS / "step_time_gemma3_270m_jax.json"
+    results = json.loads(path.read_text())["results"]
+    (rows,) = [x for _, x in tables() if x[0][-1].startswith("temporary bytes")]
+    written = {
+        row[0].replace("`", "").replace(", replace", " replace"): row[1:]
+        for row in rows[2:]
+    }
+    expected = {
+        name.replace("=true", ""): [
+            f"{x['seconds_to_lora']:.2f}",
+            f"{x['cpu_seconds_to_lora']:.2f}",
+            f"{x['seconds_to_floor']:.2f}",
+            f"{x['flops'] / 1e9:,.0f}",
+            f"{x['temp_bytes_to_lora']:.2f}",
+        ]
+        for name, x in results.items()
+    }
+    assert written == expected
+
+
 def test_figures_of_the_methods_are_those_of_the_model():
     results = json.loads((RESULTS / "scale.json").read_text())
     counts = {

@@ -133,13 +133,13 @@ def demo(options: argparse.Namespace) -> None:
         show.scores(result)
         show.checks(result)
         show.plot([result], result.file.with_suffix(".png"))
+        if options.results:  # now: the next method may be interrupted
+            results_file.write(results, options.results, options)
     if len(results) > 1:
         show.comparison(results)
         show.plot(results, options.out / f"{name}-all.png")
         picture = options.out / f"{name}-all-parameters.png"
         results_file.picture(results_file.measured(results, options), picture)
-    if options.results:
-        results_file.write(results, options.results, options)
     show.step(f"Done. Adapter files and loss curves are in {options.out}")
 
 

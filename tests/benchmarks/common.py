@@ -25,8 +25,8 @@ from keras_svdtune.demo.weights import MODELS, load_model
 
 TINY = "tiny"
 PACKAGES = (
-    *("keras_svdtune", "keras", "keras-hub", "jax", "libtpu", "torch"),
-    "numpy",
+    *("keras_svdtune", "keras", "keras-hub", "jax", "libtpu"),
+    *("tensorflow", "torch", "numpy"),
 )
 
 
@@ -216,12 +216,12 @@ def load() -> float | None:
 
 def describe(info: dict[str, Any]) -> str:
     """One line about the machine, for tables and plots."""
-    versions = info["versions"]
+    backend, versions = info["backend"], info["versions"]
     return (
-        f"{info['cores']} cores, {info['backend']} on "
+        f"{info['cores']} cores, {backend} {versions[backend]} on "
         f"{info.get('device', 'cpu')}, keras {versions['keras']}, "
-        f"jax {versions['jax']}, {info['date'][:10]}, load "
-        f"{info['load_at_start']} to {info['load_at_end']}"
+        f"{info['date'][:10]}, load {info['load_at_start']} to "
+        f"{info['load_at_end']}"
     )
 
 

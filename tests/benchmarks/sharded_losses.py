@@ -31,14 +31,15 @@ import keras_svdtune
 from keras_svdtune.demo import chat, fit, pirate
 from keras_svdtune.demo.weights import MODELS, load_model
 
-BATCH, STEPS, TOLERANCE = 8, 20, 1e-4
+STEPS, TOLERANCE = 20, 1e-4
 
 
 def main() -> None:
     """Runs the command."""
     parser = common.parser(__doc__.splitlines()[0])
     parser.add_argument("--mesh", default="2,4", help="batch,model")
-    parser.add_argument("--length", type=int, default=32, help="tokens")
+    parser.add_argument("--batch", type=int, default=4, help="sentences")
+    parser.add_argument("--length", type=int, default=32, help="tokens each")
     options = parser.parse_args()
     keras.config.disable_interactive_logging()
     shape = tuple(int(x) for x in options.mesh.split(","))
@@ -47,15 +48,16 @@ def main() -> None:
         print("Left out:", reason)
 
     mesh = "x".join(map(str, shape))
-    name = f"sharded_losses_{options.model}_{mesh}_{options.length}"
+    batch, length = options.batch, options.length
+    name = f"sharded_losses_{options.model}_{mesh}_{batch}x{length}"
     path = options.results / f"{name}.json"
     written: dict[str, Any] = {"rows": {}}
     if path.exists():
         written = json.loads(path.read_text(encoding="utf-8"))
-    written |= {"steps": STEPS, "batch": BATCH, "length": options.length}
+    written |= {"steps": STEPS, "batch": batch, "length": length}
     # In this order: the model of one device is made outside any scope.
     one = load_task(options.model)
-    inputs, targets = sentences(one, options.model, options.length)
+    data = sentences(one, options.model, batch, length)
     many = distribution(one.backbone, shape)
     with many.scope():
         split = load_task(options.model)
@@ -64,9 +66,9 @@ def main() -> None:
         if label in written["rows"]:
             continue
         start = time.perf_counter()
-        found = train(split, method, inputs, targets, many.scope())
+        found = train(split, method, data, many.scope())
         middle = time.perf_counter()
-        expected = train(one, method, inputs, targets)
+        expected = train(one, method, data)
         difference = float(np.max(np.abs(np.subtract(found, expected))))
         assert difference < TOLERANCE, f"{label}: {difference}"
         assert expected[-1] < expected[0], f"{label}: {expected}"
@@ -95,20 +97,24 @@ def load_task(name: str) -> keras.Model:
     )
 
 
-def sentences(task: Any, name: str, length: int) -> tuple[Any, Any]:
-    """A batch of a pirate's answers; random tokens for the tiny model."""
+def sentences(task: Any, name: str, batch: int, length: int) -> Any:
+    """A batch of a pirate's answers; random tokens for the tiny model.
+
+    Returns:
+        The inputs, the targets and their weights.
+    """
     if name in MODELS:
         style = chat.format_for(task, name)
         data = chat.encode(task, style, pirate.pirate_pairs(), length)
-        if len(data) < BATCH:
+        if len(data) < batch:
             raise SystemExit(f"Only {len(data)} answers fit: use --length 32")
-        data = data.rows(np.arange(BATCH))
-        return data.x, (data.y, data.weight)
+        data = data.rows(np.arange(batch))
+        return data.x, data.y, data.weight
     rng = np.random.default_rng(0)
-    ids = rng.integers(1, 64, (BATCH, length)).astype("int32")
+    ids = rng.integers(1, 64, (batch, length)).astype("int32")
     ones = np.ones_like(ids)
     x = {"token_ids": ids, "padding_mask": ones}
-    return x, (np.roll(ids, -1, axis=1), ones.astype("float32"))
+    return x, np.roll(ids, -1, axis=1), ones.astype("float32")
 
 
 def distribution(
@@ -127,8 +133,7 @@ def distribution(
 def train(
     task: Any,
     method: keras_svdtune.Method,
-    inputs: Any,
-    targets: Any,
+    data: Any,
     scope: Any = None,
 ) -> list[float]:
     """The losses of `STEPS` steps; the model is given back as it was."""
@@ -140,12 +145,12 @@ def train(
             loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             weighted_metrics=[],
         )
-        target, weights = targets
+        x, y, weights = data
         with fit.raw_tokens(task):
             losses = task.fit(
-                *(inputs, target),
+                *(x, y),
                 sample_weight=weights,
-                batch_size=BATCH,
+                batch_size=len(y),
                 epochs=STEPS,
                 shuffle=False,
                 verbose=0,

@@ -2,7 +2,9 @@
 
 A step is the forward and backward pass (no optimizer, no logits) on the mean
 square of the model's output. It is built while the model is adapted, and
-stays what it was when the model changes afterwards.
+stays what it was when the model changes afterwards. Where the input is an array
+of floats, for a single layer, its gradient is computed too, as layers below
+would need it.
 
 On JAX it is one compiled program, which also tells its FLOPs and its temporary
 bytes; on TensorFlow a `tf.function`; on torch it runs eagerly, as Keras does.
@@ -28,7 +30,9 @@ class JaxStep:
             [v.value for v in constants],
             jax.tree.map(jax.numpy.asarray, inputs),
         )
-        step = jax.value_and_grad(_jax_loss(model, variables, constants))
+        wanted = (0, 2) if isinstance(inputs, np.ndarray) else 0
+        loss = _jax_loss(model, variables, constants)
+        step = jax.value_and_grad(loss, wanted)
         self._step = jax.jit(step).lower(*self._arguments).compile()
         self._wait = jax.block_until_ready
 

@@ -213,7 +213,7 @@ def test_two_processes(tmp_path: Path) -> None:
 def test_sharded_losses(tmp_path: Path) -> None:
     arguments = ("--methods", "svf", "lora", "--rank", "2")
     run("sharded_losses.py", tmp_path, *TINY_MODEL, *arguments)
-    path = tmp_path / "sharded_losses_tiny_2x4_32.json"
+    path = tmp_path / "sharded_losses_tiny_2x4_4x32.json"
     before = path.read_text()
     rows = json.loads(before)["rows"]
     assert list(rows) == ["SVF", "LoRA (rank 2)"]
