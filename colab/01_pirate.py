@@ -19,7 +19,7 @@
 # We teach a language model to answer like a pirate, twice. Once by `enable_lora(rank=8)`, which Keras has. Once by `enable_svf()`, which trains nothing but the singular values of the model's matrices. Then we compare: how well they learn, what they train, and how large the file is.
 
 # %% tags=["install"]
-# %pip install -q "keras_svdtune[demo]"
+# %pip install -q "keras_svdtune[demo] @ git+https://github.com/keras-svdtune/keras_svdtune"
 
 # %%
 import os

@@ -19,7 +19,7 @@
 # Methods that train singular components speak of "large" and "small" ones: PiSSA trains the largest, MiLoRA the smallest, SVF scales all. Are there large and small ones? We look at every matrix of a model. Nothing is trained here.
 
 # %% tags=["install"]
-# %pip install -q "keras_svdtune[demo]"
+# %pip install -q "keras_svdtune[demo] @ git+https://github.com/keras-svdtune/keras_svdtune"
 
 # %%
 import os

@@ -21,7 +21,7 @@
 # One task, one seed and few steps rank nobody. They show the trade-offs, and this notebook is easily pointed at your own data.
 
 # %% tags=["install"]
-# %pip install -q "keras_svdtune[demo]"
+# %pip install -q "keras_svdtune[demo] @ git+https://github.com/keras-svdtune/keras_svdtune"
 
 # %%
 import os

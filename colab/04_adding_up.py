@@ -19,7 +19,7 @@
 # Two adapters of one model, each for a task of its own. SVF trains the *same* numbers in both: one for each singular value. So the adapters add up, number by number, and the sum is an adapter again. Is it good at both tasks? We measure the whole grid of mixtures.
 
 # %% tags=["install"]
-# %pip install -q "keras_svdtune[demo]"
+# %pip install -q "keras_svdtune[demo] @ git+https://github.com/keras-svdtune/keras_svdtune"
 
 # %%
 import os

@@ -21,7 +21,7 @@
 # This notebook needs eight devices: a TPU with eight chips, such as Kaggle's v5e-8, for Gemma 2 9B. Elsewhere it makes eight virtual devices of the CPU, which share its memory and speed, and takes a small model. Everything else is the same.
 
 # %% tags=["install"]
-# %pip install -q "keras_svdtune[demo]"
+# %pip install -q "keras_svdtune[demo] @ git+https://github.com/keras-svdtune/keras_svdtune"
 
 # %%
 import os

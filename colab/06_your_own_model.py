@@ -19,7 +19,7 @@
 # Nothing here needs a language model. `enable_svf` is a function, too, and takes any built `keras.Model`. We tune a vision transformer with Keras' own callbacks: `ModelCheckpoint`, and `TensorBoard` with the spectra of the update in its logs.
 
 # %% tags=["install"]
-# %pip install -q "keras_svdtune[demo]" scikit-learn tensorboard
+# %pip install -q "keras_svdtune[demo] @ git+https://github.com/keras-svdtune/keras_svdtune" scikit-learn tensorboard
 
 # %%
 import os
