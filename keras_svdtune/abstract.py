@@ -6,6 +6,7 @@ parameters takes a second to make, and no memory.
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator
 
 import keras
@@ -30,9 +31,12 @@ def abstract() -> Iterator[None]:
         "uninitialized_variables", [], set_to_default=True
     )
     before = len(waiting)
+    # Names that Keras counts (`vision_encoder_1`) are left to real models.
+    names = copy.copy(global_state.get_global_attribute("object_name_uids"))
     try:
         with keras.StatelessScope(initialize_variables=False):
             yield
     finally:
         # Or Keras would give them values when it next has the chance.
         del waiting[before:]
+        global_state.set_global_attribute("object_name_uids", names)

@@ -11,7 +11,12 @@ from keras import ops
 
 from keras_svdtune.bank import over_bank
 from keras_svdtune.devices import place_variable, undistributed
-from keras_svdtune.fingerprint import fingerprint, matches
+from keras_svdtune.fingerprint import (
+    effect,
+    fingerprint,
+    matches,
+    same_effect,
+)
 from keras_svdtune.matrix import MatrixView
 from keras_svdtune.methods.base import LinearMap, Method, ReverseMap, Weight
 from keras_svdtune.svd import Factors, decompose
@@ -54,7 +59,12 @@ class Adapter(keras.layers.Layer):
         self.self_contained = self_contained
         # One part in how many adapters of the model, for regularisers.
         self.share = 1.0
+        # The model's moving statistics, which are the base's; None if declared.
+        self.statistics: Any = None
+        # Of an adapter that was put into a plain layer: what recognises its
+        # base, and a function that gives the matrix.
         self.base_fingerprint: np.ndarray | None = None
+        self.matrix: Callable[[], Any] | None = None
         # Where another base than W was put into the layer for this adapter.
         self.replaced: ReplacedBase | None = None
         # Set while a weights file is read: tells the host what was in it.
@@ -123,8 +133,9 @@ class Adapter(keras.layers.Layer):
     def save_own_variables(self, store: Any) -> None:
         for name, variable in self._stored().items():
             store[name] = variable
-        if self.base_fingerprint is not None:
+        if self.matrix is not None:
             store["base_fingerprint"] = self.base_fingerprint
+            store["effect"] = effect(self.method, self, self.matrix())
 
     def load_own_variables(self, store: Any) -> None:
         settle, self.settle = self.settle, None
@@ -133,6 +144,8 @@ class Adapter(keras.layers.Layer):
             settle(bool(names))
         if not names:  # the file of a plain model
             self.reset()
+            if self.statistics is not None:
+                self.statistics.forget()
             return
         wanted = self._stored()
         missing = sorted(set(wanted) - set(names))
@@ -143,8 +156,9 @@ class Adapter(keras.layers.Layer):
                 f"{', '.join(sorted(names))}: enable the method it was saved "
                 "with."
             )
-        if self.base_fingerprint is not None and not matches(
-            self.base_fingerprint,
+        ours: Any = self.base_fingerprint
+        if self.matrix is not None and not matches(
+            ours,
             np.array(store["base_fingerprint"]),
             self.variable_dtype,
         ):
@@ -155,15 +169,32 @@ class Adapter(keras.layers.Layer):
                 "trained from first; or `remove_adapter()` and load the file "
                 "into the plain model, which then is the merged one."
             )
+        before = {name: ops.copy(v.value) for name, v in wanted.items()}
         for name, variable in wanted.items():
             variable.assign(store[name])
+        if self.matrix is not None and not same_effect(
+            effect(self.method, self, self.matrix()),
+            np.array(store["effect"]),
+            float(ours[0]),
+            self.variable_dtype,
+        ):
+            for name, variable in wanted.items():
+                variable.assign(before[name])
+            raise ValueError(
+                f"The weights file would not do in layer '{self.path}' what it "
+                f"did where it was saved: {self.method} has other settings "
+                "there, or the singular vectors come out otherwise here. "
+                "Enable the method with the same settings; or "
+                "`remove_adapter()` and load the file into the plain model, "
+                "which then is the merged one."
+            )
 
     def _stored(self) -> dict[str, Any]:
         """The variables that a full save holds."""
         return {
             f"{self.method.name}_{w.name}": getattr(self, w.name)
             for w in self.method.weights(self.shape)
-            if self.self_contained or w.saved or w.overwritten
+            if self.self_contained or w.saved or w.overwritten or w.drawn
         }
 
     def variables_by_name(

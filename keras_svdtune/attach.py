@@ -17,6 +17,7 @@ and for several devices in `devices.py`:
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,7 @@ from keras_svdtune.hosts import (
     AdapterHost,
     host_matrix_of,
     kernel_of,
+    matrix_of,
     view_of,
     without_adapter,
 )
@@ -217,6 +219,7 @@ def attach_plan(layer: Any, ready: Plan) -> None:
     """Gives `layer` the adapter that was prepared for it; uses it up."""
     attach(layer, ready.method, lambda name: ready.values.pop(name, None))
     layer.adapter.base_fingerprint = ready.base_fingerprint
+    layer.adapter.matrix = functools.partial(matrix_of, layer)
     if ready.replaced is not None:
         base = dataclasses.replace(ready.replaced, kernel=None)
         layer.adapter.replaced = base

@@ -44,6 +44,9 @@ class RankAllocator(keras.callbacks.Callback):
     gemma.backbone.enable_adalora(rank=8)
     gemma.fit(data, callbacks=[keras_svdtune.RankAllocator()])
     ```
+
+    A callback that restores weights at the end (`EarlyStopping`) stands before
+    it in the list.
     """
 
     def __init__(
@@ -78,23 +81,28 @@ class RankAllocator(keras.callbacks.Callback):
                 "The number of steps of this data is unknown. Pass "
                 "`RankAllocator(total_steps=...)`, or `steps_per_epoch` to fit."
             )
-        self._step = 0
+        self._step = self._start = 0
         self._fixed = False
         self._budget = self._budgets(adapters)[0]
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         # A run that was interrupted goes on where it stopped, not at 0.
-        self._step = epoch * self.params.get("steps", 0) or self._step
+        steps = self.params.get("steps")
+        self._start = epoch * steps if steps else self._step
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self._step += 1
+        # Not one more: with `steps_per_execution` this comes after several.
+        before, self._step = self._step, self._start + batch + 1
         if self._fixed:
             return
         first = self.warmup * self._total
         last = (1.0 - self.settle) * self._total
         if self._step >= last:
             self._fix()
-        elif self._step > first and self._step % self.interval == 0:
+        elif (
+            self._step > first
+            and self._step // self.interval > before // self.interval
+        ):
             progress = (self._step - first) / (last - first)
             adapters = self._adapters()
             start, end = self._budgets(adapters)
@@ -112,7 +120,11 @@ class RankAllocator(keras.callbacks.Callback):
         logs["mean_rank"] = self._budget / len(adapters)
 
     def on_train_end(self, logs: Any = None) -> None:
-        if not self._fixed:  # stopped early
+        # Stopped early; or an earlier epoch's weights were restored, with the
+        # mask of that time.
+        adapters = self._adapters()
+        alive = sum(to_numpy(x.mask.value).sum() for x in adapters)
+        if not self._fixed or alive > self._budgets(adapters)[1]:
             self._fix()
 
     def _adapters(self) -> list[Any]:

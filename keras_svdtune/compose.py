@@ -69,6 +69,12 @@ def compose(
                 "cannot be added up."
             )
     linear = all(x.linear for p in parts for x in p.methods.values())
+    if linear and len({part.method.name for part in parts}) > 1:
+        raise ValueError(
+            "Adapters of these methods add up only if their settings are the "
+            "same. Received: "
+            + ", ".join(f"{p.method} in {p.file.source}" for p in parts)
+        )
     if linear and rank is not None:
         raise ValueError(
             f"`rank` is for low-rank methods; {parts[0].method.title} adds up "

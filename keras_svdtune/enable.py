@@ -14,7 +14,7 @@ from keras.layers import Embedding
 
 from keras_svdtune import attach, embeddings, hosts, quantized
 from keras_svdtune.adapter import Plan
-from keras_svdtune.compiled import reset_compiled
+from keras_svdtune.compiled import prepare_reset
 from keras_svdtune.devices import to_numpy
 from keras_svdtune.freezing import freeze
 from keras_svdtune.methods.base import METHODS, Method, nearest
@@ -34,8 +34,24 @@ class _Enabled:
     statistics: Statistics
 
 
-_ENABLED: weakref.WeakKeyDictionary[keras.Model, _Enabled]
-_ENABLED = weakref.WeakKeyDictionary()
+# The models that have one. What was done is kept on the model itself: it holds
+# the model too, so a dict from here would keep every model alive for ever.
+_ENABLED: weakref.WeakSet[keras.Model] = weakref.WeakSet()
+_RECORD = "_svdtune_enabled"
+
+
+def _record(model: keras.Model) -> _Enabled:
+    return getattr(model, _RECORD)
+
+
+def _keep_record(model: keras.Model, enabled: _Enabled | None) -> None:
+    # Not by setattr: Keras would look into it for layers and variables.
+    if enabled is None:
+        object.__delattr__(model, _RECORD)
+        _ENABLED.discard(model)
+    else:
+        object.__setattr__(model, _RECORD, enabled)
+        _ENABLED.add(model)
 
 
 def enable_adapter(
@@ -88,6 +104,7 @@ def attach_plans(
 ) -> None:
     """Attaches what `enable_adapter` has prepared, to all layers or none."""
     statistics = Statistics(root)
+    reset = prepare_reset(attach.owner_of(x) for x in layers.values())
     with contextlib.ExitStack() as undo:
         for path, layer in layers.items():
             base = plans[path].replaced
@@ -101,9 +118,10 @@ def attach_plans(
             # pop: once an array is a variable, it is held once, not twice.
             attach.attach_plan(layer, plans.pop(path))
             layer.adapter.share = 1.0 / len(layers)
+            layer.adapter.statistics = statistics
         undo.pop_all()
-    _ENABLED[root] = _Enabled(method, unfreeze, statistics)
-    reset_compiled(attach.owner_of(x) for x in layers.values())
+    _keep_record(root, _Enabled(method, unfreeze, statistics))
+    reset()
 
 
 def _detach_all(layers: dict[str, Any]) -> None:
@@ -133,18 +151,20 @@ def replace_adapters(
         path: (x.adapter, type(attach.owner_of(x)))
         for path, x in layers.items()
     }
+    reset = prepare_reset(attach.owner_of(x) for x in layers.values())
     try:
         for path, layer in layers.items():
             attach.detach(layer)
             attach.attach_plan(layer, plans[path])
             layer.adapter.share = before[path][0].share
-        reset_compiled(attach.owner_of(x) for x in layers.values())
+            layer.adapter.statistics = before[path][0].statistics
     except BaseException:
         for path, layer in layers.items():
             attach.put_back(layer, *before[path])
         raise
+    reset()
     for owner in owners:
-        _ENABLED[owner] = dataclasses.replace(_ENABLED[owner], method=method)
+        _keep_record(owner, dataclasses.replace(_record(owner), method=method))
 
 
 def merge_adapter(model: keras.Model) -> None:
@@ -189,10 +209,14 @@ def _give_back(
     root = adapted_part(model)
     layers = require_adapted(root)
     owners = _owners(root, layers)
+    reset = prepare_reset(attach.owner_of(x) for x in layers.values())
     for layer in layers.values():
         end(layer)
-    reset_compiled(attach.owner_of(x) for x in layers.values())
-    return [_ENABLED.pop(owner) for owner in owners]
+    reset()
+    done = [_record(owner) for owner in owners]
+    for owner in owners:
+        _keep_record(owner, None)
+    return done
 
 
 def _owners(root: keras.Model, layers: dict[str, Any]) -> list[keras.Model]:
@@ -241,21 +265,24 @@ def adapter_disabled(model: keras.Model) -> Iterator[None]:
         for adapter in adapters
         for v in adapter.variables_by_name(trainable=True).values()
     ]
-    statistics = statistics_of(model)
-    moved = statistics.moved()
+    root = adapted_part(model)
+    known = [_record(x).statistics for x in _owners(root, adapted_layers(root))]
+    moved = [statistics.moved() for statistics in known]
     neutral: list[Any] = []
     after: list[Any] = []
     try:
         for adapter in adapters:
             adapter.reset()
         neutral = [to_numpy(v.value).copy() for v, _ in pairs]
-        statistics.assign()
+        for statistics in known:
+            statistics.assign()
         yield
         after = [to_numpy(v.value).copy() for v, _ in pairs]
     finally:
         for variable, value in pairs:
             variable.assign(value)
-        statistics.assign(moved)
+        for statistics, values in zip(known, moved, strict=True):
+            statistics.assign(values)
     if not all(map(np.array_equal, after, neutral)):
         raise RuntimeError(
             "The adapter was trained or loaded while it was disabled. It has "
@@ -288,7 +315,7 @@ def statistics_of(model: keras.Model) -> Statistics:
     """The moving statistics of an adapted model, and what they were."""
     root = adapted_part(model)
     if root in _ENABLED:
-        return _ENABLED[root].statistics
+        return _record(root).statistics
     return Statistics(root, known=False)
 
 
@@ -296,7 +323,7 @@ def enabled_method(model: keras.Model) -> Method:
     """The method that is enabled on `model`, with the user's settings."""
     root = adapted_part(model)
     if root in _ENABLED:
-        return _ENABLED[root].method
+        return _record(root).method
     return next(iter(require_adapted(root).values())).adapter.method
 
 

@@ -37,8 +37,11 @@ def freeze(model: keras.Model) -> Callable[[], None]:
     def restore() -> None:
         model._trainable = was_trainable
         for layer, variables in moved:
+            # Of those that it still has: Keras' `quantize` replaces kernels.
+            held = {id(v) for v in layer._non_trainable_variables}
             for variable in variables:
-                _move(layer, variable, "trainable_variables")
+                if id(variable) in held:
+                    _move(layer, variable, "trainable_variables")
         for variable, trainable in flags.values():
             variable.trainable = trainable
 

@@ -15,7 +15,12 @@ from keras_svdtune import attach
 from keras_svdtune.adapter import Plan, plan
 from keras_svdtune.enable import check_fit
 from keras_svdtune.freezing import freeze_own_variables
-from keras_svdtune.hosts import HOSTS, AdapterHost, host_matrix_of
+from keras_svdtune.hosts import (
+    HOSTS,
+    AdapterHost,
+    host_matrix_of,
+    kernel_of,
+)
 from keras_svdtune.methods.base import Method
 
 
@@ -51,9 +56,15 @@ class DeclaredLayer(AdapterHost):
         if isinstance(getattr(self.method, "rank", None), float):
             # The share of the energy becomes the rank that this kernel needs.
             self.method = ready().method
-        attach.attach(
-            self, self.method, lambda name: ready().values.get(name), type(self)
-        )
+
+        def initial_value(name: str) -> Any:
+            # While `fit` only traces a model to build it, kernels have no
+            # value yet; the adapter gets its own after them.
+            if kernel_of(self)._value is None:
+                return None
+            return ready().values.get(name)
+
+        attach.attach(self, self.method, initial_value, type(self))
 
     def _plan(self) -> Plan:
         layer: Any = self

@@ -41,7 +41,20 @@ class Statistics:
             for name in _NAMES
         }
         self._known = known
-        self._before = self.now()
+        self._stale = False
+        self._then = self.now()
+
+    def forget(self) -> None:
+        """The base is another from now on: its values are those of the model
+        when they are next asked for, once its whole file was read.
+        """
+        self._stale = True
+
+    @property
+    def _before(self) -> dict[str, np.ndarray]:
+        if self._stale:
+            self._then, self._stale = self.now(), False
+        return self._then
 
     def now(self) -> dict[str, np.ndarray]:
         """Their values at present, float32."""

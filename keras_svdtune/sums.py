@@ -112,19 +112,23 @@ def concatenate(layer: str, parts: list[Part], rank: int | None) -> Sum:
             f"`rank` must be an integer from 1 to {n}, or None, for layer "
             f"'{layer}'. Received: rank={rank!r}"
         )
-    size = error = 0.0
+    size, error = _norm_of_product(a, b), 0.0
     if a.shape[1] > (rank or n):
         change = a @ b
         top = top_on_host(change, rank or n)
         assert top.u is not None and top.v is not None
         a, b = top.u * np.sqrt(top.s), np.sqrt(top.s)[:, None] * top.v.T
-        size = float(np.linalg.norm(change))
         error = float(np.linalg.norm(change - a.astype("float64") @ b))
     elif a.shape[1] == 0:  # AdaLoRA may leave a layer nothing
         a, b = np.zeros((len(a), 1)), np.zeros((1, b.shape[1]))
     arrays = {"a": a.astype("float32"), "b": b.astype("float32")}
     method = LoRA(rank=a.shape[1])
     return Sum(method, arrays, effect_of_product(a, b), size, error)
+
+
+def _norm_of_product(a: np.ndarray, b: np.ndarray) -> float:
+    """‖a·b‖ (Frobenius), without the product."""
+    return float(np.sqrt(max(np.vdot(a.T @ a, b @ b.T), 0.0)))
 
 
 def _product(layer: str, part: Part) -> tuple[np.ndarray, np.ndarray]:

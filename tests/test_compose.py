@@ -197,3 +197,30 @@ def test_clear_errors(tmp_path):
     keras_svdtune.save_adapter(model, b)
     with pytest.raises(ValueError, match="different base models: layer 'sma"):
         compose({a: 1, b: 1})
+
+
+def test_methods_of_two_kinds_do_not_add_up_on_other_layers_either(tmp_path):
+    saved(tmp_path / "1.safetensors", SVF(), 1, ["first"])
+    saved(tmp_path / "2.safetensors", LoRAXS(rank=1), 2, ["second"])
+    with pytest.raises(ValueError, match="settings are the same"):
+        compose(
+            {tmp_path / "1.safetensors": 1.0, tmp_path / "2.safetensors": 1.0}
+        )
+
+
+def test_the_total_error_counts_layers_that_fit_exactly(tmp_path):
+    names = [x.name for x in small_model().layers if hasattr(x, "kernel")][:2]
+    one = saved(tmp_path / "1.safetensors", LoRA(rank=1), 1, names)
+    two = saved(tmp_path / "2.safetensors", LoRA(rank=1), 2, names[1:])
+    both = compose(
+        {tmp_path / "1.safetensors": 1.0, tmp_path / "2.safetensors": 1.0},
+        rank=1,
+    )
+    error = both.about["composition"]["relative_error"]
+    total = {path: change + two.get(path, 0.0) for path, change in one.items()}
+    size = sum(np.linalg.norm(x) ** 2 for x in total.values())
+    lost = sum(
+        np.sum(np.linalg.svd(x, compute_uv=False)[1:] ** 2)
+        for x in total.values()
+    )
+    assert error["total"] == pytest.approx(np.sqrt(lost / size), rel=1e-4)

@@ -544,3 +544,79 @@ def test_a_failed_load_leaves_an_adapted_backbone_usable(tmp_path):
     with must_stay(model, X), pytest.raises(Exception):  # noqa: B017
         model.load_weights(tmp_path / "bad.weights.h5")
     model.load_weights(tmp_path / "model.weights.h5")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (keras_svdtune.LoRA(2, alpha=16.0), keras_svdtune.LoRA(2)),
+        (
+            keras_svdtune.SVFT("banded", off_diagonals=1),
+            keras_svdtune.SVFT("random", off_diagonals=1),
+        ),
+    ],
+    ids=["alpha", "pattern"],
+)
+def test_other_settings_are_an_error(ours, theirs, tmp_path):
+    model = small_model()
+    keras_svdtune.enable_adapter(model, ours)
+    perturb(model)
+    model.save_weights(tmp_path / "adapted.weights.h5")
+    keras_svdtune.remove_adapter(model)
+    keras_svdtune.enable_adapter(model, theirs)
+    before = outputs(model, X)
+    with pytest.raises(ValueError, match="would not do in layer|holds no"):
+        model.load_weights(tmp_path / "adapted.weights.h5")
+    assert_same(outputs(model, X), before)
+
+
+def test_random_positions_of_a_model_with_another_name(tmp_path):
+    def unnamed():
+        model = keras.Sequential(
+            [
+                keras.Input((8,)),
+                keras.layers.Dense(8, name="a"),
+                keras.layers.Dense(8, name="b"),
+            ]
+        )
+        randomise(model)
+        return model
+
+    method = keras_svdtune.SVFT("random", off_diagonals=1)
+    x = np.random.default_rng(0).standard_normal((4, 8)).astype("float32")
+    first = unnamed()
+    keras_svdtune.enable_adapter(first, method)
+    perturb(first)
+    first.save_weights(tmp_path / "adapted.weights.h5")
+    second = unnamed()
+    assert second.name != first.name
+    keras_svdtune.enable_adapter(second, method)
+    second.load_weights(tmp_path / "adapted.weights.h5")
+    assert_same(outputs(second, x), outputs(first, x))
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() == "tensorflow",
+    reason="Keras' Sequential does not say what failed there",
+)
+@pytest.mark.parametrize("name", ["svf", "pissa"])
+def test_declared_layers_that_fit_builds(name):
+    dense, settings = (
+        (keras_svdtune.SVFDense, {})
+        if name == "svf"
+        else (keras_svdtune.PiSSADense, {"rank": 2})
+    )
+    model = keras.Sequential([dense(8, **settings), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    x = np.random.default_rng(0).standard_normal((16, 6)).astype("float32")
+    losses = model.fit(x, x[:, :2], epochs=3, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    layer = model.layers[0]
+    kernel = numpy(layer.kernel if name == "pissa" else layer._kernel)
+    if name == "svf":
+        _, s, _ = np.linalg.svd(kernel)
+        basis = next(
+            numpy(v) for v in layer.adapter.variables if v.shape == (6, 6)
+        )
+        gram = basis.T @ kernel @ kernel.T @ basis
+        assert_close(gram, np.diag(s**2), 1e-5)

@@ -5,6 +5,7 @@ import keras_hub
 import pytest
 import tiny_backbones_text
 from helpers import default_methods, method_id, tiny_gemma
+from keras.src.backend.common import global_state
 
 import keras_svdtune
 from keras_svdtune.abstract import abstract
@@ -167,10 +168,19 @@ def test_layout_map_pairs_columns_and_rows():
         assert found[f"{block}/{layer}/kernel"].axes == expected
 
 
+def names_counted():
+    """How many of each name Keras has given, as `dense` to `dense_4`."""
+    names = global_state.get_global_attribute("object_name_uids")
+    return dict(names or {})
+
+
 def test_layout_map_from_a_preset(tmp_path):
     backbone = tiny_gemma()
     backbone.save_to_preset(str(tmp_path))
+    first = names_counted()
     ours = keras_svdtune.svdtune_layout_map(str(tmp_path), mesh(1, 2))
+    # Or the model that is built next has other names than the rules.
+    assert names_counted() == first
     built = keras_svdtune.svdtune_layout_map(backbone, mesh(1, 2))
     assert {k: v.axes for k, v in ours.items()} == {
         k: v.axes for k, v in built.items()

@@ -175,3 +175,37 @@ def test_statistics_of_another_model_are_refused(change):
     with pytest.raises(ValueError, match="holds moving statistics"):
         keras_svdtune.load_adapter(fresh, file)
     assert_same([numpy(v) for v in fresh.weights], before)
+
+
+def test_disabled_from_a_model_around_gives_the_base_back():
+    inner = small()
+    x = np.random.default_rng(0).standard_normal((8, *inner.input_shape[1:]))
+    outer = keras.Sequential([keras.Input(inner.input_shape[1:]), inner])
+    before = numpy(outer(x))
+    keras_svdtune.enable_svf(inner)
+    for _ in range(3):
+        inner(x + 1.0, training=True)
+    with keras_svdtune.adapter_disabled(outer):
+        assert_same(numpy(outer(x)), before)
+    assert np.any(numpy(outer(x)) != before)
+
+
+def test_a_plain_file_brings_the_base_statistics_too(tmp_path):
+    trained_before = small()
+    x = np.random.default_rng(0).standard_normal(
+        (8, *trained_before.input_shape[1:])
+    )
+    for _ in range(3):
+        trained_before(x + 1.0, training=True)
+    for variable in trained_before.weights:
+        if variable.name == "kernel":
+            variable.assign(variable.value * 1.5)
+    trained_before.save_weights(tmp_path / "plain.weights.h5")
+    expected = numpy(trained_before(x))
+    model = small()
+    keras_svdtune.enable_svf(model)
+    model.load_weights(tmp_path / "plain.weights.h5")
+    with keras_svdtune.adapter_disabled(model):
+        assert_same(numpy(model(x)), expected)
+    keras_svdtune.remove_adapter(model)
+    assert_same(numpy(model(x)), expected)

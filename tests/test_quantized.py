@@ -14,6 +14,7 @@ from helpers import (
     method_id,
     numpy,
     perturb,
+    small_model,
 )
 from keras import ops
 
@@ -117,3 +118,15 @@ def test_gradients_are_those_of_the_dequantized_matrix(method):
     expected = gradient_function(lambda: dot(dense(), dy), trainables)()
     for ours, theirs in zip(found, expected, strict=True):
         assert error(ours, theirs) < 1e-4
+
+
+def test_layers_that_are_quantized_meanwhile_come_back_whole():
+    model = small_model()
+    keras_svdtune.enable_svf(model, ["first"])
+    model.quantize("int8")
+    second = model.get_layer("second")
+    assert second.quantization_mode == "int8"
+    before = {v.path for v in second.weights}
+    keras_svdtune.merge_adapter(model)
+    assert {v.path for v in second.weights} == before
+    assert [v.path for v in second.trainable_weights] == ["small/second/bias"]

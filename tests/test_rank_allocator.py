@@ -285,3 +285,55 @@ def test_a_layer_called_twice_in_a_step():
         assert np.all(a > 0)
         assert_close(b, grown * a, 1e-4)
     assert_same(numpy(adapter.calls), np.full(1, 2.0, "float32"))
+
+
+@pytest.mark.parametrize("together", [1, 4])
+def test_several_steps_in_one_call(together):
+    model = two_paths()
+    keras_svdtune.enable_adapter(model, AdaLoRA(RANK, FIRST_RANK))
+    allocator = RankAllocator(interval=1)
+    seen = []
+    look = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: seen.append(
+            (allocator._step, allocator._budget)
+        )
+    )
+    model.compile("sgd", "mse", steps_per_execution=together)
+    x, y = data()
+    model.fit(x, y, 2, 1, verbose=0, callbacks=[allocator, look])
+    assert [step for step, _ in seen] == list(range(together, 33, together))
+    # Before the last third it is what it will be, so training can settle.
+    assert seen[-8 // together][1] == RANK * 2 == allocator._budget
+
+
+def test_data_of_unknown_length():
+    model = two_paths()
+    keras_svdtune.enable_adapter(model, AdaLoRA(RANK, FIRST_RANK))
+    model.compile("sgd", "mse")
+    x, y = data(16)
+
+    def batches():
+        for i in range(0, 16, 4):
+            yield x[i : i + 4], y[i : i + 4]
+
+    allocator = RankAllocator(interval=1, total_steps=4)
+    model.fit(batches(), verbose=0, callbacks=[allocator])
+    assert allocator._step == 4 and allocator._fixed
+    assert sum(m.sum() for m in masks(model).values()) == RANK * 2
+
+
+def test_restored_weights_of_an_earlier_epoch_keep_to_the_budget():
+    model = two_paths()
+    keras_svdtune.enable_adapter(model, AdaLoRA(RANK, FIRST_RANK))
+    first = keras.callbacks.EarlyStopping(
+        monitor="step", mode="min", patience=99, restore_best_weights=True
+    )
+    count = iter(range(100))
+    step = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: logs.update(step=float(next(count)))
+    )
+    model.compile(keras.optimizers.Adam(0.02), "mse")
+    callbacks = [step, first, RankAllocator(interval=1)]
+    model.fit(*data(), 8, 5, verbose=0, callbacks=callbacks)
+    assert first.best_epoch == 0
+    assert sum(m.sum() for m in masks(model).values()) == RANK * 2

@@ -4,6 +4,9 @@ On TensorFlow an old `fit` would train detached weights in silence; on JAX it
 would lose them all.
 """
 
+import gc
+import weakref
+
 import keras
 import keras_hub
 import numpy as np
@@ -240,3 +243,69 @@ def test_classifier():
     )
     # A new head must learn with the adapter: it belongs to the Task.
     assert not np.array_equal(numpy(head.kernel), kernel)
+
+
+class Schedule(keras.optimizers.schedules.LearningRateSchedule):
+    """A user's own, without a config, as many are."""
+
+    def __call__(self, step):
+        return 0.01
+
+
+class Unusual(keras.optimizers.SGD):
+    """Of other arguments than its config has."""
+
+    def __init__(self, how_fast):
+        super().__init__(how_fast)
+
+
+def test_a_schedule_without_a_config_is_kept():
+    model = small_model()
+    schedule = Schedule()
+    optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.1)
+    optimizer.exclude_from_weight_decay(var_names=["delta"])
+    model.compile(optimizer, "mse")
+    for change in (keras_svdtune.enable_svf, keras_svdtune.merge_adapter):
+        fit(model)
+        change(model)
+        assert model.optimizer is not optimizer
+        assert model.optimizer._learning_rate is schedule
+        excluded = model.optimizer._exclude_from_weight_decay_pattern
+        assert excluded.pattern == "delta"
+        fit(model)
+        assert_alive(model)
+    assert optimizer._learning_rate is schedule
+
+
+@pytest.mark.parametrize("end", [None, "merge_adapter", "remove_adapter"])
+def test_an_optimizer_that_cannot_be_made_anew_changes_nothing(end):
+    model = small_model()
+    if end is not None:
+        keras_svdtune.enable_svf(model)
+    model.compile(Unusual(0.01), "mse")
+    fit(model)
+    before, optimizer = values(model), model.optimizer
+    change = getattr(keras_svdtune, end or "enable_svf")
+    with pytest.raises(ValueError, match="config does not allow"):
+        change(model)
+    assert bool(adapted(model)) == (end is not None)
+    assert model.optimizer is optimizer
+    assert_same(values(model), before)
+    fit(model)
+    assert_alive(model)
+    model.compile("sgd", "mse")
+    change(model)
+    assert len(model.trainable_variables) > 0
+    fit(model)
+
+
+def test_an_adapted_model_is_freed_with_its_last_reference():
+    model = small_model()
+    keras_svdtune.enable_svf(model)
+    model(X)
+    seen = weakref.ref(model)
+    del model
+    # Keras keeps the last model of a name scope, JAX the last traced one.
+    small_model()
+    gc.collect()
+    assert seen() is None

@@ -129,6 +129,7 @@ def run(
     Returns:
         `Result`.
     """
+    folder.mkdir(parents=True, exist_ok=True)  # an error now, not at the end
     rate = learning_rate or method.suggested_learning_rate
     task = load()
     data = make_data(task, name, pairs, seed)
@@ -149,7 +150,6 @@ def run(
     show.step("Measuring the trained model")
     after = measure(task, data)
 
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}-{method.name}.safetensors"
     task.backbone.save_adapter(file)
     del task

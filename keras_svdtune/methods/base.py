@@ -45,6 +45,8 @@ class Weight:
             next value, which Keras' optimizers then assign; float32.
         regularizer: function from the weight to a number that is added to the
             loss, averaged over the adapters of the model; or None.
+        drawn: bool. Whether it was drawn by a seed and the layer's path. A
+            full save holds it, since that path may be another where it loads.
         axes: what each dim is of W: `IN`, `OUT`, `COMPONENTS` (of a full
             basis, n of them), or None. It decides on which devices the weight
             is where W is on several (`layouts.py`). Empty: on all of them.
@@ -57,6 +59,7 @@ class Weight:
     dtype: str | None = None
     overwritten: bool = False
     regularizer: Callable[[Any], Any] | None = None
+    drawn: bool = False
     axes: tuple[str | None, ...] = ()
 
     def __post_init__(self) -> None:

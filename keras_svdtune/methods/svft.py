@@ -126,7 +126,9 @@ class SVFT(Method):
         ]
         if self._pattern(shape) in ("random", "top_k"):
             # Where the entries of m stand in M, as row·n + column.
-            found.append(Weight("positions", (count,), dtype="int32"))
+            found.append(
+                Weight("positions", (count,), dtype="int32", drawn=True)
+            )
         return found
 
     def initial_values(
