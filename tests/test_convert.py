@@ -416,7 +416,7 @@ def test_two_adapters_in_one_model():
         (attach, "Adapter", 1),
         (attach, "Adapter", 2),
         (attach, "attach_plan", 2),
-        (enable, "reset_compiled", 1),
+        (enable, "prepare_reset", 1),
         (keras_svdtune.adapter.Adapter, "add_weight", 2),
         (keras_svdtune.adapter.Adapter, "add_weight", 4),
     ],

@@ -43,7 +43,7 @@ every_method = pytest.mark.parametrize("method", SETTINGS, ids=method_id)
 def nothing_compiled(monkeypatch):
     """Enabling looks for compiled functions to drop, which takes longer than
     all else here; there are none."""
-    monkeypatch.setattr(enable, "reset_compiled", lambda layers: None)
+    monkeypatch.setattr(enable, "prepare_reset", lambda layers: lambda: None)
 
 
 # The equations. Each takes W (in, out), the settings, and the adapter's

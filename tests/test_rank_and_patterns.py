@@ -112,7 +112,7 @@ def no_timing(monkeypatch):
     """What takes longest and is not tested here: `estimate` decomposes a
     matrix to time it, and enabling looks for compiled functions to drop."""
     monkeypatch.setattr(report, "_seconds_per_operation", lambda: 1e-9)
-    monkeypatch.setattr(enable, "reset_compiled", lambda layers: None)
+    monkeypatch.setattr(enable, "prepare_reset", lambda layers: lambda: None)
 
 
 # Energy.

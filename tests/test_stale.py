@@ -263,7 +263,7 @@ def test_a_schedule_without_a_config_is_kept():
     model = small_model()
     schedule = Schedule()
     optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.1)
-    optimizer.exclude_from_weight_decay(var_names=["delta"])
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
     model.compile(optimizer, "mse")
     for change in (keras_svdtune.enable_svf, keras_svdtune.merge_adapter):
         fit(model)
@@ -271,7 +271,7 @@ def test_a_schedule_without_a_config_is_kept():
         assert model.optimizer is not optimizer
         assert model.optimizer._learning_rate is schedule
         excluded = model.optimizer._exclude_from_weight_decay_pattern
-        assert excluded.pattern == "delta"
+        assert excluded.pattern == "bias"
         fit(model)
         assert_alive(model)
     assert optimizer._learning_rate is schedule
