@@ -148,7 +148,8 @@ class Adapter(keras.layers.Layer):
                 self.statistics.forget()
             return
         wanted = self._stored()
-        missing = sorted(set(wanted) - set(names))
+        checks = {"base_fingerprint", "effect"} if self.matrix else set()
+        missing = sorted({*wanted, *checks} - set(names))
         if missing:
             raise ValueError(
                 f"The weights file holds no {', '.join(missing)} for layer "

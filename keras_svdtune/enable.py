@@ -256,7 +256,8 @@ def adapter_disabled(model: keras.Model) -> Iterator[None]:
     ```
 
     Raises:
-        ValueError: the model has no adapter.
+        ValueError: the model has no adapter, or it was enabled on a model
+            around this one.
         RuntimeError: the trainables changed within.
     """
     adapters = [x.adapter for x in require_adapted(model).values()]

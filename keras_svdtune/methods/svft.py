@@ -126,8 +126,9 @@ class SVFT(Method):
         ]
         if self._pattern(shape) in ("random", "top_k"):
             # Where the entries of m stand in M, as row·n + column.
+            drawn = self._pattern(shape) == "random"
             found.append(
-                Weight("positions", (count,), dtype="int32", drawn=True)
+                Weight("positions", (count,), dtype="int32", drawn=drawn)
             )
         return found
 
