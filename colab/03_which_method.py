@@ -103,9 +103,7 @@ base = {"held out": fit.evaluate(model, held_out), "plain": fit.evaluate(model, 
 base_weights = model.backbone.get_weights()
 print(f"Base model: {base['held out']:.2f} on pirate answers, {base['plain']:.2f} on plain text")
 
-# DoRA and AdaLoRA, LoRA's relatives, wait for the faster machine.
-keys = [key for key in METHODS if not SMALL or key not in ("dora", "adalora")]
-results = dict(run(key) for key in keys)
+results = dict(run(key) for key in METHODS)
 
 # %% [markdown]
 # ## Loss curves

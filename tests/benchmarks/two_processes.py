@@ -34,7 +34,10 @@ MESH = (2, 4)
 METHODS = {
     "svf": {},
     "svft": {},
+    "lora": {"rank": 4},
     "pissa": {"rank": 4},
+    "milora": {"rank": 4},
+    "lora_xs": {"rank": 4},
     "dora": {"rank": 4},
     "adalora": {"rank": 4},
 }
