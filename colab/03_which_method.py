@@ -78,7 +78,9 @@ def run(key):
     method = train.make_method(key, rank=8)
     keras.utils.set_random_seed(0)
     model.backbone.enable_adapter(method, TARGETS)
-    trained = sum(math.prod(v.shape) for v in model.backbone.trainable_variables)
+    # Without the averages that AdaLoRA keeps in variables.
+    variables = [v for v in model.backbone.trainable_variables if not v.overwrite_with_gradient]
+    trained = sum(math.prod(v.shape) for v in variables)
     fit.prepare(model, rate_of(method), STEPS)
     losses, seconds = fit.train(model, learn, STEPS, seed=0)
     file = f"{key}.safetensors"
