@@ -109,6 +109,8 @@ results = dict(run(key) for key in METHODS)
 
 # %% [markdown]
 # ## Loss curves
+#
+# AdaLoRA's loss holds a penalty that keeps its vectors orthonormal: its curve starts higher.
 
 # %%
 MARKS = dict(zip(results, "oPXs^Dv*"))
@@ -118,6 +120,7 @@ for title, r in results.items():
     ax.plot(range(1, STEPS + 1), show.smooth(r["losses"]), color=COLORS[title],
             marker=MARKS[title], markevery=max(1, STEPS // 6), label=title)
 ax.set(xlabel="training step", ylabel="loss per answer token (smoothed)", title="Training")
+ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
 fig.legend(loc="outside right upper");
 
 # %% [markdown]
@@ -127,12 +130,13 @@ fig.legend(loc="outside right upper");
 
 # %%
 fig, ax = plt.subplots()
-for title, r in results.items():
+for i, (title, r) in enumerate(sorted(results.items(), key=lambda item: item[1]["held out"])):
     ax.plot(r["trained"], r["held out"], MARKS[title], ms=10, color=COLORS[title])
-    ax.annotate(title, (r["trained"], r["held out"]), xytext=(0, 9), textcoords="offset points", ha="center")
+    # Above and below in turn: neighbours keep their names apart.
+    ax.annotate(title, (r["trained"], r["held out"]), xytext=(0, -18 if i % 2 else 9), textcoords="offset points", ha="center")
 ax.axhline(base["held out"], color="grey", ls="--", lw=1)
-ax.annotate("base model", (1, base["held out"]), xycoords=("axes fraction", "data"),
-            xytext=(0, -12), textcoords="offset points", ha="right", color="dimgrey")
+ax.annotate("base model", (0, base["held out"]), xycoords=("axes fraction", "data"),
+            xytext=(4, -12), textcoords="offset points", color="dimgrey")
 ax.set(xscale="log", xlabel="trained parameters", ylabel="held-out loss", title="What a parameter buys")
 ax.margins(0.12);
 
@@ -166,9 +170,9 @@ notebook.table([
 # %% [markdown]
 # ## So, which?
 #
-# - **SVF**: the fewest parameters, kilobytes, and tunings that add up (notebook 04). Start here.
+# - **SVF**: few parameters, kilobytes, and tunings that add up (notebook 04). Start here.
 # - **SVFT**: when SVF does not fit the data well enough; a few times its size.
-# - **LoRA-XS**: small, too, and for the components that matter most.
+# - **LoRA-XS**: the fewest parameters, for the components that matter most.
 # - **LoRA, DoRA, AdaLoRA**: the habits of the field, its tools and its rates.
 # - **PiSSA**: LoRA's size, from the largest components; `quantize="int4"` for a small base.
 # - **MiLoRA**: LoRA's size, from the smallest ones, to leave the rest alone.

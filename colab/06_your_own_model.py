@@ -139,20 +139,20 @@ Markdown(f"From {before:.1%} to **{after:.1%}** correct, by {cost.trainable:,} o
 
 # %%
 METRICS = {
-    "sigma_drift": "drift of singular values",
-    "update_effective_rank": "effective rank of the update",
-    "update_top_energy": "energy in its top 8",
-    "intruder_dimensions": "intruder dimensions",
+    "sigma_drift": ("drift of singular values", "relative change"),
+    "update_effective_rank": ("effective rank of the update", "components"),
+    "update_top_energy": ("energy in its top 8", "share"),
+    "intruder_dimensions": ("intruder dimensions", "mean number"),
 }
 epochs = range(1, len(history["loss"]) + 1)
 fig, axes = plt.subplots(1, 5, figsize=(14, 3))
 axes[0].plot(epochs, history["accuracy"], "o-", ms=4, label="training")
 axes[0].plot(epochs, history["val_accuracy"], "s-", ms=4, label="validation")
-axes[0].set(xlabel="epoch", title="accuracy", ylim=(0, 1))
+axes[0].set(xlabel="epoch", ylabel="share", title="correct answers", ylim=(0, 1))
 axes[0].legend()
-for ax, (key, title) in zip(axes[1:], METRICS.items()):
+for ax, (key, (title, unit)) in zip(axes[1:], METRICS.items()):
     ax.plot(epochs, history[key], "o-", ms=4, color="C2")
-    ax.set(xlabel="epoch", title=title, ylim=(0, 1.1 * max(history[key]) or 1))
+    ax.set(xlabel="epoch", ylabel=unit, title=title, ylim=(0, 1.1 * max(history[key]) or 1))
 for ax in axes:
     ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
 

@@ -95,7 +95,7 @@ def plot_spectrum(
         shapes = {x.matrix for x in layers}
         shape = " x ".join(map(str, next(iter(shapes))))
         axis.set_title(
-            f"{kind}, {shape}" if len(shapes) == 1 else kind, fontsize=10
+            f"{kind}\n{shape}" if len(shapes) == 1 else kind, fontsize=10
         )
         axis.set_yscale("log")
         axis.grid(alpha=0.25)

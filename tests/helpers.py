@@ -6,6 +6,7 @@ import dataclasses
 import keras
 import keras_hub
 import numpy as np
+import pytest
 from keras import ops
 
 import keras_svdtune
@@ -13,6 +14,13 @@ from keras_svdtune.adapter import Adapter
 from keras_svdtune.hosts import AdapterHost
 
 POLICIES = ("float32", "bfloat16", "mixed_bfloat16")
+
+# For what is long and depends little on the backend: always on JAX.
+slow_elsewhere = (
+    (lambda test: test)
+    if keras.backend.backend() == "jax"
+    else pytest.mark.slow
+)
 
 # Settings to test for a method beside, or instead of, its defaults.
 VARIANTS = {

@@ -117,6 +117,7 @@ def main() -> None:
         "--cache", type=Path, help="kept after the run (default: removed)"
     )
     options = parser.parse_args()
+    total = 0.0
     with tempfile.TemporaryDirectory() as temporary:
         cache = options.cache or Path(temporary)
         for name in names():
@@ -126,11 +127,14 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 notebook = execute(name, Path(folder), cache.absolute())
             jupytext.write(tidy(notebook), COLAB / f"{name}.ipynb")
+            seconds = time.perf_counter() - start
+            total += seconds
             print(
-                f"{name}: {time.perf_counter() - start:.0f} s, of CPU "
+                f"{name}: {seconds:.0f} s, of CPU "
                 f"{children_seconds() - cpu:.0f} s",
                 flush=True,
             )
+    print(f"Together: {total:.0f} s")
 
 
 def children_seconds() -> float:

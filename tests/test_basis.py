@@ -16,6 +16,7 @@ from helpers import (
     method_id,
     must_stay,
     perturb,
+    slow_elsewhere,
     small_data,
     small_model,
 )
@@ -63,6 +64,7 @@ def written(tmp_path_factory):
     return folder
 
 
+@slow_elsewhere
 @pytest.mark.xdist_group("other backend")
 @pytest.mark.parametrize("i", range(len(methods_for_small())))
 def test_trained_on_another_backend(i, written):

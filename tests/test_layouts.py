@@ -1,8 +1,11 @@
 """Which mesh axes split an adapter's weights: derived, on names alone."""
 
+import math
+
 import keras
 import keras_hub
 import pytest
+import tiny_backbones
 import tiny_backbones_text
 from helpers import default_methods, method_id, tiny_gemma
 from keras.src.backend.common import global_state
@@ -133,6 +136,67 @@ def test_layout_map_of_every_decoder(name):
         if shape == (1, 2):  # which divides all of them
             assert split >= len(blocks) - 2 * backbone.num_layers
             assert split > len(blocks) / 2
+
+
+SLOW_DECODERS = ("Gemma3nBackbone", "Qwen3_5Backbone")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("Gemma3Backbone", "Gemma4Backbone", "PaliGemmaBackbone"),
+        "Qwen3_5MoeBackbone",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in SLOW_DECODERS),
+    ],
+)
+def test_layout_map_of_a_decoder_with_images(name):
+    with abstract():
+        backbone, _ = tiny_backbones.TINY[name]()
+    found = keras_svdtune.svdtune_layout_map(backbone, mesh(1, 2))
+    kernels = [v for v in backbone.variables if v.path.endswith("kernel")]
+    split = []
+    for v in kernels:
+        axes = getattr(found[v.path], "axes", (None,) * len(v.shape))
+        for n, axis in zip(v.shape, axes, strict=True):
+            assert axis is None or n % 2 == 0, (v.path, n, axis)
+        split += [v] if "model" in axes else []
+    assert len(split) > 0.8 * len(kernels)
+
+
+WITH_A_MAP = [
+    name
+    for name in tiny_backbones_text.DECODERS
+    if hasattr(getattr(keras_hub.models, name), "get_layout_map")
+]
+
+
+@pytest.mark.parametrize("name", WITH_A_MAP)
+def test_layout_map_leaves_no_more_on_a_device_than_keras_hubs(name):
+    cls = getattr(keras_hub.models, name)
+    with abstract():
+        backbone = cls(**tiny_backbones_text.DECODERS[name][0])
+    for shape in ((1, 2), (2, 2), (1, 8)):
+        sizes = dict(zip(("batch", "model"), shape, strict=True))
+        ours = keras_svdtune.svdtune_layout_map(backbone, mesh(*shape))
+        theirs = cls.get_layout_map(mesh(*shape))
+        ours_held, ours_divides = held(backbone, ours, sizes)
+        theirs_held, theirs_divides = held(backbone, theirs, sizes)
+        assert ours_divides and ours_held <= theirs_held
+        # One or two key/value heads, eight devices: theirs cannot be used.
+        assert theirs_divides == (shape != (1, 8))
+
+
+def held(backbone, layout_map, sizes):
+    """Numbers on each device; whether each dim divides that is split."""
+    total, divides = 0.0, True
+    for v in backbone.variables:
+        parts = 1
+        axes = getattr(layout_map[v.path], "axes", (None,) * len(v.shape))
+        for n, axis in zip(v.shape, axes, strict=True):
+            divides &= axis is None or n % sizes[axis] == 0
+            parts *= 1 if axis is None else sizes[axis]
+        total += math.prod(v.shape) / parts
+    return total, divides
 
 
 def test_layout_map_is_keras_hubs_where_that_works():

@@ -155,7 +155,7 @@ def test_quantized_block_runs(capsys):
 
 
 def test_every_block_of_python_is_valid():
-    assert len(PYTHON) == 4
+    assert len(PYTHON) == 5
     checked = [check_call(x) for code in PYTHON for x in calls_in(code)]
     assert checked.count(True) >= 6
 
@@ -259,6 +259,9 @@ def test_badges_say_what_the_project_says():
     for backend in ("jax", "tensorflow", "torch"):
         assert backend in badges and backend in script
     assert f"version = {{{keras_svdtune.__version__}}}" in TEXT
+
+
+LORA_ROW = "Keras enable_lora(8)"
 
 
 def tables():
@@ -366,3 +369,46 @@ def cls_rate(cls):
     settings = inspect.signature(cls).parameters
     method = cls(rank=8) if "rank" in settings else cls()
     return method.suggested_learning_rate
+
+
+def test_steps_on_a_slice_are_those_of_the_results():
+    path = RESULTS / "distribution_gemma2_9b_v5e_2x4.json"
+    found = json.loads(path.read_text())["meshes"]["1,8, 1 x 1024"]
+    (rows,) = [x for _, x in tables() if x[0][-1].startswith("largest batch")]
+    page = path.with_suffix(".md").read_text()
+    named = {"frozen model": "base model", "Keras `enable_lora(8)`": LORA_ROW}
+    checked = set()
+    for first, *cells in rows[2:]:
+        short = first.removesuffix(" (rank 8)").split(", ")
+        for title in short if len(short) > 1 else [first]:
+            key = named.get(title, title)
+            key = key if key in found else f"{key} (rank 8)"
+            x = found[key]
+            checked.add(key)
+            if cells[0]:  # bases and trainables, beside the frozen model
+                assert cells[1] == f"{x['optimizer'] / 1e9:.3f}"
+            assert cells[2] == f"{x['peak'] / 1e9:.2f}", key
+            assert cells[3] == f"{x['collectives']:,.0f}", key
+            assert cells[4] == f"{x['collective bytes'] / 1e9:.1f}", key
+            (row,) = [r for r in page.splitlines() if r.startswith(f"| {key} ")]
+            assert cells[5] == row.split("|")[-2].strip(), key
+    assert checked == set(found)
+
+
+def test_steps_on_a_tpu_are_those_of_the_results():
+    path = RESULTS / "tpu_compile_gemma_2b.json"
+    found = json.loads(path.read_text())["results"]
+    (rows,) = [x for _, x in tables() if x[0][0] == "floor"]
+    named = {
+        "floor": "frozen floor",
+        "PiSSA, MiLoRA": "MiLoRA (rank 8)",
+        "SVF, `replace_kernel`": "SVF replace_kernel=true",
+    }
+    for title, cell in zip(rows[0], rows[2], strict=True):
+        key = named.get(title, title)
+        key = key if key in found["1024"] else f"{key} (rank 8)"
+        ratios = (
+            f"{found[tokens][key]['estimated_seconds_to_lora']:.2f}"
+            for tokens in ("1024", "8192")
+        )
+        assert cell == " / ".join(ratios), title

@@ -288,7 +288,7 @@ def test_plot():
     methods = [PiSSA(2), MiLoRA(1), SVF()]
     figure = keras_svdtune.plot_spectrum(found, methods)
     axes = [x for x in figure.axes if x.get_title()]
-    assert [x.get_title() for x in axes][:2] == ["query, 8 x 8", "key, 8 x 4"]
+    assert [x.get_title() for x in axes][:2] == ["query\n8 x 8", "key\n8 x 4"]
     assert len(axes) == 7
     for axis, layers in zip(axes, found.by_kind().values(), strict=True):
         assert axis.get_yscale() == "log"

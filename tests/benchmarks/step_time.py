@@ -183,14 +183,16 @@ def candidates(
     # Last, since it cannot be taken back.
     one = model()
     start = time.perf_counter()
-    size = _enable_lora(one, rank)
+    saves = _enable_lora(one, rank)
     seconds = time.perf_counter() - start
     lora = candidate(
         f"{LORA}({rank})",
         one,
         inputs,
         enable_seconds=seconds,
-        file_bytes=size and _file_bytes(one.save_lora_weights, ".lora.h5"),
+        file_bytes=_file_bytes(one.save_lora_weights, ".lora.h5")
+        if saves
+        else None,
     )
     found.insert(1, lora)
     return found, left_out

@@ -9,6 +9,7 @@ import pytest
 for module in ("arrr", "chatterbot_corpus", "gguf", "matplotlib", "yaml"):
     pytest.importorskip(module)
 
+from helpers import slow_elsewhere  # noqa: E402
 from tiny_llama_gguf import write_tiny_llama  # noqa: E402
 
 from keras_svdtune.demo import (  # noqa: E402
@@ -54,6 +55,7 @@ def demo(converted, monkeypatch, tmp_path, capsys):
     return run
 
 
+@slow_elsewhere
 def test_a_run_trains_saves_reloads_and_merges(converted, tmp_path):
     result = train.run(
         lambda: gguf_to_hf.load(converted),
@@ -76,6 +78,7 @@ def test_a_run_trains_saves_reloads_and_merges(converted, tmp_path):
     assert result.before.dialect < 0.05 < result.ceiling
 
 
+@slow_elsewhere
 def test_command_line(demo, monkeypatch, tmp_path):
     two = {name: METHODS[name] for name in ("svf", "lora")}
     monkeypatch.setattr(__main__, "METHODS", two)
