@@ -22,8 +22,10 @@ def markdown(result: dict[str, Any]) -> str:
         "on query and value alone, KerasHub's default.",
         "- *enable*: operations of the decompositions on the host in float64: "
         "n²m for the Gram matrix and 9n³ for its eigenvectors of W (m, n), "
-        "n <= m. PiSSA, MiLoRA and LoRA-XS decompose exactly here; "
-        "PiSSA and LoRA-XS with `n_iter` need far less.",
+        "n <= m. PiSSA, MiLoRA and LoRA-XS are counted so, too; in fact a CPU "
+        "finds the few components of PiSSA and LoRA-XS by Lanczos' method, in "
+        "about half the time (`enable_time.py`), and with `n_iter` they need "
+        "far less.",
         "- *GB* = weights (2 bytes) + adapter + gradients of trainables + two "
         "slots of Adam + activations + logits (6 bytes each), without and "
         "with rematerialisation. Activations are what autodiff keeps for the "
