@@ -321,6 +321,7 @@ def test_figures_of_the_demo_are_those_of_its_results():
         assert row[2] == f"{x['file_bytes'] / 1024:,.0f}"
         assert row[3] == f"{x['loss']:.3f}"
         assert row[4] == f"{x['dialect']:.1%}".replace("%", " %")
+        assert x["reloaded_agree"] == x["merged_agree"] == x["answers"] == 19
 
 
 def test_step_times_are_those_of_the_results():
