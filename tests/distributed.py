@@ -177,7 +177,7 @@ def files(name, *only):
     folder = Path(tempfile.mkdtemp())
     prompt = {k: v[:, :12] for k, v in tokens().items()}
     prompt["padding_mask"] = (np.arange(12) < 6) * np.ones((8, 1), "int32")
-    for key in only or ("svf", "pissa", "dora"):
+    for key in only or keras_svdtune.METHODS:
         method = default_method(key)
         pairs = [(model, one, "to one"), (one, model, "to eight")]
         for source, target, what in pairs:
