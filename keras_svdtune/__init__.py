@@ -7,7 +7,8 @@ Backbone and Task. The same functions take any `keras.Model`.
 |---|---|
 | `matrix` | the matrix behind a kernel |
 | `svd`, `blocks` | the decomposition of a matrix, also of a large one |
-| `krylov` | the largest components of a large matrix |
+| `leading` | the largest components of a matrix, without the others |
+| `lapack` | some eigenvectors of a symmetric matrix |
 | `cache`, `digest` | decompositions kept on disk, and found again |
 | `methods/` | what each method trains, one file each |
 | `adapter`, `hosts` | the weights a method adds, and the layers they live in |

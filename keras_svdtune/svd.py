@@ -10,9 +10,10 @@ of it as a method needs, and decides how:
   all backends get the same basis to the last bit, so that an adapter trained
   with one loads into another.
 - **How.** An orthonormal basis of the smaller side comes from the Gram matrix
-  (`eigh`), 3-5 times faster than `svd`. A few large components come from
-  Lanczos' method on the host (`krylov.py`), or from a seeded randomised
-  range finder where the method asks for it; small ones from a true SVD.
+  (`eigh`), 3-5 times faster than `svd`. A few components come from some of
+  its eigenvectors (on the host: `leading.py`, `lapack.py`), or from a seeded
+  randomised range finder where the method asks for it; those that are too
+  small for that from a true SVD.
 
 Signs are canonical: the entry of largest magnitude of each singular vector of
 the smaller side (v where out <= in, else u) is positive.
@@ -34,7 +35,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_svdtune import blocks, cache, krylov
+from keras_svdtune import blocks, cache, lapack, leading
 
 # NumPy in float64 under the names of keras.ops, so that the same algorithms
 # run on both; and what `keras.ops` has no name for.
@@ -67,7 +68,7 @@ _DEVICE = _Device()
 
 # Of the algorithms: to be raised when one returns other numbers than it did,
 # or else `cache.py` returns the old ones.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,23 +301,53 @@ def components(w: Any, needs: Needs, xp: Any) -> tuple[Any, Any, Any]:
     """
     if xp is _HOST:
         if needs.part == "top" and isinstance(needs.rank, int):
-            found = krylov.top(w, needs.rank)
+            found = leading.top(w, needs.rank)
             if found is not None:
                 return _signed(*found, xp)
-        u, s, v = small_side(w, xp)
-        # From these values in float32, as `estimate` has them: where they
-        # are equal, rounding decides, and it must decide the same.
-        part = _wanted(_to_float32(s), needs)
-        if s[part][-1] > 1e-4 * s[0]:
-            if u is None:
-                v = v[:, part]
-                return xp.matmul(w, v) / s[part], s[part], v
-            u = u[:, part]
-            return u, s[part], xp.matmul(xp.transpose(w), u) / s[part]
+        tall = w.shape[1] <= w.shape[0]
+        largest, s, basis = _part_of_small_side(w if tall else w.T, needs)
+        if s[-1] > 1e-4 * largest:
+            other = blocks.matmul(w if tall else w.T, basis) / s
+            return (other, s, basis) if tall else (basis, s, other)
     u, s, vt = xp.svd(w, full_matrices=False)
-    if xp is not _HOST:
-        part = _wanted(_to_float32(s), needs)
+    part = _wanted(_to_float32(s), needs)
     return _signed(u[:, part], s[part], xp.transpose(vt)[:, part], xp)
+
+
+def _part_of_small_side(w: np.ndarray, needs: Needs) -> tuple[Any, Any, Any]:
+    """(s₁, s, v) in float64: the largest value, and the wanted components.
+
+    Args:
+        w: (in, out), out <= in.
+        needs: as for `components`.
+    """
+    n, rank = w.shape[1], needs.rank
+    # A few vectors cost a fraction of all.
+    if isinstance(rank, int) and 4 * rank <= n:
+        gram = blocks.gram(w)
+        top = needs.part == "top"
+        found = lapack.eigh_part(gram, *((n - rank, n) if top else (0, rank)))
+        if found is not None:
+            values, v = (np.flip(x, axis=-1) for x in found)
+            s = np.sqrt(np.maximum(values, 0.0))
+            largest = s[0] if top else np.sqrt(_largest_value(gram))
+            return largest, s, v * signs(v, _HOST)
+    _, s, v = small_side(w, _HOST)
+    # From these values in float32, as `estimate` has them: where they are
+    # equal, rounding decides, and it must decide the same.
+    part = _wanted(_to_float32(s), needs)
+    return s[0], s[part], v[:, part]
+
+
+def _largest_value(gram: np.ndarray) -> float:
+    """The largest eigenvalue, from below, by the power method: roughly."""
+    x = gram[:, np.argmax(np.diagonal(gram))]
+    for _ in range(10):
+        size = np.linalg.norm(x)
+        if size == 0.0:
+            return 0.0
+        x = gram @ (x / size)
+    return float(np.linalg.norm(x))
 
 
 def randomised_top(w: Any, needs: Needs, xp: Any) -> tuple[Any, Any, Any]:

@@ -1,19 +1,20 @@
-"""The largest components of a large matrix, without its full decomposition.
+"""The largest components of a matrix, without its full decomposition.
 
-1. Block Lanczos on the Gram matrix G = WᵀW of the smaller side, in float32,
-   every block made orthogonal to all before it: after 8·(rank + 10) directions
-   the largest eigenvectors are found but for float32's rounding.
+1. In float32, the largest eigenvectors of the Gram matrix G = WᵀW of the
+   smaller side. Small matrices: by LAPACK (`lapack.py`). Large ones: by block
+   Lanczos, every block made orthogonal to all before it, where 8·(rank + 10)
+   directions find them but for float32's rounding.
 2. That rounding turns them among their neighbours, which are close: so not
    `rank` but 2·rank + 8 vectors Q are taken, and the components within
    their span computed in float64, from W itself.
 3. What is left is an error towards everything else. It is bounded, whatever
    went before: if G outside of Q has no eigenvalue above μ, then an
    eigenvector with value λ > μ leans out of Q by at most |residual| / (λ - μ).
-   That there is none is proved by the Cholesky factorisation of μ - G there,
-   which exists only then.
+   LAPACK misses none. After Lanczos that there is none is proved by the
+   Cholesky factorisation of μ - G there, which exists only then.
 
-Where the bound is not small the caller computes all: values that are equal,
-ranks that are a large part of all, matrices of too low a rank.
+Where the bound is not small the caller computes them in float64: values that
+are equal, ranks that are a large part of all, matrices of too low a rank.
 
 References: Golub, Van Loan, "Matrix Computations", chapter 10 (block Lanczos);
 Davis, Kahan 1970, https://doi.org/10.1137/0707001 (the bound).
@@ -22,7 +23,10 @@ Davis, Kahan 1970, https://doi.org/10.1137/0707001 (the bound).
 import numpy as np
 
 from keras_svdtune import blocks
+from keras_svdtune.lapack import eigh_part
 
+# From this many rows for each direction on, Lanczos is faster than LAPACK.
+_LARGE = 5
 _BLOCK = 4  # small blocks need fewer directions, large ones fewer passes
 # Of the bound, which float32's rounding fills; the error itself was 4e-6 at
 # most on the matrices of Gemma 3 270M, and 7e-7 on half of them.
@@ -45,13 +49,16 @@ def top(
     if w.shape[1] > w.shape[0]:
         found = top(w.T, rank)
         return found and (found[2], found[1], found[0])
-    count = 8 * (rank + 10)
-    if 3 * count > w.shape[1]:
+    n, count, wanted = w.shape[1], 8 * (rank + 10), 2 * rank + 8
+    if 3 * wanted > n:
         return None
     gram = w.T @ w
     if not np.isfinite(gram).all():
         return None  # the squares are too large for float32
-    q = _lanczos(gram, count, 2 * rank + 8)
+    small = n < _LARGE * count
+    q = _by_lapack(gram, wanted) if small else _lanczos(gram, count, wanted)
+    if q is None:
+        return None
     wq = blocks.matmul(w, q)
     values, turn = np.linalg.eigh(wq.T @ wq)
     values, turn = values[::-1], turn[:, ::-1]
@@ -59,10 +66,17 @@ def top(
     residuals = blocks.matmul(w.T, wq) - q[:, :rank] * values[:rank]
     bar = (values[rank - 1] + values[-1]) / 2
     limit = TOLERANCE * (values[rank - 1] - bar)
-    if not np.linalg.norm(residuals) < limit or not _none_above(bar, gram, q):
+    if not np.linalg.norm(residuals) < limit:
+        return None
+    if not small and not _none_above(bar, gram, q):
         return None
     s = np.sqrt(values[:rank])
     return wq / s, s, q[:, :rank]
+
+
+def _by_lapack(gram: np.ndarray, wanted: int) -> np.ndarray | None:
+    found = eigh_part(gram, len(gram) - wanted, len(gram))
+    return found and np.linalg.qr(found[1].astype("float64"))[0]
 
 
 def _lanczos(gram: np.ndarray, count: int, wanted: int) -> np.ndarray:
