@@ -115,5 +115,8 @@ def _again(optimizer: Any) -> Any:
 
 def _live_models() -> list[keras.Model]:
     # type() and not isinstance(): the latter asks an object for __class__,
-    # and a lazy proxy among all live objects would import its module.
-    return [x for x in gc.get_objects() if issubclass(type(x), keras.Model)]
+    # and a lazy proxy among all live objects would import its module. There
+    # are far fewer types than objects.
+    objects = gc.get_objects()
+    models = {x for x in set(map(type, objects)) if issubclass(x, keras.Model)}
+    return [x for x in objects if type(x) in models]

@@ -256,7 +256,17 @@ def host_matrix_of(layer: Any) -> Any:
 
     Such a kernel comes to the host in its parts. As a tensor it would first be
     put together on every device, or be turned into other parts.
+
+    Raises:
+        ValueError: the kernel has no values.
     """
+    if getattr(kernel_of(layer), "_value", layer) is None:
+        raise ValueError(
+            f"The kernel of layer '{layer.path}' has no values: the model was "
+            "built without them, in a `keras.StatelessScope`. Of such a model "
+            "`estimate` tells the costs, for a `rank` that is an integer; to "
+            "adapt it, build it with its weights."
+        )
     if placement_of(kernel_of(layer)) is None:
         return matrix_of(layer)
     # One at a time: programs that run on all devices from several threads

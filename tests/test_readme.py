@@ -342,6 +342,25 @@ def test_step_times_are_those_of_the_results():
     assert written == expected
 
 
+def test_steps_of_single_layers_are_those_of_the_results():
+    (rows,) = [x for _, x in tables() if x[0][:2] == ["", "matrix"]]
+    named = ["LoRA (rank 8)", "SVF", "SVF replace_kernel=true"]
+    for _, matrix, *cells in rows[2:]:
+        paths = [
+            RESULTS / f"step_time_{matrix.replace(' ', '')}_jax_{tokens}.json"
+            for tokens in (512, 4096)
+        ]
+        results = [
+            json.loads(path.read_text())["results"]
+            for path in paths
+            if path.exists()
+        ]
+        for name, cell in zip(named, cells, strict=True):
+            ratios = (f"{x[name]['seconds_to_lora']:.2f}" for x in results)
+            assert cell == " / ".join(ratios), matrix
+    assert len(rows) == 2 + 9
+
+
 def test_figures_of_the_methods_are_those_of_the_model():
     results = json.loads((RESULTS / "scale.json").read_text())
     counts = {

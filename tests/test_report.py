@@ -2,6 +2,8 @@
 
 import io
 
+import keras
+import keras_hub
 import numpy as np
 import pytest
 import rich.console
@@ -100,6 +102,29 @@ def test_estimate_refuses_what_enabling_refuses():
         keras_svdtune.estimate(model, SVF(), ["frist"])
     with pytest.raises(ValueError, match="Received the class"):
         keras_svdtune.estimate(model, SVF)
+
+
+def test_a_model_without_values_is_counted():
+    """As large ones are, before their weights are there."""
+    sizes = tiny_gemma().get_config()
+    with keras.StatelessScope(initialize_variables=False):
+        model = keras_hub.models.GemmaBackbone.from_config(sizes)
+    # Or else Keras gives them values when it leaves the next scope.
+    keras.utils.clear_session()
+    for method in default_methods():
+        if hasattr(method, "rank"):
+            method = type(method)(**(method.settings() | {"rank": 2}))
+        assert keras_svdtune.estimate(model, method).layers == (
+            keras_svdtune.estimate(tiny_gemma(), method).layers
+        )
+    for use in (
+        lambda: keras_svdtune.enable_svf(model),
+        lambda: keras_svdtune.enable_adapter(model, LoRA(2)),
+        lambda: keras_svdtune.estimate(model, PiSSA(rank=0.5)),
+    ):
+        with pytest.raises(ValueError, match="has no values"):
+            use()
+    assert not adapted(model)
 
 
 def test_seconds():

@@ -2,13 +2,14 @@
 
     python tests/benchmarks/scale.py
 
-No weights are made or fetched. The matrices of a model follow from its config
-(checked against a tiny backbone of the same KerasHub class, and the sum of all
-parameters against the number that KerasHub publishes). What a method adds to a
-matrix is what its own `weights(shape)` says. FLOPs are counted by XLA in the
-method's own `call` on abstract arrays, forward and backward, matrix by matrix;
-attention and the logits are added by formula. The whole is checked against
-what XLA counted in the other benchmarks, on whole real models.
+No weights are made or fetched. Each model is KerasHub's own backbone, built
+from its config at full size in a `keras.StatelessScope`, where variables get
+shapes and no values; the sum of its parameters is compared with the number
+that KerasHub publishes. What a method adds is what `keras_svdtune.estimate`
+says of that backbone. FLOPs are counted by XLA in the method's own `call` on
+abstract arrays, forward and backward, matrix by matrix; attention and the
+logits are added by formula. The whole is checked against what XLA counted in
+the other benchmarks, on whole real models.
 
 Memory is an estimate, by the formula that the page gives; its activations are
 compared with XLA's temporary bytes there too.
@@ -35,11 +36,11 @@ from scale_configs import (
     GEMMA3_270M,
     MODELS,
     Config,
-    check_matrices,
-    published_parameters,
 )
 from scale_page import markdown
+from scale_plot import plot
 
+import keras_svdtune
 from keras_svdtune.methods.base import Method
 
 # Nominal memory in GB; a model fits if it needs 95 % of it or less.
@@ -51,6 +52,7 @@ DEVICES = {
     "H100-80": 80,
 }
 USABLE = 0.95
+REPLACED = "svf:replace_kernel=true"
 
 
 def check_flops(
@@ -174,9 +176,8 @@ def main() -> None:
     common.require_jax()
     keras.config.disable_interactive_logging()
     machine = common.machine()
-    methods, left_out = common.methods_for(options.methods, options.rank)
-    for config in {c.family: c for c in MODELS.values()}.values():
-        check_matrices(config)
+    wanted = options.methods or [*keras_svdtune.METHODS, REPLACED]
+    methods, left_out = common.methods_for(wanted, options.rank)
     result: dict[str, Any] = {
         "batch": options.batch,
         "length": options.length,
@@ -193,7 +194,7 @@ def main() -> None:
         )
     for name in track(options.model, "Counting"):
         config = models[name]
-        published = published_parameters(config)
+        published = config.published_parameters
         if published not in (None, config.parameters):
             raise AssertionError(
                 f"{name}: {config.parameters:,} parameters by its config; "
@@ -214,6 +215,7 @@ def main() -> None:
     path = options.results / "scale.md"
     path.write_text(page, encoding="utf-8")
     print(f"Written: {path}")
+    plot(result, options.results / "scale.png")
     worst = max((abs(r["flops_ratio"] - 1) for r in result["check"]), default=0)
     print(f"FLOPs differ from XLA's by {worst:.1%} at most.")
 

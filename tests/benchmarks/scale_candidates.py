@@ -1,6 +1,7 @@
-"""The ways to train a model, and what each costs: FLOPs, bytes, by formula.
+"""The ways to train a model, and what each costs: FLOPs and bytes.
 
-`scale.py` makes its table of them.
+`scale.py` makes its table of them. What a method adds is what `estimate` says
+of the model.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from scale_traces import (
     trace_method,
 )
 
+import keras_svdtune
 from keras_svdtune.methods.base import Method
 
 FLOOR = "frozen floor"
@@ -59,7 +61,7 @@ def candidates(
     dtype: str = "bfloat16",
 ) -> list[Candidate]:
     """All ways to train a model."""
-    views = config.matrices()
+    views = config.matrices
     shapes = [v.shape for v in views.values()]
     floor = [trace_floor(s, tokens, dtype) for s in shapes]
     found = [Candidate(FLOOR, floor)]
@@ -101,21 +103,17 @@ def candidates(
 def _of_method(
     title: str, config: Config, method: Method, tokens: int, dtype: str
 ) -> Candidate:
-    found = Candidate(title, [])
-    for name, view in config.matrices().items():
+    cost = keras_svdtune.estimate(config.backbone, method)
+    found = Candidate(title, [], cost.trainable)
+    found.frozen = cost.frozen
+    found.frozen_bytes = cost.bytes - found.trainable_bytes * cost.trainable
+    for name, view in config.matrices.items():
         shape = view.shape
-        method.check(shape)
         found.traces.append(trace_method(method, shape, tokens, dtype))
         found.enable_flops += config.layers * enable_flops(method, shape)
         for w in method.weights(shape):
-            count = config.layers * math.prod(w.shape)
-            if w.trainable:
-                found.trainable += count
-            else:
-                found.frozen += count
-                size = _size(w.dtype or dtype)
-                found.frozen_bytes += count * size
             if w.saved:
+                count = config.layers * math.prod(w.shape)
                 # In the file: the array in float32, its key and its shape.
                 found.saved_bytes += 4 * count
                 found.saved_bytes += config.layers * (100 + len(name))
@@ -127,9 +125,11 @@ def _of_method(
 def enable_flops(method: Method, shape: tuple[int, int]) -> float:
     """About how many operations enabling takes for W (in, out).
 
-    The Gram matrix, of which half is computed: n²·m. Its eigenvectors: 9·n³.
-    The other side of k components, 2·m·n·k. A randomised range finder: 2·n_iter
-    + 2 products with n_iter·k and more columns. DoRA: norms.
+    The Gram matrix, of which half is computed: n²·m. All its eigenvectors:
+    9·n³; a few, after it has been made tridiagonal: 4/3·n³. The other side of k
+    components, 2·m·n·k; of all of them for a replaced kernel. A randomised
+    range finder: 2·n_iter + 2 products with n_iter·k and more columns. DoRA:
+    norms.
     """
     n, m = min(shape), max(shape)
     needs = method.needs(shape)
@@ -139,8 +139,11 @@ def enable_flops(method: Method, shape: tuple[int, int]) -> float:
     if needs.n_iter is not None and isinstance(needs.rank, int):
         k = needs.rank + 10
         return (2 * needs.n_iter + 2) * (2.0 * m * n * k + 4.0 * m * k * k)
-    k = needs.rank if isinstance(needs.rank, int) else 0
-    return 1.0 * n * n * m + 9.0 * n**3 + 2.0 * m * n * k
+    gram = 1.0 * n * n * m
+    if isinstance(needs.rank, int) and 4 * needs.rank <= n:
+        return gram + 4.0 / 3.0 * n**3 + 2.0 * m * n * needs.rank
+    k = n if method.replaces_base else 0
+    return gram + 9.0 * n**3 + 2.0 * m * n * k
 
 
 def _size(dtype: str) -> int:
@@ -167,7 +170,7 @@ def activation_bytes(
     """
     size, tokens = _size(dtype), batch * length
     kept = round(tokens * block_bytes(config, length, dtype))
-    shapes = [v.shape for v in config.matrices().values()]
+    shapes = [v.shape for v in config.matrices.values()]
     for group in _SHARED_INPUTS:
         if any(found.traces[i].keeps_input for i in group):
             kept += tokens * shapes[group[0]][0] * size

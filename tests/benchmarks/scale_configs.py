@@ -1,17 +1,18 @@
-"""Published configs of large models: their matrices, parameters and FLOPs.
+"""Published configs of large models, as KerasHub backbones without values.
 
-`scale.py` counts with them. No weights are made: a config is checked against a
-tiny backbone of its KerasHub class.
+`scale.py` counts with them: layers, matrices and parameters are those of the
+real backbone at its full size, whose variables are declared and never made.
 """
 
 import dataclasses
-import math
+import functools
 from typing import Any
 
+import keras
 import keras_hub
 
 from keras_svdtune.attach import view_of
-from keras_svdtune.matrix import DENSE_EQUATION, MatrixView
+from keras_svdtune.matrix import MatrixView
 from keras_svdtune.targets import find_targets
 
 
@@ -20,10 +21,9 @@ class Config:
     """The numbers of a published config that decide its cost.
 
     Attributes:
-        family: "gemma", "gemma3" or "llama", the equations of its layers.
-        norms: int, RMS norms of the model's width in one layer.
-        head_norms: int, RMS norms of a head's width in one layer.
+        family: "gemma", "gemma3" or "llama", the class of the backbone.
         inner: int, width of either half of the gated feed-forward block.
+        post_norms: bool, norms after attention and feed-forward too.
         tied: bool, whether the logits come from the embedding's table.
         preset: KerasHub preset, to compare the number of parameters with.
     """
@@ -36,49 +36,66 @@ class Config:
     head_dim: int
     inner: int
     vocabulary: int
-    norms: int = 2
-    head_norms: int = 0
+    post_norms: bool = False
     tied: bool = True
     preset: str | None = None
 
-    def matrices(self) -> dict[str, MatrixView]:
-        """The linear layers of one block, by name."""
-        d, f = self.width, self.inner
-        n, k, h = self.heads, self.key_heads, self.head_dim
+    @functools.cached_property
+    def backbone(self) -> keras.Model:
+        """The backbone in bfloat16; no variable of it has a value."""
+        settings: dict[str, Any] = {
+            "vocabulary_size": self.vocabulary,
+            "num_layers": self.layers,
+            "num_query_heads": self.heads,
+            "num_key_value_heads": self.key_heads,
+            "hidden_dim": self.width,
+            "intermediate_dim": self.inner,
+            "dtype": "bfloat16",
+        }
         if self.family == "llama":
-            query, key, output = (
-                "bqm,muh->bquh",
-                "bkm,mvh->bkvh",
-                "bquh,uhm->bqm",
-            )
-            kernels = ((d, n, h), (d, k, h), (n, h, d))
-            up, down, names = DENSE_EQUATION, DENSE_EQUATION, _LLAMA
+            settings["tie_word_embeddings"] = self.tied
         else:
-            query, key, output = (
-                "btd,ndh->btnh",
-                "bsd,kdh->bskh",
-                "btnh,nhd->btd",
-            )
-            kernels = ((n, d, h), (k, d, h), (n, h, d))
-            up, down, names = "btd,df->btf", "btf,fd->btd", _GEMMA
-        views = (
-            MatrixView(query, kernels[0]),
-            MatrixView(key, kernels[1]),
-            MatrixView(key, kernels[1]),
-            MatrixView(output, kernels[2]),
-            MatrixView(up, (d, f)),
-            MatrixView(up, (d, f)),
-            MatrixView(down, (f, d)),
-        )
-        return dict(zip(names, views, strict=True))
+            settings["head_dim"] = self.head_dim
+            settings["use_post_ffw_norm"] = self.post_norms
+            settings["use_post_attention_norm"] = self.post_norms
+        if self.family == "gemma":
+            settings["intermediate_dim"] *= 2  # it counts both halves
+        if self.family == "gemma3":
+            settings["image_size"] = 16  # of no image: text only
+        with keras.StatelessScope(initialize_variables=False):
+            backbone = BACKBONES[self.family](**settings)
+        # Or else Keras gives them values when it leaves the next scope.
+        keras.utils.clear_session()
+        return backbone
+
+    @functools.cached_property
+    def matrices(self) -> dict[str, MatrixView]:
+        """The linear layers of one block, by name, in the order of `_NAMES`."""
+        found: dict[str, MatrixView] = {}
+        targets = find_targets(self.backbone).values()
+        for layer in targets:
+            view = view_of(layer)
+            if found.setdefault(layer.name, view).shape != view.shape:
+                raise AssertionError(f"Blocks differ: {layer.path}")
+        names = _NAMES[self.family]
+        if set(names) != set(found):
+            raise AssertionError(f"Other layers: {sorted(found)}, not {names}")
+        if len(targets) != self.layers * len(names):
+            raise AssertionError(f"{len(targets)} layers in all")
+        return {name: found[name] for name in names}
 
     @property
     def parameters(self) -> int:
         """All parameters of the backbone, and of a head that is not tied."""
-        block = sum(math.prod(v.shape) for v in self.matrices().values())
-        block += self.norms * self.width + self.head_norms * self.head_dim
-        tables = self.vocabulary * self.width * (1 if self.tied else 2)
-        return self.layers * block + tables + self.width
+        return self.backbone.count_params()
+
+    @property
+    def published_parameters(self) -> int | None:
+        """What KerasHub's list of presets says."""
+        if self.preset is None:
+            return None
+        presets = BACKBONES[self.family].presets
+        return presets[self.preset]["metadata"]["params"]
 
     def attention_flops(self, batch: int, length: int) -> float:
         """Scores and sums of one layer, forward and backward."""
@@ -98,6 +115,7 @@ _LLAMA = (
     *("feedforward_intermediate_dense", "feedforward_gate_dense"),
     "feedforward_output_dense",
 )
+_NAMES = {"gemma": _GEMMA, "gemma3": _GEMMA, "llama": _LLAMA}
 MODELS = {
     "Gemma 2B": Config(
         *("gemma", 18, 2048, 8, 1, 256, 16384, 256000),
@@ -109,13 +127,12 @@ MODELS = {
     ),
     "Gemma 2 9B": Config(
         *("gemma", 42, 3584, 16, 8, 256, 14336, 256000),
-        norms=4,
+        post_norms=True,
         preset="gemma2_9b_en",
     ),
     "Gemma 3 27B, text": Config(
         *("gemma3", 62, 5376, 32, 16, 128, 21504, 262144),
-        norms=4,
-        head_norms=2,
+        post_norms=True,
         preset="gemma3_27b_text",
     ),
     "Llama 3 8B": Config(
@@ -130,8 +147,7 @@ MODELS = {
 # Of the other benchmarks, to check the count with.
 GEMMA3_270M = Config(
     *("gemma3", 18, 640, 4, 1, 256, 2048, 262144),
-    norms=4,
-    head_norms=2,
+    post_norms=True,
     preset="gemma3_270m",
 )
 BACKBONES = {
@@ -139,55 +155,3 @@ BACKBONES = {
     "gemma3": keras_hub.models.Gemma3Backbone,
     "llama": keras_hub.models.Llama3Backbone,
 }
-
-
-def check_matrices(config: Config) -> None:
-    """Compares the matrices with those of a tiny backbone of the class."""
-    tiny = dataclasses.replace(
-        config,
-        layers=2,
-        width=48,
-        heads=4,
-        key_heads=2,
-        head_dim=12 if config.family == "llama" else 16,
-        inner=40,
-        vocabulary=32,
-    )
-    settings: dict[str, Any] = {
-        "vocabulary_size": tiny.vocabulary,
-        "num_layers": tiny.layers,
-        "num_query_heads": tiny.heads,
-        "num_key_value_heads": tiny.key_heads,
-        "hidden_dim": tiny.width,
-        "intermediate_dim": tiny.inner,
-    }
-    if tiny.family != "llama":
-        settings["head_dim"] = tiny.head_dim
-        settings["use_post_ffw_norm"] = tiny.norms == 4
-        settings["use_post_attention_norm"] = tiny.norms == 4
-    if tiny.family == "gemma":
-        settings["intermediate_dim"] *= 2  # it counts both halves
-    if tiny.family == "gemma3":
-        settings["image_size"] = 16
-    if tiny.family == "llama":
-        settings["tie_word_embeddings"] = tiny.tied
-    backbone = BACKBONES[tiny.family](**settings)
-    theirs = {}
-    for layer in find_targets(backbone).values():
-        view = view_of(layer)
-        theirs[layer.name] = (view.equation, view.kernel_shape)
-    ours = {k: (v.equation, v.kernel_shape) for k, v in tiny.matrices().items()}
-    if ours != theirs:
-        raise AssertionError(f"Other matrices: {ours} and {theirs}")
-    if tiny.parameters != backbone.count_params():
-        raise AssertionError(
-            f"{tiny.parameters:,} parameters, of {backbone.count_params():,}"
-        )
-
-
-def published_parameters(config: Config) -> int | None:
-    """What KerasHub's list of presets says."""
-    if config.preset is None:
-        return None
-    presets = BACKBONES[config.family].presets
-    return presets[config.preset]["metadata"]["params"]

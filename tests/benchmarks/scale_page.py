@@ -12,7 +12,8 @@ def markdown(result: dict[str, Any]) -> str:
         "# Scale, on paper",
         "",
         f"By `tests/benchmarks/scale.py`, {result['machine']['date'][:10]}: "
-        "counted from configs, no weights made, nothing run. "
+        "KerasHub's backbones at full size, without values, and what "
+        "`estimate` says of them; no weights made, nothing run. "
         f"{batch} x {length:,} tokens, bfloat16, Adam, rank "
         f"{result['rank']}, every linear layer of every block.",
         "",
@@ -21,11 +22,9 @@ def markdown(result: dict[str, Any]) -> str:
         f"Keras' `enable_lora({result['rank']})` on the same layers, and to it "
         "on query and value alone, KerasHub's default.",
         "- *enable*: operations of the decompositions on the host in float64: "
-        "n²m for the Gram matrix and 9n³ for its eigenvectors of W (m, n), "
-        "n <= m. PiSSA, MiLoRA and LoRA-XS are counted so, too; in fact a CPU "
-        "finds the few components of PiSSA and LoRA-XS by Lanczos' method, in "
-        "about half the time (`enable_time.py`), and with `n_iter` they need "
-        "far less.",
+        "n²m for the Gram matrix of W (m, n), n <= m, and 9n³ for its "
+        "eigenvectors, 4/3·n³ for a few of them. The components of PiSSA and "
+        "LoRA-XS in large matrices need less, by Lanczos' method.",
         "- *GB* = weights (2 bytes) + adapter + gradients of trainables + two "
         "slots of Adam + activations + logits (6 bytes each), without and "
         "with rematerialisation. Activations are what autodiff keeps for the "

@@ -90,8 +90,8 @@ def _decoder_block(config: Config, dtype: str) -> Any:
     settings |= {
         "hidden_dim": config.width,
         "head_dim": config.head_dim,
-        "use_post_ffw_norm": config.norms == 4,
-        "use_post_attention_norm": config.norms == 4,
+        "use_post_ffw_norm": config.post_norms,
+        "use_post_attention_norm": config.post_norms,
     }
     if config.family == "gemma3":
         return gemma3_decoder_block.Gemma3DecoderBlock(
@@ -158,11 +158,22 @@ def trace_keras_lora(
     return _trace(ab, {}, call, shape, tokens, dtype)
 
 
-@functools.cache
 def trace_method(
     method: Method, shape: tuple[int, int], tokens: int, dtype: str
 ) -> Trace:
     """A method's own `call`, and what its weights add to the loss."""
+    # Methods that differ in the base they hold count as equal.
+    return _trace_method(method, method.replaces_base, shape, tokens, dtype)
+
+
+@functools.cache
+def _trace_method(
+    method: Method,
+    replaces_base: bool,
+    shape: tuple[int, int],
+    tokens: int,
+    dtype: str,
+) -> Trace:
     weights = method.weights(shape)
     trained = {
         w.name: (w.shape, w.dtype)
