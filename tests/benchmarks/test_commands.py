@@ -93,7 +93,9 @@ def test_enable_time(tmp_path: Path) -> None:
         *("--methods", "svf", "lora"),
     )
     assert "Enabling on tiny" in printed
-    written = json.loads((tmp_path / "enable_time_tiny_jax.json").read_text())
+    written = json.loads(
+        (tmp_path / "enable_time_tiny_jax_rank2.json").read_text()
+    )
     assert written["enabling"]["svf"]["kept_bytes"] > 0
     for shape in written["alternatives"].values():
         for row in shape["alternatives"].values():
