@@ -20,10 +20,17 @@ def gram(w: np.ndarray) -> np.ndarray:
     return total
 
 
-def squared_norm(w: np.ndarray) -> float:
-    """‖w‖² (Frobenius) in float64, w (rows, columns)."""
-    parts = (w[rows].astype("float64") for rows in _blocks(*w.shape))
-    return float(sum(np.vdot(x, x) for x in parts))
+def rows_and_norm(a: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, float]:
+    """a·w and ‖w‖ (Frobenius) in float64, a (k, rows) float64 with few rows.
+
+    Of w (rows, columns) each block is converted once for both.
+    """
+    total, squares = np.zeros((len(a), w.shape[1])), 0.0
+    for rows in _blocks(*w.shape):
+        block = w[rows].astype("float64")
+        total += a[:, rows] @ block
+        squares += float(np.vdot(block, block))
+    return total, float(np.sqrt(squares))
 
 
 def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -39,11 +39,8 @@ def fingerprint(matrix: np.ndarray) -> np.ndarray:
     """(5,) float32 for a matrix W (in, out), or a bank (count, in, out)."""
     w = np.asarray(matrix).reshape(-1, matrix.shape[-1])
     a, b = _probes(w.shape, _BASE_PROBES)
-    values = [
-        np.sqrt(blocks.squared_norm(w)),
-        *np.sum(blocks.matmul(a, w) * b, axis=1),
-    ]
-    return np.array(values, "float32")
+    products, norm = blocks.rows_and_norm(a, w)
+    return np.array([norm, *np.sum(products * b, axis=1)], "float32")
 
 
 def matches(ours: np.ndarray, theirs: np.ndarray, *dtypes: str) -> bool:

@@ -149,7 +149,10 @@ def test_products_by_blocks(shape, monkeypatch):
     w = matrix(shape)
     w64 = w.astype("float64")
     np.testing.assert_allclose(blocks.gram(w), w64.T @ w64, atol=1e-13)
-    np.testing.assert_allclose(blocks.squared_norm(w), (w64**2).sum())
+    a = matrix((3, w.shape[0])).astype("float64")
+    product, norm = blocks.rows_and_norm(a, w)
+    np.testing.assert_allclose(product, a @ w64, atol=1e-12)
+    np.testing.assert_allclose(norm, np.linalg.norm(w64))
     for other in (matrix((shape[1], 4)), matrix((shape[1], 70))):
         expected = w64 @ other.astype("float64")
         for a, b, c in ((w, other, expected), (other.T, w.T, expected.T)):
