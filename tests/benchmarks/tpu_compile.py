@@ -146,6 +146,7 @@ def main() -> None:
     common.require_jax()
     jax.config.update("jax_platforms", "cpu")  # the TPU is not there
     keras.config.disable_interactive_logging()  # one progress bar is enough
+    keras_svdtune.set_decomposition_cache(False)  # every enabling from nothing
     device = tpu()
     methods, left_out = common.methods_for(options.methods, options.rank)
     for name in options.model:
