@@ -260,22 +260,23 @@ def host_matrix_of(layer: Any) -> Any:
     Raises:
         ValueError: the kernel has no values.
     """
-    if getattr(kernel_of(layer), "_value", layer) is None:
+    kernel = kernel_of(layer)
+    if getattr(kernel, "_value", kernel) is None:
         raise ValueError(
             f"The kernel of layer '{layer.path}' has no values: the model was "
             "built without them, in a `keras.StatelessScope`. Of such a model "
             "`estimate` tells the costs, for a `rank` that is an integer; to "
             "adapt it, build it with its weights."
         )
-    if placement_of(kernel_of(layer)) is None:
+    if placement_of(kernel) is None:
         return matrix_of(layer)
     # One at a time: programs that run on all devices from several threads
     # would wait for each other for ever.
     with _ONE_AT_A_TIME:
         if layer.quantization_mode is not None:
             return to_numpy(matrix_of(layer))
-        kernel = to_numpy(kernel_of(layer).value)
-    return view_of(layer).to_matrix(kernel.astype("float32"))
+        whole = to_numpy(kernel.value)
+    return view_of(layer).to_matrix(whole.astype("float32"))
 
 
 def host_value_of(variable: Any) -> Any:

@@ -250,12 +250,12 @@ def _with_rank(method: Method, layer: Any, path: str) -> Method:
 
 def _operations(method: Method, shape: tuple[int, int]) -> float:
     """About how many floating-point operations one decomposition takes."""
-    if method.needs(shape) is None:
+    n, needs = min(shape), method.needs(shape)
+    if needs is None:
         return 0.0
-    n, rank = min(shape), getattr(method, "rank", None)
     times = getattr(method, "iterations", 1) if method.base_mode else 1
-    # As it was measured: a few components want no more than 5 n³.
-    cubes = 12.0 if rank is None or 4 * rank > n else 5.0
+    # Of a few components the eigenvectors are not computed for all.
+    cubes = 5.0 if needs.few_of(n) else 12.0
     return times * (2.0 * n * n * max(shape) + cubes * n**3)
 
 

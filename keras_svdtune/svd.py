@@ -92,6 +92,10 @@ class Needs:
     n_iter: int | None = None
     seed: int = 0
 
+    def few_of(self, n: int) -> bool:
+        """Whether so few of n components are wanted that all cost more."""
+        return isinstance(self.rank, int) and 4 * self.rank <= n
+
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
@@ -305,8 +309,8 @@ def components(w: Any, needs: Needs, xp: Any) -> tuple[Any, Any, Any]:
             if found is not None:
                 return _signed(*found, xp)
         tall = w.shape[1] <= w.shape[0]
-        largest, s, basis = _part_of_small_side(w if tall else w.T, needs)
-        if s[-1] > 1e-4 * largest:
+        limit, s, basis = _part_of_small_side(w if tall else w.T, needs)
+        if s[-1] > 1e-4 * limit:
             other = blocks.matmul(w if tall else w.T, basis) / s
             return (other, s, basis) if tall else (basis, s, other)
     u, s, vt = xp.svd(w, full_matrices=False)
@@ -315,39 +319,27 @@ def components(w: Any, needs: Needs, xp: Any) -> tuple[Any, Any, Any]:
 
 
 def _part_of_small_side(w: np.ndarray, needs: Needs) -> tuple[Any, Any, Any]:
-    """(s₁, s, v) in float64: the largest value, and the wanted components.
+    """(limit, s, v) in float64: s₁ or more, and the wanted components.
 
     Args:
         w: (in, out), out <= in.
         needs: as for `components`.
     """
-    n, rank = w.shape[1], needs.rank
-    # A few vectors cost a fraction of all.
-    if isinstance(rank, int) and 4 * rank <= n:
+    n = w.shape[1]
+    if needs.few_of(n):
         gram = blocks.gram(w)
-        top = needs.part == "top"
-        found = lapack.eigh_part(gram, *((n - rank, n) if top else (0, rank)))
+        part = _wanted(np.arange(n), needs)
+        found = lapack.eigh_part(gram, n - (part.stop or n), n - part.start)
         if found is not None:
             values, v = (np.flip(x, axis=-1) for x in found)
             s = np.sqrt(np.maximum(values, 0.0))
-            largest = s[0] if top else np.sqrt(_largest_value(gram))
-            return largest, s, v * signs(v, _HOST)
+            # ‖G‖ is no less than its largest eigenvalue.
+            return np.sqrt(np.linalg.norm(gram)), s, v * signs(v, _HOST)
     _, s, v = small_side(w, _HOST)
     # From these values in float32, as `estimate` has them: where they are
     # equal, rounding decides, and it must decide the same.
     part = _wanted(_to_float32(s), needs)
     return s[0], s[part], v[:, part]
-
-
-def _largest_value(gram: np.ndarray) -> float:
-    """The largest eigenvalue, from below, by the power method: roughly."""
-    x = gram[:, np.argmax(np.diagonal(gram))]
-    for _ in range(10):
-        size = np.linalg.norm(x)
-        if size == 0.0:
-            return 0.0
-        x = gram @ (x / size)
-    return float(np.linalg.norm(x))
 
 
 def randomised_top(w: Any, needs: Needs, xp: Any) -> tuple[Any, Any, Any]:

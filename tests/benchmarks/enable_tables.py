@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import bars
 from rich.table import Table
 
 
@@ -113,40 +114,18 @@ def plot(
         title, note: above and below.
         path: where the PNG goes.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        print("No plot: matplotlib is not installed.")
+    pyplot = bars.pyplot()
+    if pyplot is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     names = sorted(results, key=lambda name: -results[name]["seconds"])
-    figure, axes = pyplot.subplots(
-        figsize=(8, 1.6 + 0.36 * len(names)), layout="constrained"
+    figure, axes = bars.of_seconds(
+        pyplot, {n: results[n] for n in names}, "torch", "seconds_to_torch"
     )
-    for i, name in enumerate(names):
-        r = results[name]
-        low, high = min(r["all_seconds"]), max(r["all_seconds"])
-        color = "#b0b7c0" if name.startswith("torch") else "#2f6db3"
-        axes.barh(i, r["seconds"], height=0.66, color=color)
-        axes.plot([low, high], [i, i], color="#222222", linewidth=1)
-        if "seconds_to_torch" in r:
-            axes.annotate(
-                f"{r['seconds_to_torch']:.2f}",
-                (high, i),
-                xytext=(5, 0),
-                textcoords="offset points",
-                va="center",
-            )
-    axes.set_yticks(range(len(names)), names)
-    axes.set_xlim(0, max(max(r["all_seconds"]) for r in results.values()) * 1.1)
     axes.set_xlabel(
         "seconds: bar = median, line = fastest to slowest,\n"
         f"number = ratio to torch.linalg.svd of the same matrices\n{note}",
         fontsize=9,
     )
     axes.set_title(title)
-    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     print(f"Written: {path}")

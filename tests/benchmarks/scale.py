@@ -32,11 +32,7 @@ from scale_candidates import (
     memory,
     step_flops,
 )
-from scale_configs import (
-    GEMMA3_270M,
-    MODELS,
-    Config,
-)
+from scale_configs import GEMMA3_270M, MODELS, Config
 from scale_page import markdown
 from scale_plot import plot
 

@@ -140,8 +140,8 @@ def enable_flops(method: Method, shape: tuple[int, int]) -> float:
         k = needs.rank + 10
         return (2 * needs.n_iter + 2) * (2.0 * m * n * k + 4.0 * m * k * k)
     gram = 1.0 * n * n * m
-    if isinstance(needs.rank, int) and 4 * needs.rank <= n:
-        return gram + 4.0 / 3.0 * n**3 + 2.0 * m * n * needs.rank
+    if needs.few_of(n):
+        return gram + 4.0 / 3.0 * n**3 + 2.0 * m * n * int(needs.rank or 0)
     k = n if method.replaces_base else 0
     return gram + 9.0 * n**3 + 2.0 * m * n * k
 

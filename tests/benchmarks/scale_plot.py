@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import bars
+
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Draws a panel for each model, a bar for each way to train it.
@@ -12,14 +14,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
         result: what `scale.py` writes.
         path: where the PNG goes.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        print("No plot: matplotlib is not installed.")
+    pyplot = bars.pyplot()
+    if pyplot is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     models = result["models"]
     columns = min(2, len(models))
     rows = math.ceil(len(models) / columns)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import bars
 from rich.table import Table
 
 FLOOR = "frozen floor"
@@ -52,14 +53,9 @@ def _short(ratio: float | None) -> str:
 
 def plot(found: dict[str, Any], title: str, note: str, path: Path) -> None:
     """Draws the estimates as bars, one panel for each number of tokens."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("No plot: matplotlib is not installed.")
+    pyplot = bars.pyplot()
+    if pyplot is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     names = list(next(iter(found.values())))[::-1]
     figure, panels = pyplot.subplots(
         1,
