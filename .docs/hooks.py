@@ -29,7 +29,7 @@ from pictures import PICTURES  # noqa: E402
 
 import keras_svdtune  # noqa: E402
 from keras_svdtune import METHODS  # noqa: E402
-from keras_svdtune.backbone import functions  # noqa: E402
+from keras_svdtune.keras_hub_methods import functions  # noqa: E402
 from keras_svdtune.layers import DeclaredLayer  # noqa: E402
 
 REPOSITORY = HERE.parent

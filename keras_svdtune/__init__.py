@@ -38,23 +38,17 @@ Backbone and Task. The same functions take any `keras.Model`.
 | `backbone` | the methods that KerasHub classes get |
 """
 
-from keras_svdtune import backbone as _backbone
-from keras_svdtune import layers as _layers
-from keras_svdtune.adapter_file import SavedAdapter
-from keras_svdtune.cache import set_decomposition_cache
+from keras_svdtune import keras_hub_methods, layers
 from keras_svdtune.callbacks import RankAllocator
-from keras_svdtune.compose import compose
-from keras_svdtune.convert import Conversion, to_lora
-from keras_svdtune.enable import (
-    adapter_disabled,
-    enable_adapter,
-    merge_adapter,
-    remove_adapter,
-)
-from keras_svdtune.export import export_peft
-from keras_svdtune.files import load_adapter, save_adapter
-from keras_svdtune.hub import push_adapter
+from keras_svdtune.convert.low_rank_change import LayerConversion
+from keras_svdtune.convert.peft import export_peft
+from keras_svdtune.convert.to_lora import Conversion, to_lora
+from keras_svdtune.files.compose import compose
+from keras_svdtune.files.format import SavedAdapter
+from keras_svdtune.files.hub import push_adapter
+from keras_svdtune.files.save_load import load_adapter, save_adapter
 from keras_svdtune.layout_map import svdtune_layout_map
+from keras_svdtune.matrix.cache import set_decomposition_cache
 from keras_svdtune.methods import (
     METHODS,
     SVF,
@@ -67,27 +61,37 @@ from keras_svdtune.methods import (
     MiLoRA,
     PiSSA,
 )
-from keras_svdtune.plot_spectrum import plot_spectrum
-from keras_svdtune.quantization_error import (
+from keras_svdtune.model.enable import (
+    adapter_disabled,
+    enable_adapter,
+    merge_adapter,
+    remove_adapter,
+)
+from keras_svdtune.reports.cost import (
+    Cost,
+    LayerCost,
+    adapter_summary,
+    estimate,
+)
+from keras_svdtune.reports.plot_spectrum import plot_spectrum
+from keras_svdtune.reports.quantization_error import (
     LayerQuantization,
     QuantizationError,
     quantization_error,
 )
-from keras_svdtune.report import Cost, LayerCost, adapter_summary, estimate
-from keras_svdtune.spectral_change import SpectralChange
+from keras_svdtune.reports.spectral_change import SpectralChange
+from keras_svdtune.reports.spectrum import LayerSpectrum, Spectrum, spectrum
 from keras_svdtune.spectral_monitor import SpectralMonitor
-from keras_svdtune.spectrum import LayerSpectrum, Spectrum, spectrum
-from keras_svdtune.thin import LayerConversion
 
 __version__ = "0.1.0"
 
-enable_svf = _backbone.enable_function(SVF)
-enable_svft = _backbone.enable_function(SVFT)
-enable_pissa = _backbone.enable_function(PiSSA)
-enable_milora = _backbone.enable_function(MiLoRA)
-enable_lora_xs = _backbone.enable_function(LoRAXS)
-enable_adalora = _backbone.enable_function(AdaLoRA)
-enable_dora = _backbone.enable_function(DoRA)
+enable_svf = keras_hub_methods.enable_function(SVF)
+enable_svft = keras_hub_methods.enable_function(SVFT)
+enable_pissa = keras_hub_methods.enable_function(PiSSA)
+enable_milora = keras_hub_methods.enable_function(MiLoRA)
+enable_lora_xs = keras_hub_methods.enable_function(LoRAXS)
+enable_adalora = keras_hub_methods.enable_function(AdaLoRA)
+enable_dora = keras_hub_methods.enable_function(DoRA)
 
 (
     SVFDense,
@@ -97,7 +101,7 @@ enable_dora = _backbone.enable_function(DoRA)
     SVFConv3D,
     SVFEmbedding,
     SVFReversibleEmbedding,
-) = _layers.layer_classes(SVF)
+) = layers.layer_classes(SVF)
 (
     SVFTDense,
     SVFTEinsumDense,
@@ -106,7 +110,7 @@ enable_dora = _backbone.enable_function(DoRA)
     SVFTConv3D,
     SVFTEmbedding,
     SVFTReversibleEmbedding,
-) = _layers.layer_classes(SVFT)
+) = layers.layer_classes(SVFT)
 (
     PiSSADense,
     PiSSAEinsumDense,
@@ -115,7 +119,7 @@ enable_dora = _backbone.enable_function(DoRA)
     PiSSAConv3D,
     PiSSAEmbedding,
     PiSSAReversibleEmbedding,
-) = _layers.layer_classes(PiSSA)
+) = layers.layer_classes(PiSSA)
 (
     MiLoRADense,
     MiLoRAEinsumDense,
@@ -124,7 +128,7 @@ enable_dora = _backbone.enable_function(DoRA)
     MiLoRAConv3D,
     MiLoRAEmbedding,
     MiLoRAReversibleEmbedding,
-) = _layers.layer_classes(MiLoRA)
+) = layers.layer_classes(MiLoRA)
 (
     LoRAXSDense,
     LoRAXSEinsumDense,
@@ -133,7 +137,7 @@ enable_dora = _backbone.enable_function(DoRA)
     LoRAXSConv3D,
     LoRAXSEmbedding,
     LoRAXSReversibleEmbedding,
-) = _layers.layer_classes(LoRAXS)
+) = layers.layer_classes(LoRAXS)
 (
     LoRADense,
     LoRAEinsumDense,
@@ -142,14 +146,14 @@ enable_dora = _backbone.enable_function(DoRA)
     LoRAConv3D,
     LoRAEmbedding,
     LoRAReversibleEmbedding,
-) = _layers.layer_classes(LoRA)
+) = layers.layer_classes(LoRA)
 (
     AdaLoRADense,
     AdaLoRAEinsumDense,
     AdaLoRAConv1D,
     AdaLoRAConv2D,
     AdaLoRAConv3D,
-) = _layers.layer_classes(AdaLoRA)
+) = layers.layer_classes(AdaLoRA)
 (
     DoRADense,
     DoRAEinsumDense,
@@ -158,9 +162,9 @@ enable_dora = _backbone.enable_function(DoRA)
     DoRAConv3D,
     DoRAEmbedding,
     DoRAReversibleEmbedding,
-) = _layers.layer_classes(DoRA)
+) = layers.layer_classes(DoRA)
 
-_backbone.patch_keras_hub()
+keras_hub_methods.patch_keras_hub()
 
 __all__ = [
     "METHODS",

@@ -5,9 +5,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_svdtune.devices import to_numpy
-from keras_svdtune.enable import require_adapted
 from keras_svdtune.methods.adalora import AdaLoRA
+from keras_svdtune.model.enable import require_adapted
+from keras_svdtune.runtime.processes import to_numpy
 
 
 class RankAllocator(keras.callbacks.Callback):

@@ -11,17 +11,17 @@ from typing import Any, ClassVar
 
 import keras
 
-from keras_svdtune import attach
-from keras_svdtune.adapter import Plan, plan
-from keras_svdtune.enable import check_fit
-from keras_svdtune.freezing import freeze_own_variables
-from keras_svdtune.hosts import (
+from keras_svdtune.adapter.plan import Plan, plan
+from keras_svdtune.hosts import attach
+from keras_svdtune.hosts.host import (
     HOSTS,
     AdapterHost,
     host_matrix_of,
     kernel_of,
 )
 from keras_svdtune.methods.base import Method
+from keras_svdtune.model.enable import check_fit
+from keras_svdtune.model.freezing import freeze_own_variables
 
 
 class DeclaredLayer(AdapterHost):

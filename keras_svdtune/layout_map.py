@@ -17,12 +17,12 @@ from typing import Any
 import keras
 import keras_hub
 
-from keras_svdtune.abstract import abstract
-from keras_svdtune.enable import adapted_part
-from keras_svdtune.hosts import HOSTS, AdapterHost, kernel_of, view_of
-from keras_svdtune.matrix import MatrixView
-from keras_svdtune.raw_kernels import raw_kernels
-from keras_svdtune.targets import all_layers
+from keras_svdtune.hosts.direct_kernels import raw_kernels
+from keras_svdtune.hosts.host import HOSTS, AdapterHost, kernel_of, view_of
+from keras_svdtune.matrix.view import MatrixView
+from keras_svdtune.model.enable import adapted_part
+from keras_svdtune.model.targets import all_layers
+from keras_svdtune.runtime.valueless import abstract
 
 Layout = tuple[str | None, ...]
 COLUMN, ROW = "column", "row"

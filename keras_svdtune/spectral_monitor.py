@@ -6,9 +6,13 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_svdtune.adapted_matrix import ModelMatrix, for_each, matrices_of
-from keras_svdtune.enable import require_adapted
-from keras_svdtune.spectral_change import (
+from keras_svdtune.model.enable import require_adapted
+from keras_svdtune.reports.model_matrix import (
+    ModelMatrix,
+    for_each,
+    matrices_of,
+)
+from keras_svdtune.reports.spectral_change import (
     Base,
     Measures,
     SpectralChange,

@@ -25,8 +25,8 @@ import numpy as np
 from helpers import default_method, default_methods, perturb
 
 import keras_svdtune
-from keras_svdtune.abstract import abstract
-from keras_svdtune.targets import adapted_layers
+from keras_svdtune.model.targets import adapted_layers
+from keras_svdtune.runtime.valueless import abstract
 
 VOCABULARY, STEPS = 64, 20
 SIZES = dict(

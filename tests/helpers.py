@@ -10,8 +10,8 @@ import pytest
 from keras import ops
 
 import keras_svdtune
-from keras_svdtune.adapter import Adapter
-from keras_svdtune.hosts import AdapterHost
+from keras_svdtune.adapter.adapter import Adapter
+from keras_svdtune.hosts.host import AdapterHost
 
 POLICIES = ("float32", "bfloat16", "mixed_bfloat16")
 

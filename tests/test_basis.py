@@ -22,7 +22,8 @@ from helpers import (
 )
 
 import keras_svdtune
-from keras_svdtune import SVF, SVFT, LoRAXS, PiSSA, adapter, svd
+from keras_svdtune import SVF, SVFT, LoRAXS, PiSSA
+from keras_svdtune.adapter import adapter
 
 X, _ = small_data()
 
@@ -82,7 +83,7 @@ def flip_a_sign(factors):
             None if x is None else x * np.array([1, -1] + [1] * 9)[: len(x.T)]
         )
 
-    return svd.Factors(flip(factors.u), factors.s, flip(factors.v))
+    return factors.Factors(flip(factors.u), factors.s, flip(factors.v))
 
 
 def turn(factors):
@@ -97,7 +98,7 @@ def turn(factors):
             rotation[1:3, 1:3] = [[c, -s], [s, c]]
         return (x @ rotation).astype("float32")
 
-    return svd.Factors(turned(factors.u), factors.s, turned(factors.v))
+    return factors.Factors(turned(factors.u), factors.s, turned(factors.v))
 
 
 OFF_DIAGONAL = [SVFT(off_diagonals=1), LoRAXS(rank=3)]

@@ -12,9 +12,12 @@ import pytest
 import safetensors.numpy
 from keras import ops
 
-from keras_svdtune import cache, report, svd
-from keras_svdtune.cache import set_decomposition_cache
-from keras_svdtune.svd import Needs, decompose
+from keras_svdtune.matrix import cache
+from keras_svdtune.matrix import decompose as decomposition
+from keras_svdtune.matrix.cache import set_decomposition_cache
+from keras_svdtune.matrix.decompose import decompose
+from keras_svdtune.matrix.factors import Needs
+from keras_svdtune.reports import cost
 
 SMALL = Needs("small_side")
 PARTS = [
@@ -39,13 +42,13 @@ def folder(tmp_path, monkeypatch):
 def computed(monkeypatch):
     """The `Needs` of every decomposition that is computed."""
     found = []
-    compute = svd.computed
+    compute = decomposition.computed
 
     def counted(matrix, needs, name="matrix"):
         found.append(needs)
         return compute(matrix, needs, name)
 
-    monkeypatch.setattr(svd, "computed", counted)
+    monkeypatch.setattr(decomposition, "computed", counted)
     return found
 
 
@@ -99,9 +102,9 @@ def test_what_differs_misses(folder, computed, monkeypatch):
         decompose(ops.convert_to_tensor(w), other)
         assert len(computed) == i + 2, other
     n = len(computed)
-    monkeypatch.setattr(svd, "_VERSION", -1)
+    monkeypatch.setattr(decomposition, "_VERSION", -1)
     decompose(matrix(), needs)
-    monkeypatch.setattr(svd, "on_host", lambda: False)
+    monkeypatch.setattr(decomposition, "on_host", lambda: False)
     decompose(matrix(), needs)
     assert len(computed) == n + 2 == len(entries(folder))
 
@@ -309,7 +312,7 @@ def test_the_environment_variable_and_the_default(tmp_path, monkeypatch):
 
 def test_estimate_times_a_decomposition_and_no_file(folder, computed):
     """A read from disk would be taken for the speed of the machine."""
-    report._seconds_per_operation.cache_clear()
-    assert report._seconds_per_operation(64) > 0
+    cost._seconds_per_operation.cache_clear()
+    assert cost._seconds_per_operation(64) > 0
     assert len(computed) == 2 and not entries(folder)
-    report._seconds_per_operation.cache_clear()
+    cost._seconds_per_operation.cache_clear()

@@ -13,8 +13,8 @@ from keras import layers
 from tiny_backbones import EAGER_ONLY, TINY, exported, missing
 
 import keras_svdtune
-from keras_svdtune.hosts import kernel_of
-from keras_svdtune.targets import adapted_layers
+from keras_svdtune.hosts.host import kernel_of
+from keras_svdtune.model.targets import adapted_layers
 
 jax = pytest.importorskip("jax")
 pytestmark = pytest.mark.skipif(

@@ -29,7 +29,7 @@ from keras_svdtune import (
     PiSSA,
     compose,
 )
-from keras_svdtune.hosts import matrix_of
+from keras_svdtune.hosts.host import matrix_of
 
 X, _ = small_data()
 

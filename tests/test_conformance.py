@@ -35,7 +35,7 @@ from helpers import adapted as adapted_layers
 from keras import ops
 
 import keras_svdtune
-from keras_svdtune.hosts import AdapterHost
+from keras_svdtune.hosts.host import AdapterHost
 
 FEW = ("dense_tall", "dense_wide", "einsum_query")
 

@@ -26,18 +26,10 @@ from helpers import (
 )
 
 import keras_svdtune
-from keras_svdtune import (
-    SVF,
-    SVFT,
-    AdaLoRA,
-    DoRA,
-    LoRA,
-    MiLoRA,
-    PiSSA,
-    attach,
-    enable,
-    thin,
-)
+from keras_svdtune import SVF, SVFT, AdaLoRA, DoRA, LoRA, MiLoRA, PiSSA
+from keras_svdtune.convert import low_rank_change
+from keras_svdtune.hosts import attach
+from keras_svdtune.model import enable
 
 X, Y = small_data()
 DATA = hosts_data(LINEAR)
@@ -411,14 +403,14 @@ def test_two_adapters_in_one_model():
 @pytest.mark.parametrize(
     "module, name, nth",
     [
-        (thin, "thin_product", 2),
+        (low_rank_change, "thin_product", 2),
         (attach, "detach", 2),
         (attach, "Adapter", 1),
         (attach, "Adapter", 2),
         (attach, "attach_plan", 2),
         (enable, "prepare_reset", 1),
-        (keras_svdtune.adapter.Adapter, "add_weight", 2),
-        (keras_svdtune.adapter.Adapter, "add_weight", 4),
+        (keras_svdtune.adapter.adapter.Adapter, "add_weight", 2),
+        (keras_svdtune.adapter.adapter.Adapter, "add_weight", 4),
     ],
 )
 def test_interrupt_leaves_the_model_as_it_was(

@@ -18,7 +18,7 @@ from keras import KerasTensor, Sequential, layers, ops
 
 import keras_svdtune
 from keras_svdtune import SVF, DoRA
-from keras_svdtune.hosts import without_adapter
+from keras_svdtune.hosts.host import without_adapter
 
 CASES = {
     "strided": (layers.Conv2D(6, 3, strides=2, padding="same"), (5, 5, 2)),
@@ -81,7 +81,7 @@ def test_channels_first_has_the_same_matrix():
     last = layers.Conv2D(4, 3, data_format="channels_last")
     first.build((None, 2, 5, 5))
     last.build((None, 5, 5, 2))
-    found = [keras_svdtune.hosts.view_of(x) for x in (first, last)]
+    found = [keras_svdtune.hosts.host.view_of(x) for x in (first, last)]
     assert found[0].shape == found[1].shape == (18, 4)
     y = KerasTensor((2, 4, 3, 3))
     assert found[0].batch_dims_of_output(y) == (2, 3, 3)

@@ -31,8 +31,11 @@ from helpers import (
 )
 
 import keras_svdtune
-from keras_svdtune import SVF, LoRA, PiSSA, attach, planning, progress
-from keras_svdtune.backbone import patch_keras_hub
+from keras_svdtune import SVF, LoRA, PiSSA
+from keras_svdtune.hosts import attach
+from keras_svdtune.keras_hub_methods import patch_keras_hub
+from keras_svdtune.model import planning
+from keras_svdtune.runtime import parallel
 
 X, Y = small_data()
 
@@ -425,7 +428,7 @@ def test_interrupt_while_others_decompose(monkeypatch):
 
     threads = threading.active_count()
     with must_stay(gemma, data, compiled=False):
-        monkeypatch.setattr(progress, "as_completed", interrupted)
+        monkeypatch.setattr(parallel, "as_completed", interrupted)
         with pytest.raises(KeyboardInterrupt):
             gemma.enable_svf()
         monkeypatch.undo()
@@ -436,7 +439,7 @@ def test_interrupt_while_others_decompose(monkeypatch):
 def test_interrupt_at_any_weight(nth, monkeypatch):
     """Also while a layer is half converted."""
     model, calls = small_model(), []
-    original = keras_svdtune.adapter.Adapter.add_weight
+    original = keras_svdtune.adapter.adapter.Adapter.add_weight
 
     def interrupted(self, *args, **kwargs):
         calls.append(args)
@@ -446,7 +449,7 @@ def test_interrupt_at_any_weight(nth, monkeypatch):
 
     with must_stay(model, X):
         monkeypatch.setattr(
-            keras_svdtune.adapter.Adapter, "add_weight", interrupted
+            keras_svdtune.adapter.adapter.Adapter, "add_weight", interrupted
         )
         if nth <= 4:  # two layers of two weights
             with pytest.raises(KeyboardInterrupt):

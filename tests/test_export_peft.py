@@ -26,18 +26,9 @@ from helpers import (
 )
 
 import keras_svdtune
-from keras_svdtune import (
-    SVF,
-    SVFT,
-    AdaLoRA,
-    DoRA,
-    LoRA,
-    LoRAXS,
-    MiLoRA,
-    PiSSA,
-    hf_names,
-)
-from keras_svdtune.demo import gguf_to_hf
+from keras_svdtune import SVF, SVFT, AdaLoRA, DoRA, LoRA, LoRAXS, MiLoRA, PiSSA
+from keras_svdtune.convert import hf_names
+from keras_svdtune.demo.weights import gguf_to_hf
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

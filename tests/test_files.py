@@ -35,7 +35,8 @@ from helpers import (
 )
 
 import keras_svdtune
-from keras_svdtune import METHODS, SVF, SVFT, LoRAXS, PiSSA, adapter_file
+from keras_svdtune import METHODS, SVF, SVFT, LoRAXS, PiSSA
+from keras_svdtune.files import format
 
 X, Y = small_data()
 KEY = "keras_svdtune"
@@ -460,7 +461,7 @@ def test_a_failed_write_leaves_the_old_file(path, monkeypatch):
                 raise error
 
             with monkeypatch.context() as patch:
-                patch.setattr(adapter_file.os, name, fail)
+                patch.setattr(format.os, name, fail)
                 with pytest.raises(type(error)):
                     keras_svdtune.save_adapter(model, path)
             assert path.read_bytes() == old

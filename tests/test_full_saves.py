@@ -32,7 +32,7 @@ from helpers import (
 from helpers import eager as outputs
 
 import keras_svdtune
-from keras_svdtune.hosts import AdapterHost
+from keras_svdtune.hosts.host import AdapterHost
 
 X, Y = small_data()
 

@@ -26,8 +26,8 @@ from helpers import (
 
 import keras_svdtune
 from keras_svdtune import PiSSA, SavedAdapter
-from keras_svdtune.adapter_file import read_adapter
-from keras_svdtune.files import saved_adapter
+from keras_svdtune.files.format import read_adapter
+from keras_svdtune.files.save_load import saved_adapter
 
 # Of each kind; what is tested is the same code on every backend.
 COUNT = 2500 if keras.backend.backend() == "jax" else 250

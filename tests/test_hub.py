@@ -28,7 +28,8 @@ from helpers import (
 )
 
 import keras_svdtune
-from keras_svdtune import SVF, LoRA, hub_client, load_adapter, push_adapter
+from keras_svdtune import SVF, LoRA, load_adapter, push_adapter
+from keras_svdtune.files import hub_client
 
 pytest.importorskip("huggingface_hub")
 kagglehub = pytest.importorskip("kagglehub")

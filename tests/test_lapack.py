@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_svdtune.lapack import eigh_part
+from keras_svdtune.matrix.lapack import eigh_part
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "jax", reason="knows no backend: on JAX"

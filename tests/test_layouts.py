@@ -11,9 +11,9 @@ from helpers import default_methods, method_id, tiny_gemma
 from keras.src.backend.common import global_state
 
 import keras_svdtune
-from keras_svdtune.abstract import abstract
-from keras_svdtune.layouts import adapter_layouts, block_axes
-from keras_svdtune.matrix import GroupedView, MatrixView
+from keras_svdtune.adapter.sharding import adapter_layouts, block_axes
+from keras_svdtune.matrix.view import GroupedView, MatrixView
+from keras_svdtune.runtime.valueless import abstract
 
 SIZES = {"batch": 2, "model": 4}
 MODEL, BATCH, WHOLE = ("model",), ("batch",), ()

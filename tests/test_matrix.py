@@ -5,7 +5,7 @@ import pytest
 from helpers import numpy
 from keras import ops
 
-from keras_svdtune.matrix import DENSE_EQUATION, MatrixView
+from keras_svdtune.matrix.view import DENSE_EQUATION, MatrixView
 
 SIZES = dict(zip("abcdefhijklmnopqrstuvwxyz", range(2, 27), strict=True))
 SIZES |= {"x": 7, "y": 4, "z": 3}

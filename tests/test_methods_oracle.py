@@ -26,8 +26,9 @@ from helpers import (
 from keras import ops
 
 import keras_svdtune
-from keras_svdtune import DoRA, MiLoRA, PiSSA, enable
+from keras_svdtune import DoRA, MiLoRA, PiSSA
 from keras_svdtune.methods import svft as svft_file
+from keras_svdtune.model import enable
 
 NAMES = ("dense_tall", "dense_wide", "dense_square", "einsum_query")
 ACTIVATIONS = {"dense_tall": np.tanh}

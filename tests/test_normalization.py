@@ -7,7 +7,7 @@ from helpers import assert_same, numpy
 from tiny_backbones import TINY
 
 import keras_svdtune
-from keras_svdtune.files import saved_adapter
+from keras_svdtune.files.save_load import saved_adapter
 
 # The moving statistics, and dropout as well in the last.
 NAMES = ("DeepLabV3Backbone", "EfficientNetBackbone", "SegFormerBackbone")

@@ -12,17 +12,8 @@ import pytest
 from helpers import adapted, default_methods, method_id, tiny_gemma
 
 import keras_svdtune
-from keras_svdtune import (
-    SVF,
-    SVFT,
-    AdaLoRA,
-    DoRA,
-    LoRA,
-    LoRAXS,
-    MiLoRA,
-    PiSSA,
-    report,
-)
+from keras_svdtune import SVF, SVFT, AdaLoRA, DoRA, LoRA, LoRAXS, MiLoRA, PiSSA
+from keras_svdtune.reports import cost as cost_report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +211,7 @@ GEOMETRY = Geometry(24, 3, 1, 8, 20, 2)
 @pytest.mark.parametrize("method", default_methods(), ids=method_id)
 def test_a_backbone_has_as_many(method, backbone, monkeypatch):
     """The arithmetic is that of a Gemma which is built and adapted."""
-    monkeypatch.setattr(report, "_seconds_per_operation", lambda: 1e-9)
+    monkeypatch.setattr(cost_report, "_seconds_per_operation", lambda: 1e-9)
     expected = 2 * sum(trainable(method, s) for s in GEOMETRY.matrices(ALL))
     before = backbone.count_params()
     assert keras_svdtune.estimate(backbone, method).trainable == expected

@@ -27,9 +27,11 @@ from keras import layers, ops
 from keras_hub.src.models.mixtral.mixtral_decoder import MixtralMoeExperts
 
 import keras_svdtune
-from keras_svdtune import DoRA, LoRA, PiSSA, PiSSADense, attach, replaced_kernel
-from keras_svdtune.hosts import matrix_of
-from keras_svdtune.svd import decompose
+from keras_svdtune import DoRA, LoRA, PiSSA, PiSSADense
+from keras_svdtune.adapter import adapter
+from keras_svdtune.hosts import attach, replace_base
+from keras_svdtune.hosts.host import matrix_of
+from keras_svdtune.matrix.decompose import decompose
 
 MODES = ("int8", "int4")
 FEW = (("int4", "float32"), ("int8", "bfloat16"))
@@ -399,10 +401,10 @@ def test_a_quantizer_that_rounds_otherwise(monkeypatch, tmp_path):
     """As from another release of Keras."""
     path = tmp_path / "adapter.safetensors"
     keras_svdtune.save_adapter(enabled(), path)
-    original = replaced_kernel.quantized_copy
+    original = replace_base.quantized_copy
     config = keras.quantizers.Int4QuantizationConfig(block_size=16)
     monkeypatch.setattr(
-        replaced_kernel, "quantized_copy", lambda *x: original(*x, config)
+        replace_base, "quantized_copy", lambda *x: original(*x, config)
     )
     model = float_model()
     stays = must_stay(model, X, compiled=False)
@@ -482,9 +484,9 @@ def test_an_interrupt_leaves_the_float_model(where, kind, monkeypatch):
         if where == "Adapter":
             monkeypatch.setattr(attach, where, interrupting(attach.Adapter))
         elif where == "assign":
-            original = replaced_kernel.quantize
+            original = replace_base.quantize
             monkeypatch.setattr(
-                replaced_kernel, "quantize", interrupting(original)
+                replace_base, "quantize", interrupting(original)
             )
         else:
             for cls in (layers.Dense, layers.EinsumDense):
@@ -644,7 +646,6 @@ def test_on_a_task():
 
 
 def test_the_decomposition_of_each_round_is_the_methods_own(monkeypatch):
-    from keras_svdtune import adapter
 
     seen = []
 

@@ -20,7 +20,7 @@ from keras import ops
 
 import keras_svdtune
 from keras_svdtune import SVF, DoRA, PiSSA
-from keras_svdtune.hosts import matrix_of
+from keras_svdtune.hosts.host import matrix_of
 
 NAMES = ("dense_tall", "dense_wide", "einsum_query", "einsum_output")
 DATA = hosts_data(NAMES)

@@ -20,18 +20,10 @@ from keras import ops
 from test_methods_oracle import one_program
 
 import keras_svdtune
-from keras_svdtune import (
-    SVFT,
-    AdaLoRA,
-    DoRA,
-    LoRA,
-    LoRAXS,
-    MiLoRA,
-    PiSSA,
-    enable,
-    report,
-    svd,
-)
+from keras_svdtune import SVFT, AdaLoRA, DoRA, LoRA, LoRAXS, MiLoRA, PiSSA
+from keras_svdtune.matrix import decompose
+from keras_svdtune.model import enable
+from keras_svdtune.reports import cost as cost_report
 
 ENERGY = [
     PiSSA(rank=0.9),
@@ -111,7 +103,7 @@ def expected_ranks(method):
 def no_timing(monkeypatch):
     """What takes longest and is not tested here: `estimate` decomposes a
     matrix to time it, and enabling looks for compiled functions to drop."""
-    monkeypatch.setattr(report, "_seconds_per_operation", lambda: 1e-9)
+    monkeypatch.setattr(cost_report, "_seconds_per_operation", lambda: 1e-9)
     monkeypatch.setattr(enable, "prepare_reset", lambda layers: lambda: None)
 
 
@@ -292,7 +284,7 @@ def test_bottom_components_are_the_true_ones(condition, shape):
     rank, n = 6, min(shape)
     kernel = matrix(*shape, lambda i: condition ** (-i / (n - 1)))
     w = kernel.astype("float64")
-    found = svd.decompose(
+    found = decompose.decompose(
         ops.convert_to_tensor(kernel), MiLoRA(rank=rank).needs(shape)
     )
     u, s, v = found.u, found.s, found.v

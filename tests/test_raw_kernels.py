@@ -17,7 +17,7 @@ from keras_hub.src.models.mixtral.mixtral_decoder import MixtralMoeExperts
 
 import keras_svdtune
 from keras_svdtune import PiSSA
-from keras_svdtune.targets import adapted_layers
+from keras_svdtune.model.targets import adapted_layers
 
 METHODS = [*(m for m in default_methods() if m.banks), PiSSA(0.5)]
 

@@ -23,7 +23,8 @@ from helpers import (
 )
 
 import keras_svdtune
-from keras_svdtune import SVF, PiSSA, SVFDense, attach
+from keras_svdtune import SVF, PiSSA, SVFDense
+from keras_svdtune.hosts import attach
 
 DATA = hosts_data(LINEAR)
 ROUNDING = {"float32": 1e-6, "bfloat16": 2e-2}

@@ -20,7 +20,8 @@ from helpers import (
 )
 
 import keras_svdtune
-from keras_svdtune import SVF, SVFT, LoRA, LoRAXS, PiSSA, report
+from keras_svdtune import SVF, SVFT, LoRA, LoRAXS, PiSSA
+from keras_svdtune.reports import cost
 
 X, _ = small_data()
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4}
@@ -30,7 +31,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4}
 def quick_clock(request, monkeypatch):
     """No timing of this machine, but where the seconds are what is tested."""
     if "seconds" not in request.node.name:
-        monkeypatch.setattr(report, "_seconds_per_operation", lambda: 1e-9)
+        monkeypatch.setattr(cost, "_seconds_per_operation", lambda: 1e-9)
 
 
 def counted(model):

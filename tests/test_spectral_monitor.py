@@ -20,8 +20,8 @@ from keras_hub.src.models.mixtral.mixtral_decoder import MixtralMoeExperts
 
 import keras_svdtune
 from keras_svdtune import SVF, SVFT, LoRA, PiSSA, SpectralMonitor
-from keras_svdtune.adapted_matrix import matrices_of
-from keras_svdtune.targets import find_matrices
+from keras_svdtune.model.targets import find_matrices
+from keras_svdtune.reports.model_matrix import matrices_of
 
 KEYS = {
     "sigma_drift": "drift",

@@ -31,9 +31,9 @@ from keras_svdtune import (
     MiLoRA,
     PiSSA,
     Spectrum,
-    svd,
 )
-from keras_svdtune.plot_spectrum import trained_span
+from keras_svdtune.matrix import decompose, factors
+from keras_svdtune.reports.plot_spectrum import trained_span
 
 # By hand: what each kernel of `hosts_model` is as a matrix (in, out).
 MATRICES = {
@@ -224,7 +224,7 @@ def test_decompositions_are_shared_with_enabling(tmp_path, monkeypatch):
         def computed(*args):
             raise AssertionError("decomposed again")
 
-        monkeypatch.setattr(svd, "computed", computed)
+        monkeypatch.setattr(decompose, "computed", computed)
         keras_svdtune.enable_svf(model)
         assert np.array_equal(
             keras_svdtune.spectrum(model).layers[0].s, found.s
@@ -239,10 +239,10 @@ def test_small_values_survive_where_a_device_decomposes(monkeypatch, keep):
     u, v = (np.linalg.qr(rng.standard_normal((12, 12)))[0] for _ in range(2))
     s = np.geomspace(1.0, 1e-5, 12)
     w = (u * s @ v.T).astype("float32")
-    monkeypatch.setattr(svd, "on_host", lambda: False)
-    rounded = svd.decompose(w, svd.Needs("small_side")).s
+    monkeypatch.setattr(decompose, "on_host", lambda: False)
+    rounded = decompose.decompose(w, factors.Needs("small_side")).s
     assert np.abs(rounded / exact(w) - 1.0).max() > 0.1
-    found = svd.singular_values(w, keep=keep)
+    found = decompose.singular_values(w, keep=keep)
     np.testing.assert_allclose(found, exact(w), rtol=1e-5)
 
 

@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_svdtune import blocks, svd
-from keras_svdtune.svd import Needs, decompose, small_side
+from keras_svdtune.matrix import algorithms, float64
+from keras_svdtune.matrix import decompose as decomposition
+from keras_svdtune.matrix.algorithms import small_side
+from keras_svdtune.matrix.decompose import decompose
+from keras_svdtune.matrix.factors import Needs
+from keras_svdtune.runtime import precision
 
 SHAPES = [(12, 7), (7, 12), (9, 9), (5, 1), (1, 5)]
 SMALL = Needs("small_side")
@@ -29,7 +33,7 @@ def with_spectrum(rows, columns, s, seed=0):
 
 def on_device(monkeypatch):
     """Makes `decompose` work through keras.ops, as on a GPU."""
-    monkeypatch.setattr(svd, "on_host", lambda: False)
+    monkeypatch.setattr(decomposition, "on_host", lambda: False)
 
 
 def both(monkeypatch, where):
@@ -145,18 +149,18 @@ def test_equals_plain_numpy_to_the_bit():
 @pytest.mark.parametrize("shape", [(50, 3), (3, 50), (20, 20)])
 def test_products_by_blocks(shape, monkeypatch):
     """A block holds less than the matrix does, and the last is smaller."""
-    monkeypatch.setattr(blocks, "_NUMBERS", 21)
+    monkeypatch.setattr(float64, "_NUMBERS", 21)
     w = matrix(shape)
     w64 = w.astype("float64")
-    np.testing.assert_allclose(blocks.gram(w), w64.T @ w64, atol=1e-13)
+    np.testing.assert_allclose(float64.gram(w), w64.T @ w64, atol=1e-13)
     a = matrix((3, w.shape[0])).astype("float64")
-    product, norm = blocks.rows_and_norm(a, w)
+    product, norm = float64.rows_and_norm(a, w)
     np.testing.assert_allclose(product, a @ w64, atol=1e-12)
     np.testing.assert_allclose(norm, np.linalg.norm(w64))
     for other in (matrix((shape[1], 4)), matrix((shape[1], 70))):
         expected = w64 @ other.astype("float64")
         for a, b, c in ((w, other, expected), (other.T, w.T, expected.T)):
-            found = blocks.matmul(a, b)
+            found = float64.matmul(a, b)
             assert found.dtype == np.float64
             np.testing.assert_allclose(found, c, atol=1e-13)
     small = decompose(ops.convert_to_tensor(w), SMALL)
@@ -167,17 +171,17 @@ def test_products_by_blocks(shape, monkeypatch):
 
 def test_a_large_matrix_is_not_copied_to_float64(monkeypatch):
     """The table of an embedding: what is allocated is little beside it."""
-    monkeypatch.setattr(blocks, "_NUMBERS", 2**17)
+    monkeypatch.setattr(float64, "_NUMBERS", 2**17)
     w = np.ones((2**16, 32), "float32")
     w[np.arange(32), np.arange(32)] += np.arange(1, 33)
     tracemalloc.start()
     try:
-        svd.small_side(w, svd._HOST)
+        algorithms.small_side(w, algorithms._HOST)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     # A block and the next, and little else; a copy would be twice the matrix.
-    assert peak < 2.5 * blocks._NUMBERS * 8 < 0.2 * 2 * w.nbytes
+    assert peak < 2.5 * float64._NUMBERS * 8 < 0.2 * 2 * w.nbytes
 
 
 def test_host_and_device_agree(monkeypatch):
@@ -352,25 +356,25 @@ def test_interrupt_is_no_failure(monkeypatch):
 
 
 def test_a_cpu_and_a_tpu_use_the_host(monkeypatch, keras_backend):
-    assert svd.on_host()  # these tests run on a CPU
+    assert precision.on_host()  # these tests run on a CPU
     if keras_backend == "jax":
         import jax
 
         for platform, expected in (("tpu", True), ("gpu", False)):
             monkeypatch.setattr(jax, "default_backend", lambda p=platform: p)
-            assert svd.on_host() is expected
+            assert precision.on_host() is expected
     elif keras_backend == "torch":
         import torch
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        assert not svd.on_host()
+        assert not precision.on_host()
     elif keras_backend == "tensorflow":
         import tensorflow as tf
 
         monkeypatch.setattr(
             tf.config, "list_physical_devices", lambda kind: [kind]
         )
-        assert not svd.on_host()
+        assert not precision.on_host()
 
 
 # Full precision.
@@ -386,10 +390,10 @@ def test_precision_is_put_back(fails, keras_backend):
         try:
             set_(low)
             if fails:
-                with pytest.raises(Expected), svd.full_precision():
+                with pytest.raises(Expected), precision.full_precision():
                     raise Expected
             else:
-                with svd.full_precision():
+                with precision.full_precision():
                     assert get() != low, "not at full precision"
             assert get() == low
         finally:
@@ -442,8 +446,10 @@ def _products(jaxpr):
 
 # The exact components come from `svd` alone, without a product of ours.
 DEVICE_PATHS = [
-    lambda w: small_side(w, svd._DEVICE),
-    lambda w: svd.randomised_top(w, Needs("top", 3, n_iter=2), svd._DEVICE),
+    lambda w: small_side(w, algorithms._DEVICE),
+    lambda w: algorithms.randomised_top(
+        w, Needs("top", 3, n_iter=2), algorithms._DEVICE
+    ),
 ]
 
 
@@ -464,7 +470,7 @@ def test_products_ask_for_full_precision(i, shape, keras_backend):
             lambda w: [x for x in DEVICE_PATHS[i](w) if x is not None]
         )(w)
 
-    with svd.full_precision():
+    with precision.full_precision():
         precisions = _products(trace().jaxpr)
     highest = lax.Precision.HIGHEST
     for p in precisions:

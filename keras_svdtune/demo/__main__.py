@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from keras_svdtune.demo import optional, show, train, weights
+from keras_svdtune.demo import optional, show, train
 from keras_svdtune.demo import results as results_file
+from keras_svdtune.demo.weights import weights
 from keras_svdtune.methods import METHODS
 
 MODULE = "keras_svdtune.demo"

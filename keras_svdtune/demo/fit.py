@@ -12,7 +12,7 @@ from keras_svdtune.callbacks import RankAllocator
 from keras_svdtune.demo import show
 from keras_svdtune.demo.chat import Arrays
 from keras_svdtune.methods import AdaLoRA
-from keras_svdtune.targets import adapted_layers
+from keras_svdtune.model.targets import adapted_layers
 
 BATCH = 4
 

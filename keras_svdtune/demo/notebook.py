@@ -6,8 +6,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_svdtune.demo import chat, pirate, weights
+from keras_svdtune.demo import chat, pirate
 from keras_svdtune.demo.optional import require
+from keras_svdtune.demo.weights import weights
 
 SMALL_MODEL = "smollm2_135m"
 

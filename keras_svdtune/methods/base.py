@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from keras import ops
 
-from keras_svdtune.svd import Factors, Needs
+from keras_svdtune.matrix.factors import Factors, Needs
 
 # What a dim of a weight is of the matrix W (in, out), for `Weight.axes`.
 IN, OUT, COMPONENTS = "in", "out", "components"

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from keras_svdtune.matrix.factors import Factors
 from keras_svdtune.methods.base import (
     IN,
     OUT,
@@ -17,7 +18,6 @@ from keras_svdtune.methods.base import (
 )
 from keras_svdtune.methods.lora import random_a, refuse_energy
 from keras_svdtune.methods.low_rank import branch, scale_of
-from keras_svdtune.svd import Factors
 
 
 @register

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from keras_svdtune.matrix.factors import Factors
 from keras_svdtune.methods.base import (
     IN,
     OUT,
@@ -16,7 +17,6 @@ from keras_svdtune.methods.base import (
     register,
 )
 from keras_svdtune.methods.low_rank import branch, scale_of
-from keras_svdtune.svd import Factors
 
 
 @register

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from keras_svdtune.matrix.factors import Factors, Needs
 from keras_svdtune.methods.base import (
     OUT,
     LinearMap,
@@ -15,7 +16,6 @@ from keras_svdtune.methods.base import (
     register,
 )
 from keras_svdtune.methods.low_rank import scale_of
-from keras_svdtune.svd import Factors, Needs
 
 
 @register

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from keras import ops
 
+from keras_svdtune.matrix.factors import Factors, Needs
 from keras_svdtune.methods import qpissa
 from keras_svdtune.methods.base import (
     IN,
@@ -17,7 +18,6 @@ from keras_svdtune.methods.base import (
     register,
 )
 from keras_svdtune.methods.low_rank import branch, scale_of
-from keras_svdtune.svd import Factors, Needs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_svdtune.quantized import MODES
+from keras_svdtune.hosts.quantized import MODES
 
 
 def residual(

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_svdtune import blocks
+from keras_svdtune.matrix import float64
+from keras_svdtune.matrix.factors import Factors, Needs
 from keras_svdtune.methods.base import (
     COMPONENTS,
     LinearMap,
@@ -16,7 +17,6 @@ from keras_svdtune.methods.base import (
     register,
     small_side,
 )
-from keras_svdtune.svd import Factors, Needs
 
 
 @register
@@ -110,8 +110,8 @@ class SVF(Method):
         rows, columns = matrix.shape
         basis = ops.convert_to_numpy(values["basis"])
         if columns <= rows:
-            return blocks.matmul(matrix, basis).astype("float32")
-        return blocks.matmul(basis.T, matrix).astype("float32")
+            return float64.matmul(matrix, basis).astype("float32")
+        return float64.matmul(basis.T, matrix).astype("float32")
 
     def call(self, weights: Any, base: LinearMap) -> Any:
         rows, columns = weights.shape

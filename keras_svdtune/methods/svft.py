@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_svdtune.devices import whole_rows
+from keras_svdtune.matrix.factors import Factors, Needs
 from keras_svdtune.methods.banded import banded_product, diagonals
 from keras_svdtune.methods.base import (
     COMPONENTS,
@@ -20,7 +20,7 @@ from keras_svdtune.methods.base import (
     register,
     small_side,
 )
-from keras_svdtune.svd import Factors, Needs
+from keras_svdtune.runtime.placement import whole_rows
 
 PATTERNS = ("plain", "banded", "random", "top_k")
 

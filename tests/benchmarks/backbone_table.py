@@ -29,8 +29,8 @@ import keras_hub
 from rich.progress import track
 
 import keras_svdtune
-from keras_svdtune.hosts import kernel_of, view_of
-from keras_svdtune.targets import find_targets
+from keras_svdtune.hosts.host import kernel_of, view_of
+from keras_svdtune.model.targets import find_targets
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_census import NO_MATRIX, depthwise_kernels  # noqa: E402

@@ -14,7 +14,7 @@ from pathlib import Path
 import filelock
 import numpy as np
 
-from keras_svdtune.demo.weights import (
+from keras_svdtune.demo.weights.weights import (
     Wheel,
     cache_folder,
     fetch_wheel,

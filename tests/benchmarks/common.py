@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import keras_svdtune
-from keras_svdtune.demo.weights import MODELS, load_model
+from keras_svdtune.demo.weights.weights import MODELS, load_model
 
 TINY = "tiny"
 # Gemma 2B's shape in bfloat16, with random weights: 5 GB, for accelerators.

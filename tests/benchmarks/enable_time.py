@@ -49,8 +49,8 @@ from rich.console import Console
 from rich.progress import track
 
 import keras_svdtune
-from keras_svdtune.hosts import matrix_of
-from keras_svdtune.targets import adapted_layers, find_targets
+from keras_svdtune.hosts.host import matrix_of
+from keras_svdtune.model.targets import adapted_layers, find_targets
 
 
 def enabling(

@@ -21,7 +21,7 @@ from rich.progress import track
 from rich.table import Table
 
 import keras_svdtune
-from keras_svdtune.targets import adapted_layers
+from keras_svdtune.model.targets import adapted_layers
 
 
 def measured(

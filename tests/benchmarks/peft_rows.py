@@ -97,7 +97,7 @@ def _loader(name: str) -> Callable[[], Any]:
     import torch
     import transformers
 
-    from keras_svdtune.demo import gguf_to_hf, weights
+    from keras_svdtune.demo.weights import gguf_to_hf, weights
 
     weights.load_model(name)  # fetches what is missing
     folder = tempfile.TemporaryDirectory()

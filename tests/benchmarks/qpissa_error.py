@@ -28,11 +28,11 @@ from keras import ops
 from rich.table import Table
 
 import keras_svdtune
-from keras_svdtune.demo.weights import MODELS
-from keras_svdtune.hosts import matrix_of
-from keras_svdtune.progress import run_all
-from keras_svdtune.replaced_kernel import kernel_maker
-from keras_svdtune.targets import adapted_layers, find_targets
+from keras_svdtune.demo.weights.weights import MODELS
+from keras_svdtune.hosts.host import matrix_of
+from keras_svdtune.hosts.replace_base import kernel_maker
+from keras_svdtune.model.targets import adapted_layers, find_targets
+from keras_svdtune.runtime.parallel import run_all
 
 MODES = ("int4", "int8")
 ITERATIONS = (1, 5)

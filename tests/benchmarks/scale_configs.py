@@ -11,9 +11,9 @@ from typing import Any
 import keras
 import keras_hub
 
-from keras_svdtune.attach import view_of
-from keras_svdtune.matrix import MatrixView
-from keras_svdtune.targets import find_targets
+from keras_svdtune.hosts.attach import view_of
+from keras_svdtune.matrix.view import MatrixView
+from keras_svdtune.model.targets import find_targets
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ from rich.table import Table
 
 import keras_svdtune
 from keras_svdtune.demo import chat, fit, pirate
-from keras_svdtune.demo.weights import MODELS, load_model
+from keras_svdtune.demo.weights.weights import MODELS, load_model
 
 STEPS, TOLERANCE = 20, 1e-4
 

@@ -15,9 +15,9 @@ import keras_hub
 from tpu_step import enable_with_zeros
 
 import keras_svdtune
-from keras_svdtune.abstract import abstract
-from keras_svdtune.adapter import Adapter
-from keras_svdtune.targets import all_layers, find_targets
+from keras_svdtune.adapter.adapter import Adapter
+from keras_svdtune.model.targets import all_layers, find_targets
+from keras_svdtune.runtime.valueless import abstract
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2_9b": (

@@ -41,7 +41,7 @@ from rich.table import Table
 from steps import random_tokens, step_of
 
 import keras_svdtune
-from keras_svdtune.targets import find_targets
+from keras_svdtune.model.targets import find_targets
 
 FLOOR = "frozen floor"
 LORA = "Keras enable_lora"

@@ -38,7 +38,7 @@ from tpu_step import BLOCKS, Step, enable_with_zeros, one_block, tpu
 from tpu_tables import FLOOR, FULL, LORA, plot, table_of
 
 import keras_svdtune
-from keras_svdtune.targets import find_targets
+from keras_svdtune.model.targets import find_targets
 
 SLOW_COMPILE = 20.0  # seconds: what enabling must not need for one program
 

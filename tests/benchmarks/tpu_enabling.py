@@ -14,7 +14,7 @@ from rich.table import Table
 from tpu_step import CHIP, one_block
 
 import keras_svdtune
-from keras_svdtune.targets import find_targets
+from keras_svdtune.model.targets import find_targets
 
 
 def enabling(

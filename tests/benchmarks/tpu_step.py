@@ -19,8 +19,8 @@ import numpy as np
 from jax.experimental import topologies
 
 import keras_svdtune
-from keras_svdtune.adapter import Plan
-from keras_svdtune.enable import attach_plans, targets_for
+from keras_svdtune.adapter.plan import Plan
+from keras_svdtune.model.enable import attach_plans, targets_for
 
 CHIP = "v5e"
 # hidden_dim, and what a GemmaDecoderBlock takes. KerasHub counts both halves

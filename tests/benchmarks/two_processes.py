@@ -212,8 +212,8 @@ def train(
     import keras
     import numpy as np
 
-    from keras_svdtune.adapter_file import read_adapter
-    from keras_svdtune.devices import to_numpy
+    from keras_svdtune.files.format import read_adapter
+    from keras_svdtune.runtime.processes import to_numpy
 
     model.compile(
         optimizer=keras.optimizers.Adam(1e-2),

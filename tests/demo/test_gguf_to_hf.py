@@ -15,7 +15,7 @@ from tiny_llama_gguf import (  # noqa: E402
     write_tiny_llama,
 )
 
-from keras_svdtune.demo import gguf_to_hf  # noqa: E402
+from keras_svdtune.demo.weights import gguf_to_hf  # noqa: E402
 
 
 def rotated(head, position, pairs):

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from keras_svdtune.demo import chat, weights
+from keras_svdtune.demo import chat
+from keras_svdtune.demo.weights import weights
 
 # One worker: two copies of these models would be a waste.
 pytestmark = [pytest.mark.real, pytest.mark.xdist_group("real")]

@@ -12,14 +12,8 @@ for module in ("arrr", "chatterbot_corpus", "gguf", "matplotlib", "yaml"):
 from helpers import slow_elsewhere  # noqa: E402
 from tiny_llama_gguf import write_tiny_llama  # noqa: E402
 
-from keras_svdtune.demo import (  # noqa: E402
-    __main__,
-    gguf_to_hf,
-    results,
-    show,
-    train,
-    weights,
-)
+from keras_svdtune.demo import __main__, results, show, train  # noqa: E402
+from keras_svdtune.demo.weights import gguf_to_hf, weights  # noqa: E402
 from keras_svdtune.methods import METHODS  # noqa: E402
 
 

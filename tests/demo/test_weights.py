@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from keras_svdtune.demo import optional, weights
+from keras_svdtune.demo import optional
+from keras_svdtune.demo.weights import weights
 
 PIECES = (b"first half, ", b"second half")
 

@@ -1,0 +1,164 @@
+"""Fingerprints, to recognise the base of an adapter, and its effect.
+
+With fixed vectors a_k, b_k of ±1 the numbers a_kᵀ·W·b_k are each about ‖W‖ in
+size and tell matrices apart:
+
+    base fingerprint:  (‖W‖, a₁ᵀWb₁, ..., a₄ᵀWb₄)
+    effect:            (a₁ᵀΔWb₁, ..., a₈ᵀΔWb₈)
+
+where x·ΔW is what an adapter adds to x·W. Rounding W to bfloat16 moves a
+number by about 0.001·‖W‖; other weights by ‖W‖. So a base is recognised in
+either dtype, and one that was trained further is not. The effect tells whether
+the frozen weights that an adapter computes from W are those it was trained
+with: singular vectors of other signs, or turned among equal singular values,
+give another ΔW wherever that matters, and the same one where it does not.
+"""
+
+import functools
+import math
+import types
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_svdtune.adapter.bank import over_bank
+from keras_svdtune.matrix import float64
+from keras_svdtune.runtime.precision import full_precision
+from keras_svdtune.runtime.processes import to_numpy
+
+_BASE_PROBES, _EFFECT_PROBES = 4, 8
+# Rounding moves a number by eps/sqrt(12)·‖W‖ (one standard deviation, from a
+# uniform error within half a unit in the last place): these are > 8 of them.
+_BASE_TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
+# A basis turns by rounding / gap of the singular values, so ΔW moves more.
+_EFFECT_TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
+
+
+def fingerprint(matrix: np.ndarray) -> np.ndarray:
+    """(5,) float32 for a matrix W (in, out), or a bank (count, in, out)."""
+    w = np.asarray(matrix).reshape(-1, matrix.shape[-1])
+    a, b = _probes(w.shape, _BASE_PROBES)
+    products, norm = float64.rows_and_norm(a, w)
+    return np.array([norm, *np.sum(products * b, axis=1)], "float32")
+
+
+def matches(ours: np.ndarray, theirs: np.ndarray, *dtypes: str) -> bool:
+    """Whether two base fingerprints are of the same matrix.
+
+    Args:
+        ours, theirs: fingerprints.
+        dtypes: the dtypes in which the two matrices were held.
+    """
+    if ours.shape != theirs.shape or not np.isfinite(theirs).all():
+        return False
+    tolerance = max(_BASE_TOLERANCE.get(d, 1e-5) for d in dtypes)
+    difference = np.abs(ours.astype("float64") - theirs.astype("float64"))
+    return bool((difference <= tolerance * ours[0] + 1e-12).all())
+
+
+def effect(method: Any, weights: Any, matrix: Any) -> np.ndarray:
+    """(8,) float32 for the ΔW that `method` adds with these weights.
+
+    Args:
+        method: a Method.
+        weights: what its `call` takes: an adapter, or an object with
+            the weights as attributes.
+        matrix: W (in, out), float32; or a bank, with its matrices one
+            below the other. Q for a method that quantizes its base: then the
+            effect is that of Q + ΔW.
+    """
+    rows, columns = weights.shape
+    count = math.prod(matrix.shape[:-2])
+    a, b = _probes((count * rows, columns), _EFFECT_PROBES)
+    x = ops.convert_to_tensor(a, "float32")
+    with full_precision():
+        if len(matrix.shape) == 2:
+            change = _change(method, weights, x, matrix)
+        else:
+            x = ops.swapaxes(ops.reshape(x, (-1, count, rows)), 0, 1)
+            one = functools.partial(_change, method)
+            change = over_bank(one, method, weights, x, matrix)
+            change = ops.sum(change, axis=0)
+    change = to_numpy(change).astype("float64")
+    return np.sum(change * b, axis=1).astype("float32")
+
+
+def effect_of_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The effect of ΔW = a·b, of shapes (in, k) and (k, out)."""
+    left, right = _probes((a.shape[0], b.shape[1]), _EFFECT_PROBES)
+    return np.sum(((left @ a) @ b) * right, axis=1).astype("float32")
+
+
+def same_effect(
+    ours: np.ndarray, theirs: np.ndarray, norm: float, *dtypes: str
+) -> bool:
+    """Whether two effects are of the same ΔW.
+
+    Args:
+        ours, theirs: effects.
+        norm: ‖W‖; float32 computes x·W to about 1e-6 of it.
+        dtypes: the dtypes in which the two bases were held.
+    """
+    if ours.shape != theirs.shape or not np.isfinite(theirs).all():
+        return False
+    tolerance = max(_EFFECT_TOLERANCE.get(d, 1e-3) for d in dtypes)
+    f, g = ours.astype("float64"), theirs.astype("float64")
+    size = max(np.abs(f).max(), np.abs(g).max())
+    return bool((np.abs(f - g) <= tolerance * size + 1e-5 * norm).all())
+
+
+def _change(method: Any, weights: Any, x: Any, matrix: Any) -> Any:
+    """x·ΔW in float32; x·W' where the base belongs to the adapter."""
+    base = _Product(x, matrix)
+    y = ops.cast(method.call(weights, base), "float32")
+    if method.base_mode is not None:
+        return y
+    if method.replaces_base:
+        without = types.SimpleNamespace(shape=weights.shape)
+        for w in method.weights(weights.shape):
+            setattr(without, w.name, getattr(weights, w.name))
+        for name, value in method.neutral(weights).items():
+            setattr(without, name, value)
+        return y - ops.cast(method.call(without, base), "float32")
+    return y - base()
+
+
+class _Product:
+    """x·W in float32, as a method's `call` wants it."""
+
+    dtype = "float32"
+
+    def __init__(self, x: Any, matrix: Any):
+        self._x, self._matrix = x, matrix
+
+    def __call__(self) -> Any:
+        return self.rows(self._x)
+
+    def times(self, a: Any) -> Any:
+        return ops.matmul(self._x, a)
+
+    def moved(self, change: Any) -> Any:
+        return self.rows(self._x + change)
+
+    def rows(self, r: Any) -> Any:
+        return ops.matmul(r, self._matrix)
+
+
+def _probes(shape: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The vectors a (count, in) and b (count, out)."""
+    rows, columns = shape
+    a = [_plus_minus(rows, 2 * i) for i in range(count)]
+    b = [_plus_minus(columns, 2 * i + 1) for i in range(count)]
+    return np.stack(a), np.stack(b)
+
+
+def _plus_minus(n: int, seed: int) -> np.ndarray:
+    """n values of ±1 by the splitmix64 hash, the same everywhere for ever."""
+    with np.errstate(over="ignore"):
+        z = np.arange(1, n + 1, dtype=np.uint64) + np.uint64(seed << 40)
+        z *= np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+    return np.where(z & np.uint64(1), 1.0, -1.0)

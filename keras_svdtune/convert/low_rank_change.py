@@ -1,0 +1,149 @@
+"""What an adapter adds to a kernel, as a product of two thin matrices.
+
+Every method changes W into some W'. What it adds, dW = W' - W, is a matrix
+like any other, and a product of two thin matrices A·B comes as near to it as
+its singular values allow:
+
+- the low-rank methods add a thin product already, and hand it over
+  (`Method.low_rank_factors`): PiSSA and MiLoRA at twice their rank,
+  A·B - A₀·B₀ = [A A₀]·[B; -B₀]; LoRA-XS and AdaLoRA at their own;
+- of any other dW, the truncated singular value decomposition is the best
+  approximation at a given rank (Eckart and Young).
+
+How near A·B comes is measured, layer by layer, in float64.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+
+from keras_svdtune.hosts.host import kernel_of, matrix_of
+from keras_svdtune.matrix import decompose
+from keras_svdtune.methods.lora import LoRA
+from keras_svdtune.model.enable import check_fit
+from keras_svdtune.runtime.parallel import run_all
+from keras_svdtune.runtime.placement import placement_of
+from keras_svdtune.runtime.processes import to_numpy
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerConversion:
+    """How near the thin product A·B of one layer comes to its dW = W' - W.
+
+    Attributes:
+        path: str, the layer.
+        matrix: (in, out), its kernel as a matrix.
+        rank: int, of A·B.
+        change: float, ‖dW‖, the Frobenius norm.
+        error: float, ‖dW - A·B‖ / ‖dW‖, measured; 0 where dW is 0.
+    """
+
+    path: str
+    matrix: tuple[int, int]
+    rank: int
+    change: float
+    error: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ThinProduct:
+    """dW of one layer as A·B: a (in, k), b (k, out), float32 arrays."""
+
+    a: np.ndarray
+    b: np.ndarray
+    measured: LayerConversion
+
+
+def thin_products(
+    layers: dict[str, Any], rank: int | None
+) -> dict[str, ThinProduct]:
+    """dW of every adapted layer as A·B; changes nothing.
+
+    Args:
+        layers: adapted layers, by path.
+        rank: as for `to_lora`.
+    """
+    if rank is not None:
+        wanted = LoRA(rank=rank)
+        for path, layer in layers.items():
+            check_fit(path, layer, wanted)
+    jobs = {
+        path: functools.partial(thin_product, path, layer, rank)
+        for path, layer in layers.items()
+    }
+    return run_all("LoRA: converting", jobs)
+
+
+def thin_product(path: str, layer: Any, rank: int | None) -> ThinProduct:
+    """dW of one adapted layer as A·B, by `to_lora`'s rules."""
+    method = layer.adapter.method
+    matrix, change = change_of(path, layer)
+    if rank is None or (isinstance(method, LoRA) and method.rank == rank):
+        factors = method.low_rank_factors(layer.adapter, matrix)
+        if factors is None:
+            raise ValueError(
+                f"{method.title} adds no matrix of low rank to a kernel, so "
+                "the rank of its approximation must be given, such as "
+                "`rank=16`. Received: rank=None"
+            )
+        a, b = (to_numpy(x) for x in factors)
+        if 1 <= a.shape[1] <= min(change.shape):
+            return _thin(path, change, a, b)
+        # PiSSA's 2r may exceed what a matrix can have; AdaLoRA may have 0.
+        rank = min(max(a.shape[1], 1), *change.shape)
+    assert rank is not None
+    top = decompose.top_on_host(change, rank)
+    assert top.u is not None and top.v is not None
+    # All of s in B, as LoRA starts: A of full size, so that B trains even
+    # where dW is zero.
+    return _thin(path, change, top.u, top.s[:, None] * top.v.T)
+
+
+def _thin(
+    path: str, change: np.ndarray, a: np.ndarray, b: np.ndarray
+) -> ThinProduct:
+    found = a.astype("float64") @ b.astype("float64")
+    return ThinProduct(a, b, measure(path, change, found, a.shape[1]))
+
+
+def change_of(path: str, layer: Any) -> tuple[Any, np.ndarray]:
+    """W of an adapted layer, and its dW = W' - W in float64."""
+    if layer.adapter.replaced is not None:
+        raise ValueError(
+            f"Layer '{path}' has a base that was made for its adapter "
+            f"({layer.adapter.method}): without the adapter that base is no "
+            "model, so nothing can be added to it. "
+            "Merge the adapter instead."
+        )
+    place = placement_of(kernel_of(layer))
+    if place is not None and place.mesh.size > 1:
+        raise ValueError(
+            f"Layer '{path}' is on {place.mesh.size} devices, where an adapter "
+            "is not converted. Save it by `save_adapter`, and load it into "
+            "the model on one device."
+        )
+    if len(layer.adapter.view.batch) > 0:
+        raise ValueError(
+            f"Layer '{path}' is a bank of matrices, of which no single A·B is "
+            "made. Merge the adapter instead."
+        )
+    matrix = matrix_of(layer)
+    merged = to_numpy(layer.adapter.merged(matrix))
+    change = merged.astype("float64") - to_numpy(matrix)
+    if not np.isfinite(change).all():
+        raise ValueError(
+            f"The adapter of layer '{path}' holds NaN or infinity. Load or "
+            "train it again."
+        )
+    return matrix, change
+
+
+def measure(
+    path: str, change: np.ndarray, found: np.ndarray, rank: int
+) -> LayerConversion:
+    """How near `found` comes to `change`, both (in, out) in float64."""
+    norm = float(np.linalg.norm(change))
+    error = float(np.linalg.norm(change - found)) / norm if norm else 0.0
+    return LayerConversion(path, change.shape, rank, norm, error)

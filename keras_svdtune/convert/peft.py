@@ -1,0 +1,217 @@
+"""From an adapter to a folder that Hugging Face's PEFT loads.
+
+The folder holds `adapter_config.json` and `adapter_model.safetensors`, and
+goes onto the model in `transformers` that the KerasHub model is a twin of:
+the same weights, other names. Both ways of holding a matrix are simple ones:
+
+- KerasHub's kernels, read as matrices (`matrix.py`), are (in, out), heads
+  before the numbers of a head; `torch.nn.Linear` has the transpose of that.
+  Both turn the first half of a head against the second in their rotary
+  embeddings, so nothing is permuted.
+- GPT-2 in transformers holds query, key and value side by side in one matrix,
+  (in, 3·in), not transposed. Three thin products side by side are one:
+
+      [A₁·B₁  A₂·B₂  A₃·B₃] = [A₁ A₂ A₃]·diag(B₁, B₂, B₃)
+
+PEFT keeps A (in, r) as `lora_A` (r, in) and B (r, out) as `lora_B` (out, r).
+Neither `peft` nor `transformers` is imported.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from typing import Any
+
+import keras
+import numpy as np
+import safetensors.numpy
+from keras import ops
+
+from keras_svdtune.convert.hf_names import Family, family_of, paths_in, place_of
+from keras_svdtune.convert.low_rank_change import (
+    LayerConversion,
+    change_of,
+    measure,
+    thin_products,
+)
+from keras_svdtune.convert.to_lora import Conversion
+from keras_svdtune.hosts.host import matrix_of, view_of
+from keras_svdtune.model.enable import (
+    adapted_part,
+    enabled_method,
+    require_adapted,
+)
+from keras_svdtune.model.targets import all_layers, layers_by_path
+from keras_svdtune.runtime.parallel import run_all
+from keras_svdtune.runtime.storage import write_atomically
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """What one layer adds: a (in, k), b (k, out); for DoRA m (out,) too."""
+
+    a: np.ndarray
+    b: np.ndarray
+    m: np.ndarray | None = None
+
+
+def export_peft(
+    model: keras.Model,
+    folder: str | os.PathLike[str],
+    base_model_name_or_path: str | None = None,
+    rank: int | None = None,
+) -> Conversion:
+    """Writes the enabled adapter as a folder that PEFT loads.
+
+    As a LoRA by the rules of `to_lora`: exact for LoRA, PiSSA, MiLoRA,
+    LoRA-XS and AdaLoRA; the best approximation at `rank` for SVF and SVFT.
+    DoRA is written as DoRA, exactly, unless `rank` is given. The model stays
+    as it is. The backbones of Gemma 1 to 3, Llama, Mistral, Qwen 2 to 3
+    (the dense ones) and GPT-2 are known.
+
+    Args:
+        model: a KerasHub Backbone or Task of one of these, with an adapter.
+        folder: where to write; made if it is not there. What it holds of an
+            earlier export is replaced.
+        base_model_name_or_path: str or None. What the config says of the
+            base model: its name on the Hugging Face hub, or a path.
+        rank: as for `to_lora`.
+
+    Returns:
+        `Conversion`: the relative error of each layer and in all.
+
+    Raises:
+        ValueError: as `to_lora`; or the backbone, or a layer of it that is
+            adapted, has no known counterpart in transformers.
+
+    Example:
+
+    ```python
+    gemma.backbone.export_peft("pirate", "google/gemma-3-1b-it", rank=16)
+    # elsewhere
+    model = AutoModelForCausalLM.from_pretrained("google/gemma-3-1b-it")
+    model = peft.PeftModel.from_pretrained(model, "pirate")
+    ```
+    """
+    folder = pathlib.Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(
+            f"`folder` must be a folder. Received the file: folder='{folder}'"
+        )
+    root = adapted_part(model)
+    method = enabled_method(root)
+    layers = require_adapted(root)
+    family = family_of(root)
+    modules: dict[str, dict[str, str]] = {}
+    for path in layers:
+        module, name = place_of(path, family)
+        modules.setdefault(module, {})[name] = path
+    parts, measured = _parts(layers, rank)
+
+    plain = layers_by_path(all_layers(root))
+    tensors, ranks, dora = {}, {}, False
+    for module, paths in modules.items():
+        whole = _side_by_side(
+            [
+                parts.get(path) or _nothing(plain[path], parts)
+                for path in paths_in(module, paths, family)
+            ]
+        )
+        key = f"base_model.model.{module}"
+        tensors[f"{key}.lora_A.weight"] = np.ascontiguousarray(whole.a.T)
+        tensors[f"{key}.lora_B.weight"] = np.ascontiguousarray(whole.b.T)
+        if whole.m is not None:
+            tensors[f"{key}.lora_magnitude_vector"] = whole.m
+            dora = True
+        ranks[module] = whole.a.shape[1]
+    config = _config(ranks, family, dora, base_model_name_or_path)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(
+        folder / "adapter_model.safetensors",
+        safetensors.numpy.save(tensors, {"format": "pt"}),
+    )
+    write_atomically(
+        folder / "adapter_config.json",
+        (json.dumps(config, indent=2) + "\n").encode(),
+    )
+    return Conversion(method, measured)
+
+
+def _parts(
+    layers: dict[str, Any], rank: int | None
+) -> tuple[dict[str, _Part], tuple[LayerConversion, ...]]:
+    """What each layer adds, and how near that is."""
+    if rank is None and all(
+        x.adapter.method.dora_factors(x.adapter) for x in layers.values()
+    ):
+        jobs = {p: functools.partial(_dora, p, x) for p, x in layers.items()}
+        found = run_all("DoRA: exporting", jobs)
+        return (
+            {path: part for path, (part, _) in found.items()},
+            tuple(measured for _, measured in found.values()),
+        )
+    products = thin_products(layers, rank)
+    return (
+        {path: _Part(x.a, x.b) for path, x in products.items()},
+        tuple(x.measured for x in products.values()),
+    )
+
+
+def _dora(path: str, layer: Any) -> tuple[_Part, LayerConversion]:
+    matrix, change = change_of(path, layer)
+    factors = layer.adapter.method.dora_factors(layer.adapter)
+    a, b, m = (ops.convert_to_numpy(x) for x in factors)
+    w = ops.convert_to_numpy(matrix).astype("float64")
+    directions = w + a.astype("float64") @ b
+    found = directions * (m / np.linalg.norm(directions, axis=0)) - w
+    return _Part(a, b, m), measure(path, change, found, a.shape[1])
+
+
+def _nothing(layer: Any, others: dict[str, _Part]) -> _Part:
+    """What a layer without an adapter adds, beside `others`."""
+    rows, columns = view_of(layer).shape
+    a, b = np.zeros((rows, 0), "float32"), np.zeros((0, columns), "float32")
+    if next(iter(others.values())).m is None:
+        return _Part(a, b)
+    w = ops.convert_to_numpy(matrix_of(layer))
+    return _Part(a, b, np.linalg.norm(w, axis=0))
+
+
+def _side_by_side(parts: list[_Part]) -> _Part:
+    """The parts of one module: [A₁ A₂ ...], diag(B₁, B₂, ...), [m₁ m₂ ...]."""
+    a = np.concatenate([x.a for x in parts], axis=1)
+    b = np.zeros((a.shape[1], sum(x.b.shape[1] for x in parts)), "float32")
+    row = column = 0
+    for part in parts:
+        rows, columns = part.b.shape
+        b[row : row + rows, column : column + columns] = part.b
+        row, column = row + rows, column + columns
+    m = [x.m for x in parts if x.m is not None]
+    return _Part(a, b, np.concatenate(m) if m else None)
+
+
+def _config(
+    ranks: dict[str, int], family: Family, dora: bool, base: str | None
+) -> dict[str, Any]:
+    """`adapter_config.json`. alpha equals the rank everywhere: a scale of 1."""
+    largest = max(ranks.values())
+    others = {module: r for module, r in ranks.items() if r != largest}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": not family.transposed,
+        "use_dora": dora,
+        "use_rslora": False,
+        "target_modules": list(ranks),
+    }

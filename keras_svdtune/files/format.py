@@ -1,0 +1,173 @@
+"""Adapter files: one `.safetensors` file of kilobytes.
+
+The file holds one array for each trainable, under the key
+`<layer path>/<method>_<weight>`, e.g.
+`decoder_block_0/attention/query/svf_delta`; and two arrays with a row for
+each layer, in the order of the metadata: `base_fingerprints` recognises the
+base kernels, `effects` what the adapter does to them (`fingerprint.py`). Its
+metadata is one JSON text under `keras_svdtune`:
+
+    {"format_version": 1, "method": "svf", "settings": {},
+     "model_class": "Gemma3Backbone",
+     "versions": {"keras": "3.15.1", "keras_hub": "0.32.0"},
+     "layers": {"decoder_block_0/attention/query":
+                {"kernel_shape": [4, 640, 256], "dtype": "float32"}, ...},
+     "sha256": "..."}
+
+The digest is of that text without it, and of all arrays. A layer's entry has
+`settings` of its own where they were decided for it. Frozen weights that
+cannot be computed again, or were asked for, are in the file too; and so are the
+moving statistics of BatchNormalization that training has changed, under
+`<layer path>/moving_mean`: `statistics` lists these keys.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from keras_svdtune.files import hub_client
+from keras_svdtune.runtime.storage import digest_of, write_atomically
+
+FORMAT_VERSION = 1
+FINGERPRINTS, EFFECTS = "base_fingerprints", "effects"
+STATISTICS = "statistics"
+_KEY, _DIGEST = "keras_svdtune", "sha256"
+
+
+@dataclasses.dataclass
+class SavedAdapter:
+    """What an adapter file holds, in memory.
+
+    `load_adapter` takes it in place of a path.
+
+    Attributes:
+        about: dict, the metadata.
+        arrays: dict from key to NumPy array.
+        source: str. What to call it in an error.
+    """
+
+    about: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+    source: str
+
+    @property
+    def statistics(self) -> list[str]:
+        """Keys of the moving statistics that changed in training."""
+        return self.about.get(STATISTICS, [])
+
+    def __repr__(self) -> str:
+        return (
+            f"<SavedAdapter {self.source}: {self.about['method']} on "
+            f"{len(self.about['layers'])} layers of a "
+            f"{self.about.get('model_class')}>"
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes it to a file, as `save_adapter` does.
+
+        Args:
+            path: where to write, ending in `.safetensors`.
+
+        Raises:
+            ValueError: `path` has another ending.
+        """
+        path = checked_path(path)
+        digest = digest_of(_text(self.about), self.arrays)
+        metadata = {_KEY: _text({**self.about, _DIGEST: digest})}
+        write_atomically(path, safetensors.numpy.save(self.arrays, metadata))
+
+
+def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
+    """Reads an adapter file, from a hub if `path` is a URI.
+
+    Raises:
+        ValueError: it is no adapter file, is damaged, or of another format;
+            or it could not be fetched.
+    """
+    source = f"'{path}'"
+    path = checked_path(
+        hub_client.fetch(str(path)) if hub_client.is_uri(path) else path
+    )
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise ValueError(f"There is no file {source}.") from None
+    except Exception as error:
+        raise ValueError(
+            f"{source} is not a safetensors file, or is damaged: {error}"
+        ) from None
+    try:
+        about = json.loads(metadata[_KEY])
+        version = about["format_version"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise ValueError(
+            f"{source} is a safetensors file, but not an adapter that "
+            f"`save_adapter` wrote: its metadata has no valid '{_KEY}'."
+        ) from None
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{source} has format version {version}; this release reads "
+            f"version {FORMAT_VERSION}. Update keras_svdtune."
+        )
+    if about.pop(_DIGEST, None) != digest_of(_text(about), arrays):
+        raise ValueError(
+            f"{source} is damaged, or was changed after it was written: its "
+            f"contents do not agree with its '{_DIGEST}'."
+        )
+    _check_about(about, arrays, source)
+    return SavedAdapter(about, arrays, source)
+
+
+def _check_about(
+    about: dict[str, Any], arrays: dict[str, np.ndarray], source: str
+) -> None:
+    expected = {"method": str, "settings": dict, "layers": dict}
+    for key, kind in expected.items():
+        if not isinstance(about.get(key), kind):
+            raise ValueError(f"The metadata of {source} has no valid '{key}'.")
+    statistics = about.get(STATISTICS, [])
+    if not isinstance(statistics, list) or not all(
+        isinstance(key, str) and key in arrays for key in statistics
+    ):
+        raise ValueError(
+            f"The metadata of {source} has no valid '{STATISTICS}': "
+            f"{statistics!r}"
+        )
+    for layer_path, entry in about["layers"].items():
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(entry.get("kernel_shape"), list)
+            or not isinstance(entry.get("dtype"), str)
+            or not isinstance(entry.get("settings", {}), dict)
+        ):
+            raise ValueError(
+                f"The metadata of {source} has no valid entry for layer "
+                f"'{layer_path}': {entry!r}"
+            )
+
+
+def _text(about: dict[str, Any]) -> str:
+    return json.dumps(about, separators=(",", ":"))
+
+
+def checked_path(path: str | os.PathLike[str]) -> pathlib.Path:
+    """`path`, or a ValueError if it is not the name of an adapter file."""
+    if hub_client.is_uri(path):
+        raise ValueError(
+            "A file is saved here; `push_adapter` uploads one to a hub. "
+            f"Received: path='{path}'"
+        )
+    path = pathlib.Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(
+            f"An adapter file ends in '.safetensors'. Received: path='{path}'"
+        )
+    return path

@@ -1,0 +1,107 @@
+"""Embeddings as hosts: a table of vectors, looked up and multiplied by.
+
+The table is the matrix W (vocabulary, dim). To look up is to multiply by it
+from the left with x of one 1 in each row, so every method works as in a Dense
+layer: only x is never formed. A tied head multiplies by Wᵀ, for which a
+method has a formula of its own (`reverse`).
+
+They are adapted only where a target names them. Few trainables of LoRA get a
+gradient there (the rows of tokens in the batch), all of SVF's do.
+"""
+
+from typing import Any
+
+import keras
+import keras_hub
+from keras import ops
+from keras.src.backend import set_keras_mask
+
+from keras_svdtune.hosts.host import HOSTS, AdapterHost, without_adapter
+from keras_svdtune.hosts.linear_maps import LookupMap, ReverseMap
+from keras_svdtune.matrix.view import DENSE_EQUATION, MatrixView
+
+
+class AdaptedEmbedding(AdapterHost, keras.layers.Embedding):
+    """An Embedding layer with an adapter."""
+
+    plain = keras.layers.Embedding
+    kernel_name = "_embeddings"
+    by_default = False
+
+    @staticmethod
+    def matrix_view(layer: Any) -> MatrixView:
+        return MatrixView(DENSE_EQUATION, (layer.input_dim, layer.output_dim))
+
+    def linear(self, inputs: Any, kernel: Any = None, **reverse: Any) -> Any:
+        layer = without_adapter(self, logit_soft_cap=None)
+        if layer.quantization_mode is not None:
+            return layer.quantized_call(inputs, **reverse)
+        return layer.call(inputs, **reverse)
+
+    def call(self, inputs: Any, training: Any = None) -> Any:
+        base = LookupMap(self, inputs)
+        y = base.to_output(self.adapter.call(base))
+        # Keras does not autocast in embeddings: y may be wider here.
+        return ops.cast(y, self.compute_dtype)
+
+    _int8_call = _int4_call = call
+
+
+class AdaptedReversibleEmbedding(
+    AdaptedEmbedding, keras.layers.ReversibleEmbedding
+):
+    """A ReversibleEmbedding layer with an adapter, for both directions.
+
+    Where the weights are not tied the reverse projection is another matrix,
+    and stays as it is.
+    """
+
+    plain = keras.layers.ReversibleEmbedding
+
+    def call(self, inputs: Any, reverse: bool = False) -> Any:
+        if not reverse:
+            y = super().call(inputs)
+            mask = keras.layers.Embedding.compute_mask(self, inputs)
+            if mask is not None:
+                set_keras_mask(y, mask)
+            return y
+        if not self.tie_weights:
+            return without_adapter(self).call(inputs, reverse=True)
+        base = ReverseMap(self, inputs)
+        logits = base.to_output(self.adapter.reverse(base))
+        if self.logit_soft_cap is not None:
+            cap = self.logit_soft_cap
+            logits = ops.multiply(ops.tanh(ops.divide(logits, cap)), cap)
+        return logits
+
+
+class AdaptedHubReversibleEmbedding(
+    AdaptedReversibleEmbedding, keras_hub.layers.ReversibleEmbedding
+):
+    """KerasHub's class of the same name, which computes the same."""
+
+    plain = keras_hub.layers.ReversibleEmbedding
+
+
+HOSTS[keras.layers.Embedding] = AdaptedEmbedding
+HOSTS[keras.layers.ReversibleEmbedding] = AdaptedReversibleEmbedding
+HOSTS[keras_hub.layers.ReversibleEmbedding] = AdaptedHubReversibleEmbedding
+
+
+def problem_of(layer: Any) -> str | None:
+    """Why an embedding cannot be adapted; None if it can."""
+    reversible = isinstance(layer, keras.layers.ReversibleEmbedding)
+    if reversible and layer.quantization_mode is not None:
+        return (
+            "is a quantized ReversibleEmbedding, whose reverse product rounds "
+            "its inputs and passes no gradient on in Keras; leave it in float"
+        )
+    return None
+
+
+def untied(layer: Any) -> bool:
+    """Whether a layer's reverse projection is a matrix of its own."""
+    return (
+        isinstance(layer, keras.layers.ReversibleEmbedding)
+        and not layer.tie_weights
+    )

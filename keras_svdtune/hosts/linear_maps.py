@@ -1,0 +1,157 @@
+"""The frozen product x·W of a layer, for a method to add to.
+
+A method sees x as (tokens, in). What that is differs between layers: flattened
+activations, or the patches of an image, which are never formed.
+"""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_svdtune.matrix.view import MatrixView
+
+
+class FrozenMap:
+    """x·W of a Dense or EinsumDense layer.
+
+    Args:
+        layer: an `AdapterHost`.
+        inputs: what the layer was called with.
+    """
+
+    def __init__(self, layer: Any, inputs: Any):
+        self._layer, self._inputs = layer, inputs
+        self._view = layer.adapter.view
+        self._x = self._view.flatten_inputs(inputs)
+        self._batch_dims = self._view.batch_dims(inputs)
+        self.dtype = layer.compute_dtype
+
+    def __call__(self) -> Any:
+        return self._product(self._inputs)
+
+    def times(self, a: Any) -> Any:
+        return ops.matmul(self._x, a)
+
+    def moved(self, change: Any) -> Any:
+        x = self._x + change
+        return self._product(self._view.unflatten_inputs(x, self._batch_dims))
+
+    def rows(self, r: Any) -> Any:
+        return self._product(self._view.rows_as_inputs(r))
+
+    def to_output(self, y: Any) -> Any:
+        """(tokens, out) -> the layer's output, before bias and activation."""
+        return self._view.unflatten_outputs(y, self._batch_dims)
+
+    def _product(self, inputs: Any) -> Any:
+        return self._view.flatten_outputs(self._layer.linear(inputs))
+
+
+class ConvolutionMap:
+    """x·W of a convolution: x holds the patches of the input.
+
+    They are never formed: x·A is the convolution with A's columns as filters.
+    """
+
+    def __init__(self, layer: Any, inputs: Any):
+        self._layer, self._inputs = layer, inputs
+        self._view = layer.adapter.view
+        self._batch_dims: tuple[Any, ...] = ()
+        self.dtype = layer.compute_dtype
+
+    def __call__(self) -> Any:
+        y = self._layer.linear(self._inputs)
+        self._batch_dims = self._view.batch_dims_of_output(y)
+        return self._view.flatten_outputs(y)
+
+    def times(self, a: Any) -> Any:
+        shape = (*self._view.kernel_shape[:-1], a.shape[1])
+        y = self._layer.linear(self._inputs, ops.reshape(a, shape))
+        return MatrixView(self._view.equation, shape).flatten_outputs(y)
+
+    def moved(self, change: Any) -> Any:
+        # The change of the patches of one image is no change of an image:
+        # they overlap. So its product is added.
+        return self() + self.rows(change)
+
+    def rows(self, r: Any) -> Any:
+        kernel = ops.cast(self._layer._kernel, r.dtype)
+        return ops.matmul(r, self._view.to_matrix(kernel))
+
+    def to_output(self, y: Any) -> Any:
+        return self._view.unflatten_outputs(y, self._batch_dims)
+
+
+class LookupMap:
+    """x·W of an embedding: x has a single 1 in each row, and is never formed.
+
+    Args:
+        layer: an `AdapterHost`, an embedding.
+        inputs: the indices.
+    """
+
+    def __init__(self, layer: Any, inputs: Any):
+        self._layer, self._inputs = layer, inputs
+        self._indices = ops.reshape(ops.cast(inputs, "int32"), (-1,))
+        self.dtype = layer.compute_dtype
+
+    def __call__(self) -> Any:
+        y = self._layer.linear(self._inputs)
+        return ops.reshape(y, (-1, y.shape[-1]))
+
+    def times(self, a: Any) -> Any:
+        return ops.take(a, self._indices, axis=0)
+
+    def moved(self, change: Any) -> Any:
+        return self() + self.rows(change)
+
+    def rows(self, r: Any) -> Any:
+        return ops.matmul(r, _table(self._layer, r.dtype))
+
+    def to_output(self, y: Any) -> Any:
+        return ops.reshape(y, (*ops.shape(self._inputs), y.shape[-1]))
+
+
+class ReverseMap:
+    """x·Wᵀ of an embedding that is called in reverse, before its soft cap.
+
+    Args:
+        layer: an `AdapterHost`, a tied ReversibleEmbedding.
+        inputs: (..., dim).
+    """
+
+    def __init__(self, layer: Any, inputs: Any):
+        self._layer = layer
+        self.dtype = layer.reverse_dtype or keras.backend.result_type(
+            inputs.dtype, layer._embeddings.dtype
+        )
+        self._inputs = ops.cast(inputs, self.dtype)
+        self._x = ops.reshape(self._inputs, (-1, inputs.shape[-1]))
+
+    def __call__(self) -> Any:
+        return self._product(self._inputs)
+
+    def times(self, a: Any) -> Any:
+        return ops.matmul(self._x, ops.cast(a, self.dtype))
+
+    def moved(self, change: Any) -> Any:
+        x = self._x + ops.cast(change, self.dtype)
+        return self._product(ops.reshape(x, ops.shape(self._inputs)))
+
+    def rows(self, r: Any) -> Any:
+        return ops.matmul(r, ops.transpose(_table(self._layer, r.dtype)))
+
+    def back(self, r: Any) -> Any:
+        return ops.matmul(r, _table(self._layer, r.dtype))
+
+    def to_output(self, y: Any) -> Any:
+        return ops.reshape(y, (*ops.shape(self._inputs)[:-1], y.shape[-1]))
+
+    def _product(self, inputs: Any) -> Any:
+        y = self._layer.linear(inputs, reverse=True)
+        return ops.reshape(y, (-1, y.shape[-1]))
+
+
+def _table(layer: Any, dtype: str) -> Any:
+    return ops.cast(layer.matrix(), dtype)

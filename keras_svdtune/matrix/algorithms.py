@@ -1,0 +1,167 @@
+"""The algorithms that decompose a matrix, on the host or on a device."""
+
+import types
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_svdtune.matrix import float64, lanczos, lapack
+from keras_svdtune.matrix.factors import Needs, rank_of_energy
+
+# NumPy in float64 under the names of keras.ops, so that the same algorithms
+# run on both; and what `keras.ops` has no name for.
+_HOST = types.SimpleNamespace(
+    **{
+        name: getattr(np.linalg, name, None) or getattr(np, name)
+        for name in (
+            *("eigh", "qr", "absolute", "argmax", "expand_dims", "flip"),
+            *("maximum", "sqrt", "take_along_axis", "transpose", "where"),
+        )
+    },
+    matmul=float64.matmul,
+    gram=float64.gram,
+    svd=lambda w, **how: np.linalg.svd(w.astype("float64"), **how),
+)
+
+
+class _Device:
+    """`keras.ops`, and one more."""
+
+    def gram(self, w: Any) -> Any:
+        return ops.matmul(ops.transpose(w), w)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(ops, name)
+
+
+_DEVICE = _Device()
+
+
+def small_side(w: Any, xp: Any) -> tuple[Any, Any, Any]:
+    """An orthonormal basis of the smaller side, by the Gram matrix.
+
+    With G = WᵀW = V diag(s²) Vᵀ where out <= in, else G = WWᵀ. The basis is
+    orthogonal by construction, so W·V·Vᵀ = W however accurate the small
+    singular values are.
+
+    Args:
+        w: (in, out).
+        xp: `_DEVICE` or `_HOST`.
+
+    Returns:
+        (u, s, v): one of u and v is (n, n), the other is None.
+    """
+    tall = w.shape[1] <= w.shape[0]
+    values, basis = xp.eigh(xp.gram(w if tall else xp.transpose(w)))
+    s = xp.sqrt(xp.maximum(xp.flip(values), 0.0))
+    basis = xp.flip(basis, axis=1)
+    basis = basis * signs(basis, xp)
+    return (None, s, basis) if tall else (basis, s, None)
+
+
+def components(w: Any, needs: Needs, xp: Any) -> tuple[Any, Any, Any]:
+    """The largest or smallest components, to full accuracy.
+
+    In float64 the Gram matrix gives them too, and the other side follows
+    from W·v = s·u; only where s has sunk below 1e-4 of the largest, so that
+    u would lose its orthogonality, is a full SVD needed.
+
+    Args:
+        w: (in, out).
+        needs: part `"top"` or `"bottom"`, and how many.
+        xp: `_DEVICE` or `_HOST`.
+
+    Returns:
+        (u, s, v) of shapes (in, k), (k,), (out, k), s descending.
+    """
+    if xp is _HOST:
+        if needs.part == "top" and isinstance(needs.rank, int):
+            found = lanczos.top(w, needs.rank)
+            if found is not None:
+                return _signed(*found, xp)
+        tall = w.shape[1] <= w.shape[0]
+        limit, s, basis = _part_of_small_side(w if tall else w.T, needs)
+        if s[-1] > 1e-4 * limit:
+            other = float64.matmul(w if tall else w.T, basis) / s
+            return (other, s, basis) if tall else (basis, s, other)
+    u, s, vt = xp.svd(w, full_matrices=False)
+    part = _wanted(_to_float32(s), needs)
+    return _signed(u[:, part], s[part], xp.transpose(vt)[:, part], xp)
+
+
+def _part_of_small_side(w: np.ndarray, needs: Needs) -> tuple[Any, Any, Any]:
+    """(limit, s, v) in float64: s₁ or more, and the wanted components.
+
+    Args:
+        w: (in, out), out <= in.
+        needs: as for `components`.
+    """
+    n = w.shape[1]
+    if needs.few_of(n):
+        gram = float64.gram(w)
+        part = _wanted(np.arange(n), needs)
+        found = lapack.eigh_part(gram, n - (part.stop or n), n - part.start)
+        if found is not None:
+            values, v = (np.flip(x, axis=-1) for x in found)
+            s = np.sqrt(np.maximum(values, 0.0))
+            # ‖G‖ is no less than its largest eigenvalue.
+            return np.sqrt(np.linalg.norm(gram)), s, v * signs(v, _HOST)
+    _, s, v = small_side(w, _HOST)
+    # From these values in float32, as `estimate` has them: where they are
+    # equal, rounding decides, and it must decide the same.
+    part = _wanted(_to_float32(s), needs)
+    return s[0], s[part], v[:, part]
+
+
+def randomised_top(w: Any, needs: Needs, xp: Any) -> tuple[Any, Any, Any]:
+    """The largest components by a seeded randomised range finder.
+
+    Ten extra directions and `needs.n_iter` power iterations, each
+    orthonormalised, so that small components are not lost to rounding.
+
+    Args, Returns:
+        As for `components`.
+    """
+    assert isinstance(needs.rank, int) and needs.n_iter is not None
+    k = min(needs.rank + 10, *w.shape)
+    sketch = np.random.RandomState(needs.seed).standard_normal((w.shape[1], k))
+    wt = xp.transpose(w)
+    y = xp.matmul(w, _like(sketch, xp))
+    for _ in range(needs.n_iter):
+        z = xp.qr(xp.matmul(wt, xp.qr(y)[0]))[0]
+        y = xp.matmul(w, z)
+    q = xp.qr(y)[0]
+    u, s, vt = xp.svd(xp.matmul(xp.transpose(q), w), full_matrices=False)
+    u = xp.matmul(q, u)[:, : needs.rank]
+    v = xp.transpose(vt)[:, : needs.rank]
+    return _signed(u, s[: needs.rank], v, xp)
+
+
+def _wanted(s: Any, needs: Needs) -> slice:
+    rank = needs.rank
+    if isinstance(rank, float):
+        rank = rank_of_energy(s, rank, needs.part)
+    assert rank is not None
+    return slice(0, rank) if needs.part == "top" else slice(len(s) - rank, None)
+
+
+def _like(array: np.ndarray, xp: Any) -> Any:
+    return array if xp is _HOST else ops.convert_to_tensor(array, "float32")
+
+
+def _signed(u: Any, s: Any, v: Any, xp: Any) -> tuple[Any, Any, Any]:
+    sign = signs(v if v.shape[0] <= u.shape[0] else u, xp)
+    return u * sign, s, v * sign
+
+
+def signs(u: Any, xp: Any) -> Any:
+    """(k,) of ±1 that make each column's entry of largest magnitude > 0."""
+    rows = xp.expand_dims(xp.argmax(xp.absolute(u), axis=0), 0)
+    return xp.where(xp.take_along_axis(u, rows, axis=0)[0] < 0, -1.0, 1.0)
+
+
+def _to_float32(x: Any) -> Any:
+    if x is None:
+        return None
+    return ops.convert_to_numpy(x).astype("float32", order="C")

@@ -1,0 +1,122 @@
+"""Functions that were compiled before the model changed.
+
+After a layer has changed its class and the model its trainables, a compiled
+`fit` would train detached variables (TensorFlow) or fail in mid-step, when
+Keras on JAX has already given up the weights. And a KerasHub Backbone does
+not know the Task around it. So every live model that holds one of the changed
+layers is found, and whatever it compiled is dropped.
+"""
+
+import gc
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import keras
+
+from keras_svdtune.runtime.placement import follow, undistributed
+
+_FUNCTIONS = (
+    *("train_function", "test_function"),
+    *("predict_function", "generate_function"),
+)
+
+
+def prepare_reset(
+    layers: Iterable[keras.layers.Layer],
+) -> Callable[[], None]:
+    """Finds every live model that holds one of `layers`.
+
+    To be called before these change, since it may raise: an optimizer that has
+    seen other trainables is replaced by a fresh one with the same settings, so
+    that `fit` works without another `compile`.
+
+    Returns:
+        A function that makes those models compile anew. It does not fail.
+
+    Raises:
+        ValueError: an optimizer cannot be made again from its config.
+    """
+    changed = {id(layer) for layer in layers}
+    found: list[tuple[keras.Model, Any]] = []
+    for model in _live_models():
+        try:
+            layers = list(model._flatten_layers())
+        except AttributeError:
+            # Its constructor raised, or has not come to Layer's yet: it holds
+            # no layers and has compiled nothing.
+            continue
+        if not any(id(layer) in changed for layer in layers):
+            continue
+        optimizer = getattr(model, "optimizer", None)
+        if optimizer is not None and optimizer.built:
+            found.append((model, _fresh(optimizer, model)))
+        else:
+            found.append((model, None))
+
+    def reset() -> None:
+        for model, optimizer in found:
+            for name in _FUNCTIONS:
+                if getattr(model, name, None) is not None:
+                    setattr(model, name, None)
+            if optimizer is not None:
+                model.optimizer = optimizer
+
+    return reset
+
+
+def _fresh(optimizer: Any, model: keras.Model) -> Any:
+    """The optimizer as it was before it was built."""
+    try:
+        with undistributed():
+            fresh = _again(optimizer)
+    except Exception as error:
+        raise ValueError(
+            f"Model '{model.name}' is compiled with {optimizer!r}, which must "
+            "be made anew for other trainables, and its config does not allow "
+            f"it ({type(error).__name__}: {error}). Mend its `get_config`, or "
+            "compile the model with another optimizer first. The model is as "
+            "it was."
+        ) from error
+    # Its counters go where the old ones are, whatever `keras.distribution` is
+    # in effect now.
+    for ours, theirs in zip(fresh.variables, optimizer.variables, strict=False):
+        follow(ours, theirs)
+    return fresh
+
+
+def _again(optimizer: Any) -> Any:
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return type(optimizer)(
+            _again(optimizer.inner_optimizer),
+            initial_scale=optimizer.initial_scale,
+            dynamic_growth_steps=optimizer.dynamic_growth_steps,
+            name=optimizer.name,
+        )
+    # A schedule, or a function: kept as it is, since a config of it need not
+    # exist.
+    rate = optimizer._learning_rate
+    scheduled = callable(rate) and not isinstance(rate, keras.Variable)
+    if scheduled:
+        optimizer._learning_rate = None
+    try:
+        config = optimizer.get_config()
+    finally:
+        optimizer._learning_rate = rate
+    if scheduled:
+        config["learning_rate"] = rate
+    fresh = type(optimizer).from_config(config)
+    # What `exclude_from_weight_decay` was told is in no config.
+    for name in ("", "_pattern"):
+        name = f"_exclude_from_weight_decay{name}"
+        if hasattr(optimizer, name):
+            setattr(fresh, name, getattr(optimizer, name))
+    return fresh
+
+
+def _live_models() -> list[keras.Model]:
+    # type() and not isinstance(): the latter asks an object for __class__,
+    # and a lazy proxy among all live objects would import its module. There
+    # are far fewer types than objects.
+    objects = gc.get_objects()
+    models = {x for x in set(map(type, objects)) if issubclass(x, keras.Model)}
+    return [x for x in objects if type(x) in models]

@@ -1,0 +1,217 @@
+"""What an adapter has done to the singular values of one matrix.
+
+W' = W + dW, W (in, out), n = min(in, out). Nothing here forms more than it
+must: everything is said in the base's own singular vectors, where W is
+diag(s), the Gram matrix of W' has n² numbers, and the entries of its
+eigenvectors are cosines with the singular vectors of the base.
+
+| what the method adds | then |
+|---|---|
+| M between U and Vᵀ, diagonal: SVF, SVFT plain | n numbers are sorted |
+| M between U and Vᵀ: SVFT | the Gram matrix of diag(s) + M |
+| a·b, thin | that of diag(s) and rank 2k beside it; dW by its QR |
+| anything else: DoRA, a replaced base | that of W', and of dW, formed |
+"""
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_svdtune.matrix import decompose, factors, float64
+from keras_svdtune.reports.model_matrix import ModelMatrix
+from keras_svdtune.reports.spectrum import effective_rank
+from keras_svdtune.runtime import precision
+
+
+@dataclasses.dataclass(frozen=True)
+class SpectralChange:
+    """How W' = W + dW of one matrix differs from W.
+
+    Attributes:
+        path: str, the layer.
+        drift: float, ‖s' - s‖ / ‖s‖, the singular values of W' and W.
+        effective_rank: float, of dW: exp of the entropy of its normalised
+            singular values; 0 where dW is 0.
+        top_energy: float, the share of ‖dW‖² that its largest components
+            hold; 0 where dW is 0.
+        intruders: int, how many of the largest singular vectors of W' no
+            singular vector of W is near to.
+    """
+
+    path: str
+    drift: float
+    effective_rank: float
+    top_energy: float
+    intruders: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Measures:
+    """What is measured.
+
+    Attributes:
+        rank: int, how many components of dW `top_energy` counts.
+        top: int, how many singular vectors of W' are looked at.
+        threshold: float, the cosine that makes a vector of W near.
+    """
+
+    rank: int
+    top: int
+    threshold: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The decomposition of W that a matrix is compared with.
+
+    Attributes:
+        s: (n,) float64, singular values.
+        basis: (n, n) float32, singular vectors of the smaller side; None
+            where the method needs none.
+    """
+
+    s: np.ndarray
+    basis: np.ndarray | None
+
+
+def base_of(matrix: ModelMatrix) -> Base:
+    """Decomposes W, or reads it from the cache."""
+    kernel = matrix.base()
+    assert matrix.method is not None
+    ones = np.ones(min(matrix.shape))
+    if matrix.method.core(matrix.weights(), ones) is not None:
+        s = decompose.singular_values(kernel, matrix.path)
+        return Base(s.astype("float64"), None)
+    found = decompose.decompose(
+        kernel, factors.Needs("small_side"), matrix.path
+    )
+    basis = found.v if found.u is None else found.u
+    return Base(found.s.astype("float64"), basis)
+
+
+def change_of(
+    matrix: ModelMatrix, base: Base, measures: Measures
+) -> SpectralChange:
+    """Compares a matrix as it is now with its base.
+
+    Raises:
+        ValueError: the adapter holds NaN or infinity.
+    """
+    with _precisely():
+        found = _compared(matrix, base)
+    new, update, vectors = found
+    if not (np.isfinite(new).all() and np.isfinite(update).all()):
+        raise ValueError(
+            f"The adapter of layer '{matrix.path}' holds NaN or infinity."
+        )
+    norm = float(np.linalg.norm(base.s)) or 1.0
+    energy = np.sort(update**2)[::-1]
+    near = np.ones(0) if vectors is None else np.abs(vectors).max(axis=0)
+    return SpectralChange(
+        matrix.path,
+        float(np.linalg.norm(np.sort(new)[::-1] - base.s)) / norm,
+        effective_rank(update),
+        float(energy[: measures.rank].sum() / (energy.sum() or 1.0)),
+        int((near[: measures.top] < measures.threshold).sum()),
+    )
+
+
+# Each of the following returns the singular values of W' and of dW, in any
+# order, and the singular vectors of W', the largest first, in terms of those
+# of W: (n, n), or None where they are the same ones.
+_Found = tuple[np.ndarray, np.ndarray, np.ndarray | None]
+
+
+def _compared(matrix: ModelMatrix, base: Base) -> _Found:
+    assert matrix.method is not None
+    weights = matrix.weights()
+    core = matrix.method.core(weights, base.s)
+    if core is not None:
+        return _from_core(core, base.s, matrix.shape)
+    if matrix.replaced:
+        return _from_dense(matrix, base)
+    kernel = matrix.kernel()
+    factors = matrix.method.low_rank_factors(weights, kernel)
+    if factors is None:
+        return _from_dense(matrix, base)
+    return _from_thin(kernel, *factors, base)
+
+
+def _precisely() -> contextlib.AbstractContextManager[None]:
+    """Products in full float32, for which a CPU need not be asked.
+
+    There several threads do this, and would undo each other's setting, which
+    is of the process in TensorFlow and torch.
+    """
+    if precision.on_host() and keras.backend.backend() != "jax":
+        return contextlib.nullcontext()
+    return precision.full_precision()
+
+
+def _from_core(
+    core: np.ndarray, s: np.ndarray, shape: tuple[int, int]
+) -> _Found:
+    if core.ndim == 1:
+        return np.abs(s + core), np.abs(core), None
+    new = np.diag(s) + core
+    tall = shape[1] <= shape[0]
+    values, vectors = _eigen(new.T @ new if tall else new @ new.T)
+    return values, _singular_values(core), vectors
+
+
+def _from_thin(kernel: Any, a: Any, b: Any, base: Base) -> _Found:
+    """W' = W + a·b, a (in, k), b (k, out)."""
+    assert base.basis is not None
+    w, along, across = kernel, a, b
+    if kernel.shape[1] > kernel.shape[0]:
+        w, along, across = map(ops.transpose, (kernel, b, a))
+    # W is (long, n) now, and W·basis = (other vectors)·diag(s).
+    wa = _float64(ops.matmul(ops.transpose(w), along))
+    along, across = _float64(along), _float64(across)
+    basis = base.basis.astype("float64")
+    left: Any = np.linalg.qr(along, mode="r")
+    right: Any = np.linalg.qr(across.T, mode="r")
+    update = _singular_values(left @ right.T)
+    across = across @ basis
+    mixed = (basis.T @ wa) @ across
+    gram = mixed + mixed.T + across.T @ (along.T @ along) @ across
+    gram[np.diag_indices_from(gram)] += base.s**2
+    values, vectors = _eigen(gram)
+    return values, update, vectors
+
+
+def _from_dense(matrix: ModelMatrix, base: Base) -> _Found:
+    assert base.basis is not None
+    old, new = (
+        ops.convert_to_numpy(x) for x in (matrix.base(), matrix.merged())
+    )
+    update = new.astype("float64") - old
+    if new.shape[1] > new.shape[0]:
+        new, update = new.T, update.T
+    values, vectors = _eigen(float64.gram(new))
+    squares = np.linalg.eigvalsh(float64.gram(update))
+    # A sum of rounding errors is no component.
+    squares[squares < 1e-12 * squares[-1]] = 0.0
+    return values, np.sqrt(squares), base.basis.T @ vectors
+
+
+def _float64(x: Any) -> np.ndarray:
+    return ops.convert_to_numpy(x).astype("float64")
+
+
+def _eigen(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Roots of the eigenvalues, and the eigenvectors, the largest first."""
+    if not np.isfinite(gram).all():
+        return np.full(len(gram), np.nan), gram
+    values, vectors = np.linalg.eigh(gram)
+    return np.sqrt(np.maximum(values, 0.0))[::-1], vectors[:, ::-1]
+
+
+def _singular_values(matrix: np.ndarray) -> np.ndarray:
+    if not np.isfinite(matrix).all():
+        return np.full(1, np.nan)
+    return np.linalg.svd(matrix, compute_uv=False)

@@ -1,0 +1,266 @@
+"""The singular values of a model: a table, and what can be read off them.
+
+Every matrix W = U diag(s) Vᵀ of a model has a spectrum s. It says how much of
+W a few components hold (then PiSSA has something to take), how small the rest
+is (which MiLoRA takes), and how far apart its ends are.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterable
+
+import keras
+import numpy as np
+import rich.console
+import rich.table
+from keras import ops
+
+from keras_svdtune.matrix import decompose
+from keras_svdtune.model.enable import adapted_part
+from keras_svdtune.model.targets import find_matrices
+from keras_svdtune.reports.model_matrix import (
+    ModelMatrix,
+    for_each,
+    matrices_of,
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerSpectrum:
+    """The singular values of one matrix W (in, out), n = min(in, out).
+
+    Attributes:
+        path: str, the layer; of a bank of experts one matrix, `"...#3"`.
+        kind: str, the layer's name: `"query"`.
+        depth: int, how many matrices of this kind come before it.
+        matrix: (in, out), its kernel as a matrix.
+        s: (n,) float64 array, the singular values, descending.
+        adapted: (n,) float64 array, those of W', the matrix with its adapter;
+            None where there is no adapter.
+    """
+
+    path: str
+    kind: str
+    depth: int
+    matrix: tuple[int, int]
+    s: np.ndarray
+    adapted: np.ndarray | None = None
+
+    def share_within(self, low: float = 0.1, high: float = 1.1) -> float:
+        """The share of the singular values from `low` to `high`."""
+        return float(np.mean((self.s >= low) & (self.s <= high)))
+
+    def energy(self, rank: int) -> float:
+        """The share of Σs² that the `rank` largest values hold."""
+        squares = self.s**2
+        return float(squares[:rank].sum() / (squares.sum() or 1.0))
+
+    @property
+    def effective_rank(self) -> float:
+        """exp(-Σ p·log p) with p = s / Σs, from 1 to n; 0 for W = 0."""
+        return effective_rank(self.s)
+
+    @property
+    def condition(self) -> float:
+        """The largest singular value to the smallest; infinite if that is 0."""
+        return float(self.s[0] / self.s[-1]) if self.s[-1] > 0 else math.inf
+
+    @property
+    def drift(self) -> float:
+        """‖s' - s‖ / ‖s‖, s' the values with the adapter; 0 without one."""
+        if self.adapted is None:
+            return 0.0
+        change = float(np.linalg.norm(self.adapted - self.s))
+        return change / (float(np.linalg.norm(self.s)) or 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spectrum:
+    """The singular values of a model. `print()` shows a table.
+
+    Attributes:
+        model: str, the name of the model.
+        layers: one `LayerSpectrum` for each matrix, in the model's order.
+    """
+
+    model: str
+    layers: tuple[LayerSpectrum, ...]
+
+    def share_within(self, low: float = 0.1, high: float = 1.1) -> float:
+        """The share of all singular values from `low` to `high`."""
+        s = np.concatenate([x.s for x in self.layers])
+        return float(np.mean((s >= low) & (s <= high)))
+
+    def by_kind(self) -> dict[str, tuple[LayerSpectrum, ...]]:
+        """The matrices of each kind, in the order of their depth."""
+        kinds: dict[str, list[LayerSpectrum]] = {}
+        for layer in self.layers:
+            kinds.setdefault(layer.kind, []).append(layer)
+        return {kind: tuple(layers) for kind, layers in kinds.items()}
+
+    def print(self, console: rich.console.Console | None = None) -> None:
+        """Prints the table, layers of equal kind and shape in one row."""
+        (console or rich.console.Console()).print(self.table())
+
+    def table(self, rank: int = 8) -> rich.table.Table:
+        """The table, for `rich`.
+
+        Args:
+            rank: int. How many components the column of energy counts.
+        """
+        drift = any(x.adapted is not None for x in self.layers)
+        table = rich.table.Table(
+            title=f"Singular values of {self.model}",
+            caption=(
+                "max, min: of all matrices of a row; the rest are medians. "
+                f"0.1-1.1: the share of the values. top {rank}: their share of "
+                "Σs². rank: the effective rank. cond.: s₁ / sₙ."
+                + (" drift: ‖s' - s‖ / ‖s‖, by the adapter." if drift else "")
+            ),
+            title_style="bold",
+            show_footer=True,
+            pad_edge=False,
+        )
+        values = sum(len(x.s) for x in self.layers)
+        table.add_column(
+            "layer", "total", style="cyan", overflow="fold", min_width=8
+        )
+        table.add_column("matrix", f"{values:,} s", justify="right")
+        for name, footer in (
+            ("no.", f"{len(self.layers):,}"),
+            ("max", f"{max(x.s[0] for x in self.layers):.2g}"),
+            ("min", f"{min(x.s[-1] for x in self.layers):.1g}"),
+            ("0.1-1.1", f"{self.share_within():.1%}"),
+            (f"top {rank}", ""),
+            ("rank", ""),
+            ("cond.", ""),
+            *([("drift", "")] if drift else []),
+        ):
+            style = "bold green" if name == "0.1-1.1" else None
+            table.add_column(
+                name, footer, justify="right", style=style, no_wrap=True
+            )
+        for layers in self.by_kind().values():
+            # One kind may have several shapes: the stages of an encoder.
+            for shape, group in _by_shape(layers).items():
+                row = (
+                    f"{shape[0]} x {shape[1]}",
+                    f"{len(group):,}",
+                    f"{max(x.s[0] for x in group):.2g}",
+                    f"{min(x.s[-1] for x in group):.1g}",
+                    f"{_median(x.share_within() for x in group):.0%}",
+                    f"{_median(x.energy(rank) for x in group):.0%}",
+                    f"{_median(x.effective_rank for x in group):.0f}",
+                    _condition(_median(x.condition for x in group)),
+                    *(
+                        [f"{_median(x.drift for x in group):.2%}"]
+                        if drift
+                        else []
+                    ),
+                )
+                table.add_row(group[0].kind, *row)
+        return table
+
+
+def _by_shape(
+    layers: Iterable[LayerSpectrum],
+) -> dict[tuple[int, int], list[LayerSpectrum]]:
+    shapes: dict[tuple[int, int], list[LayerSpectrum]] = {}
+    for layer in layers:
+        shapes.setdefault(layer.matrix, []).append(layer)
+    return shapes
+
+
+def _condition(value: float) -> str:
+    return f"{value:,.0f}" if value < 1e4 else f"{value:.0e}"
+
+
+def _median(values: Iterable[float]) -> float:
+    return float(np.median(list(values)))
+
+
+def effective_rank(s: np.ndarray) -> float:
+    """exp of the entropy of s / Σs, for singular values s; 0 if all are 0.
+
+    Reference: Roy, Vetterli 2007, "The effective rank: a measure of effective
+    dimensionality", EUSIPCO.
+    """
+    total = float(s.sum())
+    if total == 0.0:
+        return 0.0
+    p = s[s > 0] / total
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+def spectrum(
+    model: keras.Model, target_layer_names: Iterable[str] | None = None
+) -> Spectrum:
+    """The singular values of every matrix of a model. Touches nothing.
+
+    W = U diag(s) Vᵀ of shape (in, out) is the kernel of a layer, read as
+    `enable_adapter` reads it; s are its n = min(in, out) singular values.
+    They come from the decomposition that `enable_svf` needs, in float64 on the
+    host, and so are kept on disk for it, or read if they are there. (A value
+    below 1e-8 of the largest is rounding; on a GPU, and above 1e-2, s is of
+    float32.)
+
+    Of a model with an adapter `s` is that of the base, and `adapted` that of
+    the matrix W' which base and adapter make. (Where the adapter was enabled
+    with `quantize`, the base is the model as it was just after.)
+
+    Args:
+        model: a KerasHub Backbone; a Task, which means its backbone; or any
+            built `keras.Model`, with or without an adapter.
+        target_layer_names: None for every Dense, EinsumDense and convolution
+            and every bank of experts, or a list, as for `enable_adapter`.
+            Embeddings only where named.
+
+    Returns:
+        `Spectrum`: print it, plot it with `plot_spectrum`, or read its
+        `layers`.
+
+    Raises:
+        ValueError: a target matches nothing, or a kernel or an adapter holds
+            NaN or infinity.
+
+    Example:
+
+    ```python
+    found = keras_svdtune.spectrum(gemma)
+    found.print()
+    found.share_within(0.1, 1.1)
+    found.layers[0].effective_rank
+    ```
+    """
+    root = adapted_part(model)
+    matrices = matrices_of(find_matrices(root, target_layer_names))
+    jobs = {
+        path: functools.partial(_values_of, matrix)
+        for path, matrix in matrices.items()
+    }
+    found = for_each("Singular values", jobs)
+    counts: dict[str, itertools.count[int]] = {}
+    layers = []
+    for path, matrix in matrices.items():
+        kind = matrix.layer.name
+        depth = next(counts.setdefault(kind, itertools.count()))
+        layers.append(
+            LayerSpectrum(path, kind, depth, matrix.shape, *found[path])
+        )
+    return Spectrum(root.name, tuple(layers))
+
+
+def _values_of(matrix: ModelMatrix) -> tuple[np.ndarray, np.ndarray | None]:
+    """s of W, and of W' if there is an adapter."""
+    base = matrix.base()
+    s = decompose.singular_values(base, matrix.path).astype("float64")
+    if matrix.method is None:
+        return s, None
+    merged = matrix.merged()
+    if bool(ops.all(ops.equal(merged, base))):
+        return s, s
+    # Not kept on disk: it is another after the next step of training.
+    adapted = decompose.singular_values(merged, matrix.path, keep=False)
+    return s, adapted.astype("float64")
