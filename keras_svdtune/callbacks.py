@@ -1,13 +1,27 @@
-"""Keras callbacks of this package."""
+"""Keras callbacks: AdaLoRA's ranks, and a watch on the singular values."""
 
+import functools
 from typing import Any
 
 import keras
 import numpy as np
 
+from keras_svdtune.adapter.adapter import Adapter
+from keras_svdtune.hosts.target import Target
 from keras_svdtune.methods.adalora import AdaLoRA
-from keras_svdtune.model.enable import require_adapted
+from keras_svdtune.methods.settings import check_whole_number, is_number
+from keras_svdtune.model.state import require_adapted
+from keras_svdtune.reports.matrices import each_matrix, for_each
+from keras_svdtune.reports.spectral_change import (
+    Base,
+    Measures,
+    SpectralChange,
+    base_of,
+    change_of,
+)
 from keras_svdtune.runtime.processes import to_numpy
+
+Logs = dict[str, Any] | None
 
 
 class RankAllocator(keras.callbacks.Callback):
@@ -57,17 +71,24 @@ class RankAllocator(keras.callbacks.Callback):
         total_steps: int | None = None,
     ):
         super().__init__()
-        if warmup < 0 or settle < 0 or warmup + settle >= 1:
+        shares = (warmup, settle)
+        if (
+            not all(is_number(x) and x >= 0 for x in shares)
+            or warmup + settle >= 1
+        ):
             raise ValueError(
                 "`warmup` and `settle` must be shares of the steps that add "
                 f"up to less than 1. Received: {warmup} and {settle}"
             )
+        check_whole_number("interval", interval, 1)
+        if total_steps is not None:
+            check_whole_number("total_steps", total_steps, 1)
         self.warmup = warmup
         self.settle = settle
         self.interval = interval
         self.total_steps = total_steps
 
-    def on_train_begin(self, logs: Any = None) -> None:
+    def on_train_begin(self, logs: Logs = None) -> None:
         adapters = self._adapters()
         if not all(isinstance(x.method, AdaLoRA) for x in adapters):
             raise ValueError(
@@ -85,12 +106,12 @@ class RankAllocator(keras.callbacks.Callback):
         self._fixed = False
         self._budget = self._budgets(adapters)[0]
 
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         # A run that was interrupted goes on where it stopped, not at 0.
         steps = self.params.get("steps")
         self._start = epoch * steps if steps else self._step
 
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         # Not one more: with `steps_per_execution` this comes after several.
         before, self._step = self._step, self._start + batch + 1
         if self._fixed:
@@ -110,7 +131,7 @@ class RankAllocator(keras.callbacks.Callback):
                 adapters, round(end + (start - end) * (1.0 - progress) ** 3)
             )
 
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         if logs is None:
             return
         adapters = self._adapters()
@@ -119,7 +140,7 @@ class RankAllocator(keras.callbacks.Callback):
         )
         logs["mean_rank"] = self._budget / len(adapters)
 
-    def on_train_end(self, logs: Any = None) -> None:
+    def on_train_end(self, logs: Logs = None) -> None:
         # Stopped early; or an earlier epoch's weights were restored, with the
         # mask of that time.
         adapters = self._adapters()
@@ -127,14 +148,14 @@ class RankAllocator(keras.callbacks.Callback):
         if not self._fixed or alive > self._budgets(adapters)[1]:
             self._fix()
 
-    def _adapters(self) -> list[Any]:
+    def _adapters(self) -> list[Adapter]:
         # `self.model`, not a copy: on JAX it brings the weights up to date.
-        return [x.adapter for x in require_adapted(self.model).values()]
+        return [x.adapted for x in require_adapted(self.model).values()]
 
     @staticmethod
-    def _budgets(adapters: list[Any]) -> tuple[int, int]:
-        start = sum(x.method.first_rank for x in adapters)
-        return start, sum(x.method.rank for x in adapters)
+    def _budgets(adapters: list[Adapter]) -> tuple[int, int]:
+        start = sum(_adalora(x).first_rank for x in adapters)
+        return start, sum(_adalora(x).rank for x in adapters)
 
     def _fix(self) -> None:
         adapters = self._adapters()
@@ -143,10 +164,10 @@ class RankAllocator(keras.callbacks.Callback):
             adapter.mask.assign(keep.astype("float32"))
         self._fixed = True
 
-    def _keep(self, adapters: list[Any], budget: int) -> list[np.ndarray]:
+    def _keep(self, adapters: list[Adapter], budget: int) -> list[np.ndarray]:
         """Zeroes λ of all but the `budget` most important triplets."""
         self._budget = budget
-        scores = [x.method.importance(x) for x in adapters]
+        scores = [_adalora(x).importance(x) for x in adapters]
         order = np.argsort(-np.concatenate(scores), kind="stable")
         keep = np.zeros(len(order), bool)
         keep[order[:budget]] = True
@@ -156,5 +177,141 @@ class RankAllocator(keras.callbacks.Callback):
         return parts
 
 
-def _values(adapter: Any) -> np.ndarray:
+def _adalora(adapter: Adapter) -> AdaLoRA:
+    assert isinstance(adapter.method, AdaLoRA)  # checked when `fit` begins
+    return adapter.method
+
+
+def _values(adapter: Adapter) -> np.ndarray:
     return to_numpy(adapter.singular_values.value)
+
+
+class SpectralMonitor(keras.callbacks.Callback):
+    """Adds to the logs of each epoch what training does to singular values.
+
+    With W the kernel of a layer as a matrix (in, out), dW what its adapter
+    adds, and W' = W + dW, averaged over the matrices:
+
+    | key | what |
+    |---|---|
+    | `sigma_drift` | ‖s' - s‖ / ‖s‖, the singular values of W' and of W |
+    | `update_effective_rank` | exp(-Σ p·log p), p = σ / Σσ, σ those of dW |
+    | `update_top_energy` | Σσ² of the `rank` largest / Σσ² |
+    | `intruder_dimensions` | of the `top` largest singular vectors of W' |
+
+    An intruder dimension is a large singular vector of W' that W has nothing
+    like: |cos| is below `threshold` with every singular vector of W. Low-rank
+    methods make some, and they go with forgetting; SVF cannot, it scales the
+    vectors that are there. (They are looked for on the smaller side of W, whose
+    vectors are a whole basis. Values of W that are equal leave their vectors
+    free to turn.)
+
+    The keys are in the history, and in `CSVLogger`, `TensorBoard` and all
+    callbacks that come after this one in the list. `changes` has the numbers
+    of each matrix.
+
+    An epoch costs nearly nothing for SVF, and one eigendecomposition of n²
+    numbers a matrix for the others, n = min(in, out): hence `matrices`. At the
+    start of `fit` each is decomposed, or read from the cache. For methods
+    other than SVF and SVFT the n² numbers of its basis are held in memory.
+
+    Args:
+        rank: int, the components of dW that `update_top_energy` counts.
+        top: int, the singular vectors of W' that may be intruders.
+        threshold: float, the cosine below which they are.
+        matrices: int or None, how many matrices to look at, drawn once and
+            always the same; None for all.
+
+    Attributes:
+        changes: tuple of `SpectralChange`, one for each matrix, as of the last
+            epoch.
+
+    Raises:
+        ValueError: an argument is out of range; in `fit`, the model has no
+            adapter, or the adapter holds NaN or infinity.
+
+    Example:
+
+    ```python
+    gemma.backbone.enable_svf()
+    history = gemma.fit(data, callbacks=[keras_svdtune.SpectralMonitor()])
+    history.history["sigma_drift"]
+    ```
+
+    Reference: Shuttleworth et al. 2024, "LoRA vs Full Fine-tuning: An Illusion
+    of Equivalence", https://arxiv.org/abs/2410.21228.
+    """
+
+    def __init__(
+        self,
+        rank: int = 8,
+        top: int = 10,
+        threshold: float = 0.5,
+        matrices: int | None = 32,
+    ):
+        super().__init__()
+        check_whole_number("rank", rank, 1)
+        check_whole_number("top", top, 1)
+        if matrices is not None:
+            check_whole_number("matrices", matrices, 1)
+        if not 0.0 < threshold <= 1.0:
+            raise ValueError(
+                "`threshold` must be a cosine in (0, 1]. "
+                f"Received: threshold={threshold!r}"
+            )
+        self.measures = Measures(rank, top, threshold)
+        self.matrices = matrices
+        self.changes: tuple[SpectralChange, ...] = ()
+        self._watched: dict[str, Target] = {}
+        self._bases: dict[str, Base] = {}
+
+    def on_train_begin(self, logs: Logs = None) -> None:
+        self._watched = self._drawn(each_matrix(require_adapted(self.model)))
+        self._bases = for_each(
+            "SpectralMonitor: decomposing",
+            {
+                path: functools.partial(base_of, matrix)
+                for path, matrix in self._watched.items()
+            },
+        )
+
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
+        # On JAX, to ask for the model brings its weights up to date.
+        require_adapted(self.model)
+        jobs = {
+            path: functools.partial(
+                change_of, matrix, self._bases[path], self.measures
+            )
+            for path, matrix in self._watched.items()
+        }
+        found = for_each("SpectralMonitor", jobs, bar=False)
+        self.changes = tuple(found.values())
+        if logs is not None:
+            logs.update(_means(self.changes))
+
+    def on_train_end(self, logs: Logs = None) -> None:
+        self._watched, self._bases = {}, {}  # the bases are large
+
+    def _drawn(self, found: dict[str, Target]) -> dict[str, Target]:
+        if self.matrices is None or self.matrices >= len(found):
+            return found
+        paths = list(found)
+        # At random, for all kinds of layers come in turn at equal distances.
+        chosen = np.random.RandomState(0).choice(
+            len(paths), self.matrices, replace=False
+        )
+        return {paths[i]: found[paths[i]] for i in sorted(chosen)}
+
+
+def _means(changes: tuple[SpectralChange, ...]) -> dict[str, float]:
+    """What goes into the logs."""
+    keys = {
+        "sigma_drift": "drift",
+        "update_effective_rank": "effective_rank",
+        "update_top_energy": "top_energy",
+        "intruder_dimensions": "intruders",
+    }
+    return {
+        key: float(np.mean([getattr(x, name) for x in changes]))
+        for key, name in keys.items()
+    }

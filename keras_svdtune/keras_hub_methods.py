@@ -11,23 +11,47 @@ from typing import Any
 
 import keras_hub
 
-from keras_svdtune.convert import peft, to_lora
-from keras_svdtune.files import hub, save_load
-from keras_svdtune.methods.base import METHODS, Method
-from keras_svdtune.model import enable
-from keras_svdtune.reports import (
-    cost,
-    plot_spectrum,
-    quantization_error,
-    spectrum,
+from keras_svdtune.convert.peft import export_peft
+from keras_svdtune.convert.to_lora import to_lora
+from keras_svdtune.files.hub import push_adapter
+from keras_svdtune.files.save_load import load_adapter, save_adapter
+from keras_svdtune.methods.base import Method, for_every_method
+from keras_svdtune.model.enable import (
+    adapter_disabled,
+    enable_adapter,
+    merge_adapter,
+    remove_adapter,
 )
+from keras_svdtune.reports.cost import adapter_summary
+from keras_svdtune.reports.plot_spectrum import plot_spectrum
+from keras_svdtune.reports.quantization_error import quantization_error
+from keras_svdtune.reports.spectrum import spectrum
+
+# What a Backbone or Task can do, by name; `enable_svf` and the like come when
+# their method is registered.
+ON_MODELS: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (
+        enable_adapter,
+        merge_adapter,
+        remove_adapter,
+        adapter_disabled,
+        save_adapter,
+        load_adapter,
+        push_adapter,
+        to_lora,
+        export_peft,
+        adapter_summary,
+        quantization_error,
+        spectrum,
+        plot_spectrum,
+    )
+}
 
 
 def enable_function(cls: type[Method]) -> Callable[..., None]:
     """`enable_<name>(model, <settings of cls>, target_layer_names=None)`."""
-    model, _, targets = inspect.signature(
-        enable.enable_adapter
-    ).parameters.values()
+    model, _, targets = inspect.signature(enable_adapter).parameters.values()
     settings = list(inspect.signature(cls).parameters.values())
     by_name = [x for x in settings if x.kind is x.KEYWORD_ONLY]
     in_order = [x for x in settings if x not in by_name]
@@ -37,7 +61,7 @@ def enable_function(cls: type[Method]) -> Callable[..., None]:
         arguments = signature.bind(*args, **kwargs).arguments
         model = arguments.pop("model")
         targets = arguments.pop("target_layer_names", None)
-        enable.enable_adapter(model, cls(**arguments), targets)
+        enable_adapter(model, cls(**arguments), targets)
 
     enable_method.__signature__ = signature  # type: ignore[attr-defined]
     enable_method.__name__ = enable_method.__qualname__ = f"enable_{cls.name}"
@@ -50,43 +74,30 @@ def enable_function(cls: type[Method]) -> Callable[..., None]:
     return enable_method
 
 
-def functions() -> dict[str, Callable[..., Any]]:
-    """What a Backbone or Task can do, by name."""
-    found: dict[str, Callable[..., Any]] = {
-        f"enable_{name}": enable_function(cls)
-        for name, cls in METHODS.items()
-        if cls.has_enable
-    }
-    for function in (
-        enable.enable_adapter,
-        enable.merge_adapter,
-        enable.remove_adapter,
-        enable.adapter_disabled,
-        save_load.save_adapter,
-        save_load.load_adapter,
-        hub.push_adapter,
-        to_lora.to_lora,
-        peft.export_peft,
-        cost.adapter_summary,
-        quantization_error.quantization_error,
-        spectrum.spectrum,
-        plot_spectrum.plot_spectrum,
-    ):
-        found[function.__name__] = function
-    return found
+def add_to_keras_hub(name: str, function: Callable[..., Any]) -> None:
+    """Adds a method to Backbone and Task; overwrites none of theirs."""
+    for cls in (keras_hub.models.Backbone, keras_hub.models.Task):
+        existing = getattr(cls, name, None)
+        if existing is None or hasattr(existing, "_keras_svdtune"):
+            function._keras_svdtune = True  # type: ignore[attr-defined]
+            setattr(cls, name, function)
+        else:
+            warnings.warn(
+                f"{cls.__name__} has a method `{name}` of its own; it is "
+                f"left as it is. Call `keras_svdtune.{name}(model, ...)`.",
+                stacklevel=3,
+            )
+
+
+def _add_enable(cls: type[Method]) -> None:
+    if cls.has_enable:
+        function = enable_function(cls)
+        ON_MODELS[function.__name__] = function
+        add_to_keras_hub(function.__name__, function)
 
 
 def patch_keras_hub() -> None:
-    """Adds `functions()` to Backbone and Task; overwrites nothing."""
-    for name, function in functions().items():
-        for cls in (keras_hub.models.Backbone, keras_hub.models.Task):
-            existing = getattr(cls, name, None)
-            if existing is None:
-                function._keras_svdtune = True  # type: ignore[attr-defined]
-                setattr(cls, name, function)
-            elif not hasattr(existing, "_keras_svdtune"):
-                warnings.warn(
-                    f"{cls.__name__} has a method `{name}` of its own; it is "
-                    f"left as it is. Call `keras_svdtune.{name}(model, ...)`.",
-                    stacklevel=3,
-                )
+    """Adds `ON_MODELS` to Backbone and Task, now and as methods are added."""
+    for name, function in list(ON_MODELS.items()):
+        add_to_keras_hub(name, function)
+    for_every_method(_add_enable)

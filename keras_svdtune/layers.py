@@ -1,27 +1,30 @@
 """Adapted layers for hand-built models: `SVFDense`, `SVFEinsumDense`, ...
 
-One for each method and host, made by `layer_classes`. They are ordinary Keras
-layers: declared in a model, serialised with it, their base kernel and adapter
-kept apart in every file.
+One for each method and host, made when a method is registered. They are
+ordinary Keras layers: declared in a model, serialised with it, their base
+kernel and adapter kept apart in every file.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import keras
 
-from keras_svdtune.adapter.plan import Plan, plan
-from keras_svdtune.hosts import attach
-from keras_svdtune.hosts.host import (
-    HOSTS,
-    AdapterHost,
-    host_matrix_of,
-    kernel_of,
-)
-from keras_svdtune.methods.base import Method
-from keras_svdtune.model.enable import check_fit
+from keras_svdtune.adapter.plan import AdapterPlan, plan_adapter
+from keras_svdtune.hosts.attach import attach
+from keras_svdtune.hosts.host import HOSTS, AdapterHost
+from keras_svdtune.hosts.target import Target
+from keras_svdtune.methods.base import Method, for_every_method
+from keras_svdtune.methods.replaced_base import ReplacesBase
+from keras_svdtune.model.checks import check_fit
 from keras_svdtune.model.freezing import freeze_own_variables
+from keras_svdtune.runtime.keras_internals import value_or_none
+from keras_svdtune.runtime.types import Layer, Tensor
+
+# The classes by their names, `"SVFDense"`.
+LAYERS: dict[str, type] = {}
 
 
 class DeclaredLayer(AdapterHost):
@@ -34,13 +37,15 @@ class DeclaredLayer(AdapterHost):
 
     method_class: ClassVar[type[Method]]
     plain_layer: ClassVar[type]
+    # Sets the kernel while `build` runs, before its basis is computed.
+    _set_kernel: Callable[[], None] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         names = {f.name for f in dataclasses.fields(self.method_class)}
         settings = {k: kwargs.pop(k) for k in names & set(kwargs)}
         super().__init__(*args, **kwargs)
         self.method = self.method_class(**settings)
-        if self.method.replaces_base:
+        if isinstance(self.method, ReplacesBase):
             raise ValueError(
                 "A declared layer keeps its kernel; enable "
                 f"{self.method.title} on a plain model instead. Received: "
@@ -49,42 +54,37 @@ class DeclaredLayer(AdapterHost):
 
     def build(self, input_shape: Any = None) -> None:
         super().build(input_shape)  # type: ignore[misc]
-        self._set_kernel()
+        if self._set_kernel is not None:
+            self._set_kernel()
         freeze_own_variables(self)
-        check_fit(self.name, self, self.method)  # type: ignore[attr-defined]
-        ready = functools.cache(self._plan)
-        if isinstance(getattr(self.method, "rank", None), float):
-            # The share of the energy becomes the rank that this kernel needs.
-            self.method = ready().method
+        layer: Layer = self
+        view = self.matrix_view(self)
+        target = Target(layer.name, self, self.kernel_name, view)
+        check_fit(target.path, target, self.method)
 
-        def initial_value(name: str) -> Any:
+        @functools.cache
+        def plan() -> AdapterPlan:
+            return plan_adapter(self.method, target.host_matrix(), target.path)
+
+        if not isinstance(self.method.current_rank(None), int | None):
+            # The share of the energy becomes the rank that this kernel needs.
+            self.method = plan().method
+
+        def first_value(name: str) -> Tensor | None:
             # While `fit` only traces a model to build it, kernels have no
             # value yet; the adapter gets its own after them.
-            if kernel_of(self)._value is None:
+            if value_or_none(target.kernel) is None:
                 return None
-            return ready().values.get(name)
+            return plan().values.get(name)
 
-        attach.attach(self, self.method, initial_value, type(self))
-
-    def _plan(self) -> Plan:
-        layer: Any = self
-        return plan(self.method, host_matrix_of(layer), layer.name)
-
-    def load_own_variables(self, store: Any) -> None:
-        super().load_own_variables(store)  # type: ignore[misc]
-
-        def settle(adapted_file: bool) -> None:
-            if not adapted_file:  # the kernel of a plain layer was read
-                attach.rebuild_basis(self)
-
-        self.adapter.settle = settle
+        attach(target, self.method, first_value, type(self))
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()  # type: ignore[misc]
         return {**config, **self.method.settings()}
 
     @classmethod
-    def from_layer(cls: Any, layer: Any, **settings: Any) -> Any:
+    def from_layer(cls: Any, layer: Layer, **settings: Any) -> Any:
         """A new layer with the kernel and bias of a plain one.
 
         Args:
@@ -109,40 +109,35 @@ class DeclaredLayer(AdapterHost):
             for ours, theirs in zip(new.weights, layer.weights, strict=True):
                 ours.assign(theirs.value)
 
-        new._set_kernel = copy_weights  # between the kernel and its basis
+        new._set_kernel = copy_weights
         new.build_from_config(layer.get_build_config())
-        del new._set_kernel
+        new._set_kernel = None
         return new
 
-    def _set_kernel(self) -> None:
-        """Called in `build` when the kernel is there and the basis not yet."""
 
-
-def layer_classes(method: type[Method]) -> list[type]:
-    """The declared layer classes of `method`, one for each host of Keras.
+def make_layers(method: type[Method]) -> None:
+    """Makes the layer classes of `method`, one for each host of Keras.
 
     Their names are the method's title and the plain class's name:
     `SVFDense`, `LoRAXSEinsumDense`.
     """
-    return [
-        _layer_class(method, plain)
-        for plain in HOSTS
-        if plain.__module__.startswith("keras.")
-        and (method.embeddings or not issubclass(plain, keras.layers.Embedding))
-    ]
+    for plain in HOSTS:
+        is_embedding = issubclass(plain, keras.layers.Embedding)
+        if plain.__module__.startswith("keras.") and (
+            method.embeddings or not is_embedding
+        ):
+            cls = _layer_class(method, plain)
+            LAYERS[cls.__name__] = cls
 
 
 def _layer_class(method: type[Method], plain: type) -> type:
     name = "".join(c for c in method.title if c.isalnum()) + plain.__name__
-    example = {
-        "Dense": f"{name}(64{method.example})",
-        "EinsumDense": f'{name}("abc,cd->abd", (None, 64){method.example})',
-        **{
-            plain: f"{name}(32_000, 64{method.example})"
-            for plain in ("Embedding", "ReversibleEmbedding")
-        },
-        **{f"Conv{n}D": f"{name}(64, 3{method.example})" for n in (1, 2, 3)},
-    }
+    arguments = {
+        "Dense": "64",
+        "EinsumDense": '"abc,cd->abd", (None, 64)',
+        "Embedding": "32_000, 64",
+        "ReversibleEmbedding": "32_000, 64",
+    }.get(plain.__name__, "64, 3")
     cls = type(
         name,
         (DeclaredLayer, HOSTS[plain]),
@@ -161,7 +156,7 @@ def _layer_class(method: type[Method], plain: type) -> type:
     Example:
 
     ```python
-    layer = {example[plain.__name__]}
+    layer = {name}({arguments}{method.example})
     layer = {name}.from_layer(a_built_{plain.__name__.lower()}_layer)
     ```
     """,
@@ -170,3 +165,6 @@ def _layer_class(method: type[Method], plain: type) -> type:
     return keras.saving.register_keras_serializable(package="keras_svdtune")(
         cls
     )
+
+
+for_every_method(make_layers)

@@ -17,12 +17,14 @@ from typing import Any
 import keras
 import keras_hub
 
-from keras_svdtune.hosts.direct_kernels import raw_kernels
-from keras_svdtune.hosts.host import HOSTS, AdapterHost, kernel_of, view_of
-from keras_svdtune.matrix.view import MatrixView
-from keras_svdtune.model.enable import adapted_part
-from keras_svdtune.model.targets import all_layers
-from keras_svdtune.runtime.valueless import abstract
+from keras_svdtune.hosts.target import Target
+from keras_svdtune.model.state import adapted_part
+from keras_svdtune.model.targets import matrices_in
+from keras_svdtune.runtime.keras_internals import (
+    built_without_values,
+    layers_in,
+)
+from keras_svdtune.runtime.types import Model, Variable
 
 Layout = tuple[str | None, ...]
 COLUMN, ROW = "column", "row"
@@ -81,7 +83,7 @@ def svdtune_layout_map(
             f"{tuple(sizes)}"
         )
     if isinstance(backbone, str):
-        with abstract():
+        with built_without_values():
             backbone = keras_hub.models.Backbone.from_preset(
                 backbone, load_weights=False
             )
@@ -104,15 +106,15 @@ def svdtune_layout_map(
 
 
 def _split_dims(
-    root: Any, parts: int
-) -> Iterator[tuple[Any, tuple[int, ...], tuple[int, ...]]]:
+    root: Model, parts: int
+) -> Iterator[tuple[Variable, tuple[int, ...], tuple[int, ...]]]:
     """Each variable to split, a dim to split for the model, and the others.
 
     Where the first dim does not divide, another one may.
     """
     tables = [
         layer
-        for layer in all_layers(root)
+        for layer in layers_in(root)
         if isinstance(layer, keras.layers.Embedding) and layer.built
     ]
     if not tables:
@@ -125,25 +127,14 @@ def _split_dims(
     yield table._embeddings, (0,), (1,)
     if not getattr(table, "tie_weights", True):
         yield table.reverse_embeddings, (1,), (0,)
-    groups: dict[str, list[tuple[Any, MatrixView]]] = {}
-    for layer in all_layers(root):
-        if (
-            type(layer) in HOSTS or isinstance(layer, AdapterHost)
-        ) and layer.built:
-            found = [layer] if not isinstance(layer, type(table)) else []
-        else:
-            found = raw_kernels(layer)
-        for each in found:
-            try:
-                pair = (kernel_of(each), view_of(each))
-            except ValueError:  # a depthwise kernel
-                continue
-            parent = each.path.rpartition("/")[0]
-            groups.setdefault(parent, []).append(pair)
+    groups: dict[str, list[Target]] = {}
+    for path, target in matrices_in(root, adapted=True).targets.items():
+        if not isinstance(target.owner, type(table)):
+            parent = path.rpartition("/")[0]
+            groups.setdefault(parent, []).append(target)
     for group in groups.values():
-        for (kernel, view), kind in zip(
-            group, _kinds(group, width), strict=True
-        ):
+        for target, kind in zip(group, _kinds(group, width), strict=True):
+            kernel, view = target.kernel, target.view
             rows, columns = view.kernel_dims("in"), view.kernel_dims("out")
             count = view.kernel_dims("count")
             if count and kernel.shape[count[0]] % parts == 0:
@@ -154,7 +145,7 @@ def _split_dims(
                 yield kernel, rows[:1], columns[:1]
 
 
-def _kinds(group: list[tuple[Any, MatrixView]], width: int) -> list[str | None]:
+def _kinds(group: list[Target], width: int) -> list[str | None]:
     """Which matrices of one layer read the stream, and which write to it.
 
     Args:
@@ -162,7 +153,8 @@ def _kinds(group: list[tuple[Any, MatrixView]], width: int) -> list[str | None]:
         width: of the stream.
     """
     kinds: list[str | None] = []
-    for i, (_, view) in enumerate(group):
+    for i, target in enumerate(group):
+        view = target.view
         reads, writes = (n == width for n in view.shape)
         several = [len(view.kernel_dims(x)) > 1 for x in ("in", "out")]
         if several[0] != several[1]:  # heads on one side

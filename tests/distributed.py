@@ -25,8 +25,8 @@ import numpy as np
 from helpers import default_method, default_methods, perturb
 
 import keras_svdtune
-from keras_svdtune.model.targets import adapted_layers
-from keras_svdtune.runtime.valueless import abstract
+from keras_svdtune.model.targets import adapted_targets
+from keras_svdtune.runtime.keras_internals import built_without_values
 
 VOCABULARY, STEPS = 64, 20
 SIZES = dict(
@@ -56,7 +56,7 @@ def distribution(name, shape):
         shape, ("batch", "model"), keras.distribution.list_devices("cpu")
     )
     cls, _, sizes = MODELS[name]
-    with abstract():
+    with built_without_values():
         backbone = cls(**sizes)
     return keras.distribution.ModelParallel(
         layout_map=keras_svdtune.svdtune_layout_map(backbone, mesh),
@@ -150,7 +150,7 @@ def sizes(name):
     for method in default_methods():
         model.backbone.enable_adapter(method)  # outside the scope
         parts = whole = 0
-        for layer in adapted_layers(model.backbone).values():
+        for layer in adapted_targets(model.backbone).values():
             for key, v in layer.adapter.variables_by_name().items():
                 size = v.value.nbytes
                 whole += size

@@ -14,7 +14,7 @@ from tiny_backbones import EAGER_ONLY, TINY, exported, missing
 
 import keras_svdtune
 from keras_svdtune.hosts.host import kernel_of
-from keras_svdtune.model.targets import adapted_layers
+from keras_svdtune.model.targets import adapted_targets
 
 jax = pytest.importorskip("jax")
 pytestmark = pytest.mark.skipif(
@@ -160,7 +160,7 @@ def enable(model, method):
         and not v.path.split("/")[-1].endswith(NO_MATRIX)
     }
     keras_svdtune.enable_adapter(model, method)
-    reached = {id(kernel_of(x)) for x in adapted_layers(model).values()}
+    reached = {id(kernel_of(x)) for x in adapted_targets(model).values()}
     reached |= depthwise_kernels(model)
     if not method.banks:
         reached |= {i for i, p in matrices.items() if "expert_bank" in p}

@@ -13,7 +13,7 @@ from keras.src.backend.common import global_state
 import keras_svdtune
 from keras_svdtune.adapter.sharding import adapter_layouts, block_axes
 from keras_svdtune.matrix.view import GroupedView, MatrixView
-from keras_svdtune.runtime.valueless import abstract
+from keras_svdtune.runtime.keras_internals import built_without_values
 
 SIZES = {"batch": 2, "model": 4}
 MODEL, BATCH, WHOLE = ("model",), ("batch",), ()
@@ -118,7 +118,7 @@ def mesh(*shape):
 def test_layout_map_of_every_decoder(name):
     """Its kernels are split, and no dim by what does not divide it."""
     settings, _ = tiny_backbones_text.DECODERS[name]
-    with abstract():
+    with built_without_values():
         backbone = getattr(keras_hub.models, name)(**settings)
     for shape in ((1, 2), (2, 4), (1, 8), (8, 1), (1, 3)):
         found = keras_svdtune.svdtune_layout_map(backbone, mesh(*shape))
@@ -150,7 +150,7 @@ SLOW_DECODERS = ("Gemma3nBackbone", "Qwen3_5Backbone")
     ],
 )
 def test_layout_map_of_a_decoder_with_images(name):
-    with abstract():
+    with built_without_values():
         backbone, _ = tiny_backbones.TINY[name]()
     found = keras_svdtune.svdtune_layout_map(backbone, mesh(1, 2))
     kernels = [v for v in backbone.variables if v.path.endswith("kernel")]
@@ -169,7 +169,7 @@ WITH_A_MAP = [
 @pytest.mark.parametrize("name", WITH_A_MAP)
 def test_layout_map_leaves_no_more_on_a_device_than_keras_hubs(name):
     cls = getattr(keras_hub.models, name)
-    with abstract():
+    with built_without_values():
         backbone = cls(**tiny_backbones_text.DECODERS[name][0])
     for shape in ((1, 2), (2, 2), (1, 8)):
         sizes = dict(zip(("batch", "model"), shape, strict=True))
@@ -203,7 +203,7 @@ def test_layout_map_is_keras_hubs_where_that_works():
     sizes = dict(
         num_query_heads=8, num_key_value_heads=8, hidden_dim=32, head_dim=8
     )
-    with abstract():
+    with built_without_values():
         gemma = keras_hub.models.GemmaBackbone(
             vocabulary_size=64, num_layers=2, intermediate_dim=128, **sizes
         )
@@ -216,7 +216,7 @@ def test_layout_map_is_keras_hubs_where_that_works():
 def test_layout_map_pairs_columns_and_rows():
     """Llama's query (d, heads, ·) by heads; KerasHub splits its d."""
     settings, _ = tiny_backbones_text.DECODERS["Llama3Backbone"]
-    with abstract():
+    with built_without_values():
         llama = keras_hub.models.Llama3Backbone(**settings)
     found = keras_svdtune.svdtune_layout_map(llama, mesh(1, 2))
     block = "transformer_layer_0"

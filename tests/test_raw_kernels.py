@@ -17,7 +17,7 @@ from keras_hub.src.models.mixtral.mixtral_decoder import MixtralMoeExperts
 
 import keras_svdtune
 from keras_svdtune import PiSSA
-from keras_svdtune.model.targets import adapted_layers
+from keras_svdtune.model.targets import adapted_targets
 
 METHODS = [*(m for m in default_methods() if m.banks), PiSSA(0.5)]
 
@@ -51,7 +51,7 @@ def test_keeps_every_promise(method, make, tmp_path):
     base, before = numpy(model(x)), [numpy(v) for v in model.weights]
     classes = [type(layer) for layer in model.layers]
     keras_svdtune.enable_adapter(model, method)
-    assert len(adapted_layers(model)) == 3
+    assert len(adapted_targets(model)) == 3
     assert_same(numpy(model(x)), base, "first step")
     perturb(model)
     moved = numpy(model(x))
@@ -77,7 +77,7 @@ def test_each_expert_has_its_own_singular_values():
     bank = model.get_layer("experts")
     keras_svdtune.enable_svf(model)
     perturb(model)
-    for kernel in adapted_layers(model).values():
+    for kernel in adapted_targets(model).values():
         w = numpy(kernel.variable).astype("float64")
         delta = numpy(kernel.adapter.delta).astype("float64")
         assert delta.shape == (3, min(w.shape[1:]))

@@ -1,18 +1,42 @@
 """The weights that a method adds to one layer."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_svdtune.adapter.bank import over_bank
-from keras_svdtune.adapter.fingerprint import effect, matches, same_effect
+from keras_svdtune.adapter.fingerprint import (
+    effect,
+    matches,
+    same_effect,
+)
 from keras_svdtune.adapter.plan import ReplacedBase
 from keras_svdtune.matrix.view import MatrixView
 from keras_svdtune.methods.base import LinearMap, Method, ReverseMap, Weight
 from keras_svdtune.runtime.placement import place_variable, undistributed
+from keras_svdtune.runtime.types import Shape, Store, Tensor, Variable
+
+# From the name of a weight to its first value; None for zeros.
+FirstValue = Callable[[str], Tensor | None]
+
+
+class Holder(Protocol):
+    """What an adapter knows of the layer that it belongs to."""
+
+    def matrix(self) -> Tensor:
+        """W (in, out), float32; (count, in, out) of a bank."""
+
+    def finish_loading(self, has_adapter: bool) -> None:
+        """Called when the adapter's part of a weights file was reached.
+
+        Keras reads the layer's own variables before those of its adapter.
+
+        Args:
+            has_adapter: whether the file holds an adapter for the layer.
+        """
 
 
 class Adapter(keras.layers.Layer):
@@ -23,47 +47,44 @@ class Adapter(keras.layers.Layer):
 
     Args:
         method: `Method`. Its weights become attributes: `adapter.delta`.
-        view: `MatrixView` of the host's kernel.
-        initial_value: function from a weight's name to its first value, or
+        view: `MatrixView` of the layer's kernel.
+        holder: the layer's `Target`.
+        first_value: function from a weight's name to its first value, or
             None for zeros. It is called when the variable is initialised.
-        dtype: the host's dtype policy.
+        dtype: the layer's dtype policy.
         self_contained: bool. Whether a weights file holds the frozen weights
-            too. Where the host saves its merged kernel, it holds the
+            too. Where the layer saves its merged kernel, it holds the
             trainables and a fingerprint of the base.
-        shardings: what `attach.shardings_of` says of the weights, by name.
+        shardings: how each weight is split over devices, by name.
     """
 
     def __init__(
         self,
         method: Method,
         view: MatrixView,
-        initial_value: Callable[[str], Any],
-        dtype: Any = None,
+        holder: Holder,
+        first_value: FirstValue,
+        dtype: str | None = None,
         self_contained: bool = False,
-        shardings: dict[str, Any] | None = None,
+        shardings: dict[str, object] | None = None,
         name: str = "adapter",
     ):
         super().__init__(name=name, dtype=dtype)
         self.method = method
         self.view = view
-        self.shape = view.shape
-        self._initial_value: Callable[[str], Any] | None = initial_value
-        self._shardings = shardings or {}
+        self.shape: Shape = view.shape
+        self.target = holder
         self.self_contained = self_contained
         # One part in how many adapters of the model, for regularisers.
         self.share = 1.0
-        # The model's moving statistics, which are the base's; None if declared.
-        self.statistics: Any = None
-        # Of an adapter that was put into a plain layer: what recognises its
-        # base, and a function that gives the matrix.
+        # What recognises the base kernel; unknown of a declared layer.
         self.base_fingerprint: np.ndarray | None = None
-        self.matrix: Callable[[], Any] | None = None
-        # Where another base than W was put into the layer for this adapter.
+        # Where another kernel than W was put into the layer for this adapter.
         self.replaced: ReplacedBase | None = None
-        # Set while a weights file is read: tells the host what was in it.
-        self.settle: Callable[[bool], None] | None = None
+        self._first_value: FirstValue | None = first_value
+        self._shardings = shardings or {}
 
-    def build(self, input_shape: Any = None) -> None:
+    def build(self, input_shape: object = None) -> None:
         for weight in self.method.weights(self.shape):
             # A user's rule for kernels may match these paths too.
             with undistributed():
@@ -81,36 +102,38 @@ class Adapter(keras.layers.Layer):
                 )
             place_variable(variable, self._shardings.get(weight.name))
             setattr(self, weight.name, variable)
-        self._initial_value = None
+        self._first_value = None
 
-    def _initializer(self, weight: Weight) -> Callable[..., Any]:
-        initial_value = self._initial_value
-        assert initial_value is not None
+    def _initializer(self, weight: Weight) -> Callable[..., Tensor]:
+        first_value = self._first_value
+        assert first_value is not None
 
-        def initialize(shape: Any, dtype: Any = None) -> Any:
-            value = initial_value(weight.name)
+        def initialize(
+            shape: tuple[int, ...], dtype: str | None = None
+        ) -> Tensor:
+            value = first_value(weight.name)
             if value is None:
                 return ops.zeros(shape, dtype)
             return ops.cast(ops.convert_to_tensor(value), dtype)
 
         return initialize
 
-    def _regularizer(self, weight: Weight) -> Callable[[Any], Any] | None:
+    def _regularizer(self, weight: Weight) -> Callable[[Tensor], Tensor] | None:
         penalty = weight.regularizer
         if penalty is None:
             return None
         # `share` is known when all layers are adapted.
         return lambda variable: penalty(variable) * self.share
 
-    def call(self, base: LinearMap) -> Any:
+    def call(self, base: LinearMap) -> Tensor:
         """The adapted product (tokens, out), by the method."""
         return self.method.call(self, base)
 
-    def reverse(self, base: ReverseMap) -> Any:
+    def reverse(self, base: ReverseMap) -> Tensor:
         """x·W'ᵀ (tokens, in) where a layer multiplies by Wᵀ too."""
         return self.method.reverse(self, base)
 
-    def merged(self, matrix: Any) -> Any:
+    def merged(self, matrix: Tensor) -> Tensor:
         """W' (in, out) in float32 for W (in, out); or for each of a bank."""
         matrix = ops.cast(matrix, "float32")
         if self.view.count is None:
@@ -123,25 +146,23 @@ class Adapter(keras.layers.Layer):
             variable = getattr(self, name)
             variable.assign(ops.broadcast_to(value, variable.shape))
 
-    def save_own_variables(self, store: Any) -> None:
+    def save_own_variables(self, store: Store) -> None:
         for name, variable in self._stored().items():
             store[name] = variable
-        if self.matrix is not None:
+        if not self.self_contained:
             store["base_fingerprint"] = self.base_fingerprint
-            store["effect"] = effect(self.method, self, self.matrix())
+            store["effect"] = effect(self.method, self, self.target.matrix())
 
-    def load_own_variables(self, store: Any) -> None:
-        settle, self.settle = self.settle, None
+    def load_own_variables(self, store: Store) -> None:
         names = list(store.keys())
-        if settle is not None:
-            settle(bool(names))
+        self.target.finish_loading(bool(names))
         if not names:  # the file of a plain model
             self.reset()
-            if self.statistics is not None:
-                self.statistics.forget()
             return
         wanted = self._stored()
-        checks = {"base_fingerprint", "effect"} if self.matrix else set()
+        checks = (
+            set() if self.self_contained else {"base_fingerprint", "effect"}
+        )
         missing = sorted({*wanted, *checks} - set(names))
         if missing:
             raise ValueError(
@@ -150,12 +171,14 @@ class Adapter(keras.layers.Layer):
                 f"{', '.join(sorted(names))}: enable the method it was saved "
                 "with."
             )
-        ours: Any = self.base_fingerprint
-        if self.matrix is not None and not matches(
-            ours,
-            np.array(store["base_fingerprint"]),
-            self.variable_dtype,
-        ):
+        if self.self_contained:
+            for name, variable in wanted.items():
+                variable.assign(store[name])
+            return
+        ours = self.base_fingerprint
+        assert ours is not None
+        theirs = np.array(store["base_fingerprint"])
+        if not matches(ours, theirs, self.variable_dtype):
             raise ValueError(
                 f"The weights file was saved from an adapted layer "
                 f"'{self.path}' with another base kernel than this model's, "
@@ -166,8 +189,8 @@ class Adapter(keras.layers.Layer):
         before = {name: ops.copy(v.value) for name, v in wanted.items()}
         for name, variable in wanted.items():
             variable.assign(store[name])
-        if self.matrix is not None and not same_effect(
-            effect(self.method, self, self.matrix()),
+        if not same_effect(
+            effect(self.method, self, self.target.matrix()),
             np.array(store["effect"]),
             float(ours[0]),
             self.variable_dtype,
@@ -183,7 +206,7 @@ class Adapter(keras.layers.Layer):
                 "which then is the merged one."
             )
 
-    def _stored(self) -> dict[str, Any]:
+    def _stored(self) -> dict[str, Variable]:
         """The variables that a full save holds."""
         return {
             f"{self.method.name}_{w.name}": getattr(self, w.name)
@@ -193,7 +216,7 @@ class Adapter(keras.layers.Layer):
 
     def variables_by_name(
         self, trainable: bool | None = None
-    ) -> dict[str, Any]:
+    ) -> dict[str, Variable]:
         """The variables, by their full names (`svf_delta`)."""
         return {
             f"{self.method.name}_{w.name}": getattr(self, w.name)

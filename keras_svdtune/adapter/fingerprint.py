@@ -16,16 +16,17 @@ give another ΔW wherever that matters, and the same one where it does not.
 
 import functools
 import math
-import types
-from typing import Any
 
 import numpy as np
 from keras import ops
 
 from keras_svdtune.adapter.bank import over_bank
 from keras_svdtune.matrix import float64
+from keras_svdtune.methods.base import Method, Weights, WeightValues
+from keras_svdtune.methods.replaced_base import ReplacesBase
 from keras_svdtune.runtime.precision import full_precision
 from keras_svdtune.runtime.processes import to_numpy
+from keras_svdtune.runtime.types import Tensor
 
 _BASE_PROBES, _EFFECT_PROBES = 4, 8
 # Rounding moves a number by eps/sqrt(12)·‖W‖ (one standard deviation, from a
@@ -38,7 +39,7 @@ _EFFECT_TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 def fingerprint(matrix: np.ndarray) -> np.ndarray:
     """(5,) float32 for a matrix W (in, out), or a bank (count, in, out)."""
     w = np.asarray(matrix).reshape(-1, matrix.shape[-1])
-    a, b = _probes(w.shape, _BASE_PROBES)
+    a, b = _probes((w.shape[0], w.shape[1]), _BASE_PROBES)
     products, norm = float64.rows_and_norm(a, w)
     return np.array([norm, *np.sum(products * b, axis=1)], "float32")
 
@@ -57,7 +58,7 @@ def matches(ours: np.ndarray, theirs: np.ndarray, *dtypes: str) -> bool:
     return bool((difference <= tolerance * ours[0] + 1e-12).all())
 
 
-def effect(method: Any, weights: Any, matrix: Any) -> np.ndarray:
+def effect(method: Method, weights: Weights, matrix: Tensor) -> np.ndarray:
     """(8,) float32 for the ΔW that `method` adds with these weights.
 
     Args:
@@ -108,20 +109,21 @@ def same_effect(
     return bool((np.abs(f - g) <= tolerance * size + 1e-5 * norm).all())
 
 
-def _change(method: Any, weights: Any, x: Any, matrix: Any) -> Any:
-    """x·ΔW in float32; x·W' where the base belongs to the adapter."""
+def _change(
+    method: Method, weights: Weights, x: Tensor, matrix: Tensor
+) -> Tensor:
+    """x·ΔW in float32; x·W' where the kernel is quantized for the adapter."""
     base = _Product(x, matrix)
     y = ops.cast(method.call(weights, base), "float32")
-    if method.base_mode is not None:
+    if not isinstance(method, ReplacesBase):
+        return y - base()
+    if method.quantization is not None:
         return y
-    if method.replaces_base:
-        without = types.SimpleNamespace(shape=weights.shape)
-        for w in method.weights(weights.shape):
-            setattr(without, w.name, getattr(weights, w.name))
-        for name, value in method.neutral(weights).items():
-            setattr(without, name, value)
-        return y - ops.cast(method.call(without, base), "float32")
-    return y - base()
+    values = {
+        w.name: getattr(weights, w.name) for w in method.weights(weights.shape)
+    }
+    without = WeightValues(weights.shape, **values | method.neutral(weights))
+    return y - ops.cast(method.call(without, base), "float32")
 
 
 class _Product:
@@ -129,23 +131,25 @@ class _Product:
 
     dtype = "float32"
 
-    def __init__(self, x: Any, matrix: Any):
+    def __init__(self, x: Tensor, matrix: Tensor):
         self._x, self._matrix = x, matrix
 
-    def __call__(self) -> Any:
+    def __call__(self) -> Tensor:
         return self.rows(self._x)
 
-    def times(self, a: Any) -> Any:
+    def times(self, a: Tensor) -> Tensor:
         return ops.matmul(self._x, a)
 
-    def moved(self, change: Any) -> Any:
+    def moved(self, change: Tensor) -> Tensor:
         return self.rows(self._x + change)
 
-    def rows(self, r: Any) -> Any:
+    def rows(self, r: Tensor) -> Tensor:
         return ops.matmul(r, self._matrix)
 
 
-def _probes(shape: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _probes(
+    shape: tuple[int, int], count: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The vectors a (count, in) and b (count, out)."""
     rows, columns = shape
     a = [_plus_minus(rows, 2 * i) for i in range(count)]

@@ -3,17 +3,19 @@
 import dataclasses
 import zlib
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from keras import ops
 
-from keras_svdtune.adapter.fingerprint import (
-    fingerprint,
-)
+from keras_svdtune.adapter.fingerprint import fingerprint
 from keras_svdtune.matrix.decompose import decompose
 from keras_svdtune.matrix.factors import Factors
 from keras_svdtune.methods.base import Method
+from keras_svdtune.methods.replaced_base import ReplacesBase
+from keras_svdtune.runtime.types import Array, Shape, Tensor
+
+# First values of the weights of one adapter, by name.
+Values = dict[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,21 +29,21 @@ class NewKernel:
     """
 
     mode: str | None
-    variables: dict[str, Any]
-    matrix: Callable[[], Any]
+    variables: dict[str, Tensor]
+    matrix: Callable[[], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
 class ReplacedBase:
-    """A base that is in the layer for its adapter, in place of W.
+    """A kernel that is in the layer for its adapter, in place of W.
 
     Attributes:
         kernel: what to put into the layer; None once it is there.
         float_fingerprint: the fingerprint of W.
-        norm: float, ‖W‖, the Frobenius norm. This and the rest where the base
-            is quantized.
+        norm: float, ‖W‖, the Frobenius norm. This and the rest where the
+            kernel is quantized.
         plain_error: float, ‖W - quant(W)‖.
-        error: float, ‖W - W̃‖, W̃ what base and adapter are at first.
+        error: float, ‖W - W̃‖, W̃ what kernel and adapter are at first.
     """
 
     kernel: NewKernel | None
@@ -52,121 +54,127 @@ class ReplacedBase:
 
 
 @dataclasses.dataclass
-class Plan:
+class AdapterPlan:
     """An adapter for one matrix, ready to attach.
 
     Attributes:
         method: the method, its settings resolved for this matrix.
-        values: what its weights are at first, by name.
+        values: the first values of its weights.
         base_fingerprint: the fingerprint of W, or of what comes in its place.
         replaced: what comes in its place, if anything.
     """
 
     method: Method
-    values: dict[str, Any]
+    values: Values
     base_fingerprint: np.ndarray
     replaced: ReplacedBase | None = None
 
 
 # From a matrix to the kernel that it is in a layer.
-KernelMaker = Callable[[Any], NewKernel]
+KernelMaker = Callable[[Array], NewKernel]
+# From a method and its first values to tensors, each on its devices.
+Placer = Callable[[Method, Values], Values]
 
 
-# From a method and its first values to tensors, each where it is to be.
-Placer = Callable[[Method, dict[str, Any]], dict[str, Any]]
-
-
-def plan(
+def plan_adapter(
     method: Method,
-    matrix: Any,
+    matrix: Array,
     name: str,
-    new_kernel: KernelMaker | None = None,
+    make_kernel: KernelMaker | None = None,
     place: Placer | None = None,
-) -> Plan:
-    """Decomposes W = `matrix` (in, out), the kernel of `name`.
+) -> AdapterPlan:
+    """Plans the adapter of W = `matrix` (in, out), the kernel of `name`.
 
-    Or each matrix of a bank (count, in, out), whose weights are stacked.
-    `new_kernel` makes the base of a method that replaces W.
+    Or that of a bank (count, in, out), whose weights are stacked.
+
+    Args:
+        method: `Method`.
+        matrix: float32, a tensor or an array.
+        name: str. It seeds what is drawn, and names the matrix in errors.
+        make_kernel: needed by a method that replaces W.
+        place: puts the values on their devices; None: on the default one.
     """
-    method, values = started(method, matrix, name, new_kernel)
-    return known_plan(method, matrix, values, new_kernel, place)
+    method, values = first_values(method, matrix, name, make_kernel)
+    return plan_from(method, matrix, values, make_kernel, place)
 
 
-def started(
+def first_values(
     method: Method,
-    matrix: Any,
+    matrix: Array,
     name: str,
-    new_kernel: KernelMaker | None = None,
-) -> tuple[Method, dict[str, Any]]:
-    """The expensive part of `plan`: the method, resolved, and first values."""
-    start = _start_one if len(matrix.shape) == 2 else _start_bank
+    make_kernel: KernelMaker | None = None,
+) -> tuple[Method, Values]:
+    """The expensive part of `plan_adapter`: it decomposes W.
+
+    Returns:
+        The method, resolved for this matrix, and its first values.
+    """
+    start = _start_matrix if len(matrix.shape) == 2 else _start_bank
     method, values = start(method, matrix, name)
-    if method.base_mode is None:
+    if not isinstance(method, ReplacesBase) or make_kernel is None:
         return method, values
-    assert new_kernel is not None
+    resolved, kernel_of = method, make_kernel
 
     def rounded(rest: np.ndarray) -> np.ndarray:
-        return ops.convert_to_numpy(new_kernel(rest).matrix())
+        return _on_host(kernel_of(rest).matrix())
 
     def decomposed(rest: np.ndarray) -> Factors:
-        needs = method.needs(tuple(rest.shape))
+        shape: Shape = (rest.shape[0], rest.shape[1])
+        needs = resolved.needs(shape)
         assert needs is not None
         return decompose(ops.convert_to_tensor(rest), needs, name)
 
-    w = ops.convert_to_numpy(matrix)
-    return method, method.fitted(w, values, rounded, decomposed)
+    return method, method.fitted(_on_host(matrix), values, rounded, decomposed)
 
 
-def known_plan(
+def plan_from(
     method: Method,
-    matrix: Any,
-    values: dict[str, Any],
-    new_kernel: KernelMaker | None = None,
+    matrix: Array,
+    values: Values,
+    make_kernel: KernelMaker | None = None,
     place: Placer | None = None,
-) -> Plan:
-    """The same where the first values are known."""
-    w = ops.convert_to_numpy(matrix)
+) -> AdapterPlan:
+    """Plans an adapter whose first values are known."""
+    w = _on_host(matrix)
     # Tensors already: while the next matrix is decomposed the memory of these
     # arrays is free again. At the end it would be held twice.
-    tensors = (place or on_one_device)(method, values)
-    if not method.replaces_base:
-        return Plan(method, tensors, fingerprint(w))
-    assert new_kernel is not None
-    rest = method.residual(w, values)
-    kernel = new_kernel(rest)
-    base = ops.convert_to_numpy(kernel.matrix())
-    if method.base_mode is None:
+    tensors = (place or _on_one_device)(method, values)
+    if not isinstance(method, ReplacesBase):
+        return AdapterPlan(method, tensors, fingerprint(w))
+    assert make_kernel is not None
+    rest = method.residual(w, {k: _on_host(x) for k, x in values.items()})
+    kernel = make_kernel(rest)
+    base = _on_host(kernel.matrix())
+    if method.quantization is None:
         facts = ReplacedBase(kernel, fingerprint(w))
-        return Plan(method, tensors, fingerprint(base), facts)
-    plain = ops.convert_to_numpy(new_kernel(w).matrix())
-    facts = ReplacedBase(
-        kernel,
-        fingerprint(w),
-        float(np.linalg.norm(w)),
-        float(np.linalg.norm(w - plain)),
-        # W - W̃ = (W - k·A₀·B₀) - Q
-        float(np.linalg.norm(rest - base)),
-    )
-    return Plan(method, tensors, fingerprint(base), facts)
+    else:
+        plain = _on_host(make_kernel(w).matrix())
+        facts = ReplacedBase(
+            kernel,
+            fingerprint(w),
+            float(np.linalg.norm(w)),
+            float(np.linalg.norm(w - plain)),
+            # W - W̃ = (W - k·A₀·B₀) - Q
+            float(np.linalg.norm(rest - base)),
+        )
+    return AdapterPlan(method, tensors, fingerprint(base), facts)
 
 
-def on_one_device(_: Method, values: dict[str, Any]) -> dict[str, Any]:
-    """The tensors of these values, for a kernel on one device."""
+def _on_one_device(_: Method, values: Values) -> Values:
     return {name: ops.convert_to_tensor(x) for name, x in values.items()}
 
 
-def _start_one(
-    method: Method, matrix: Any, name: str
-) -> tuple[Method, dict[str, Any]]:
-    """The method, its settings resolved, and the first values."""
-    shape = tuple(matrix.shape)
-    needs = method.needs(shape)
+def _on_host(x: Array) -> np.ndarray:
+    array: np.ndarray = ops.convert_to_numpy(x)
+    return array
+
+
+def _start_matrix(
+    method: Method, matrix: Array, name: str
+) -> tuple[Method, Values]:
+    needs = method.needs((matrix.shape[0], matrix.shape[1]))
     factors = None if needs is None else decompose(matrix, needs, name)
-    if factors is not None and isinstance(getattr(method, "rank", 0), float):
-        found: dict[str, Any] = {"rank": len(factors.s)}
-        if hasattr(method, "n_iter"):
-            found["n_iter"] = None  # the energy takes an exact decomposition
-        method = dataclasses.replace(method, **found)
+    method = method.resolved(factors)
     # RandomState, since NumPy promises that its stream never changes: what is
     # drawn here is drawn again when an adapter file is loaded.
     seed = zlib.crc32(name.encode()) + getattr(method, "seed", 0)
@@ -175,21 +183,22 @@ def _start_one(
 
 
 def _start_bank(
-    method: Method, matrices: Any, name: str
-) -> tuple[Method, dict[str, Any]]:
-    def each_of(method: Method) -> list[tuple[Method, dict[str, Any]]]:
+    method: Method, matrices: Array, name: str
+) -> tuple[Method, Values]:
+    def each_of(method: Method) -> list[tuple[Method, Values]]:
         return [
-            _start_one(method, matrices[i], f"{name}#{i}")
+            _start_matrix(method, matrices[i], f"{name}#{i}")
             for i in range(matrices.shape[0])
         ]
 
     each = each_of(method)
-    if len({method for method, _ in each}) > 1:
+    if len({resolved for resolved, _ in each}) > 1:
         # By energy the matrices have several ranks; stacked they have one.
-        widest = max((m for m, _ in each), key=lambda m: m.rank)  # type: ignore[attr-defined]
+        widest = max(
+            (m for m, _ in each), key=lambda m: m.current_rank(None) or 0
+        )
         each = each_of(widest)
     values = {
-        key: np.stack([ops.convert_to_numpy(v[key]) for _, v in each])
-        for key in each[0][1]
+        key: np.stack([_on_host(v[key]) for _, v in each]) for key in each[0][1]
     }
     return each[0][0], values

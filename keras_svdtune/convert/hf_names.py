@@ -2,7 +2,8 @@
 
 import dataclasses
 import re
-from typing import Any
+
+from keras_svdtune.runtime.types import Model
 
 _ATTENTION = {
     "query": "self_attn.q_proj",
@@ -76,7 +77,7 @@ FAMILIES = {
 }
 
 
-def family_of(root: Any) -> Family:
+def family_of(root: Model) -> Family:
     """The family of a backbone, or an error that lists those there are."""
     kind = type(root).__name__
     if kind not in FAMILIES:

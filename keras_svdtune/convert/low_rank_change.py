@@ -15,17 +15,17 @@ How near A·B comes is measured, layer by layer, in float64.
 
 import dataclasses
 import functools
-from typing import Any
 
 import numpy as np
 
-from keras_svdtune.hosts.host import kernel_of, matrix_of
-from keras_svdtune.matrix import decompose
+from keras_svdtune.hosts.target import Target
+from keras_svdtune.matrix.decompose import top_on_host
 from keras_svdtune.methods.lora import LoRA
-from keras_svdtune.model.enable import check_fit
+from keras_svdtune.model.checks import check_fit
 from keras_svdtune.runtime.parallel import run_all
 from keras_svdtune.runtime.placement import placement_of
 from keras_svdtune.runtime.processes import to_numpy
+from keras_svdtune.runtime.types import Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,31 +57,32 @@ class ThinProduct:
 
 
 def thin_products(
-    layers: dict[str, Any], rank: int | None
+    targets: dict[str, Target], rank: int | None
 ) -> dict[str, ThinProduct]:
-    """dW of every adapted layer as A·B; changes nothing.
+    """dW of every adapted matrix as A·B; changes nothing.
 
     Args:
-        layers: adapted layers, by path.
+        targets: adapted matrices, by path.
         rank: as for `to_lora`.
     """
     if rank is not None:
         wanted = LoRA(rank=rank)
-        for path, layer in layers.items():
-            check_fit(path, layer, wanted)
+        for path, target in targets.items():
+            check_fit(path, target, wanted)
     jobs = {
-        path: functools.partial(thin_product, path, layer, rank)
-        for path, layer in layers.items()
+        path: functools.partial(thin_product, path, target, rank)
+        for path, target in targets.items()
     }
     return run_all("LoRA: converting", jobs)
 
 
-def thin_product(path: str, layer: Any, rank: int | None) -> ThinProduct:
-    """dW of one adapted layer as A·B, by `to_lora`'s rules."""
-    method = layer.adapter.method
-    matrix, change = change_of(path, layer)
+def thin_product(path: str, target: Target, rank: int | None) -> ThinProduct:
+    """dW of one adapted matrix as A·B, by `to_lora`'s rules."""
+    adapter = target.adapted
+    method = adapter.method
+    matrix, change = change_of(path, target)
     if rank is None or (isinstance(method, LoRA) and method.rank == rank):
-        factors = method.low_rank_factors(layer.adapter, matrix)
+        factors = method.low_rank_factors(adapter, matrix)
         if factors is None:
             raise ValueError(
                 f"{method.title} adds no matrix of low rank to a kernel, so "
@@ -94,7 +95,7 @@ def thin_product(path: str, layer: Any, rank: int | None) -> ThinProduct:
         # PiSSA's 2r may exceed what a matrix can have; AdaLoRA may have 0.
         rank = min(max(a.shape[1], 1), *change.shape)
     assert rank is not None
-    top = decompose.top_on_host(change, rank)
+    top = top_on_host(change, rank)
     assert top.u is not None and top.v is not None
     # All of s in B, as LoRA starts: A of full size, so that B trains even
     # where dW is zero.
@@ -108,29 +109,30 @@ def _thin(
     return ThinProduct(a, b, measure(path, change, found, a.shape[1]))
 
 
-def change_of(path: str, layer: Any) -> tuple[Any, np.ndarray]:
-    """W of an adapted layer, and its dW = W' - W in float64."""
-    if layer.adapter.replaced is not None:
+def change_of(path: str, target: Target) -> tuple[Tensor, np.ndarray]:
+    """W of an adapted matrix, and its dW = W' - W in float64."""
+    adapter = target.adapted
+    if adapter.replaced is not None:
         raise ValueError(
             f"Layer '{path}' has a base that was made for its adapter "
-            f"({layer.adapter.method}): without the adapter that base is no "
+            f"({adapter.method}): without the adapter that base is no "
             "model, so nothing can be added to it. "
             "Merge the adapter instead."
         )
-    place = placement_of(kernel_of(layer))
+    place = placement_of(target.kernel)
     if place is not None and place.mesh.size > 1:
         raise ValueError(
             f"Layer '{path}' is on {place.mesh.size} devices, where an adapter "
             "is not converted. Save it by `save_adapter`, and load it into "
             "the model on one device."
         )
-    if len(layer.adapter.view.batch) > 0:
+    if target.view.count is not None:
         raise ValueError(
             f"Layer '{path}' is a bank of matrices, of which no single A·B is "
             "made. Merge the adapter instead."
         )
-    matrix = matrix_of(layer)
-    merged = to_numpy(layer.adapter.merged(matrix))
+    matrix = target.matrix()
+    merged = to_numpy(adapter.merged(matrix))
     change = merged.astype("float64") - to_numpy(matrix)
     if not np.isfinite(change).all():
         raise ValueError(

@@ -24,7 +24,6 @@ import os
 import pathlib
 from typing import Any
 
-import keras
 import numpy as np
 import safetensors.numpy
 from keras import ops
@@ -37,15 +36,17 @@ from keras_svdtune.convert.low_rank_change import (
     thin_products,
 )
 from keras_svdtune.convert.to_lora import Conversion
-from keras_svdtune.hosts.host import matrix_of, view_of
-from keras_svdtune.model.enable import (
+from keras_svdtune.hosts.target import Target
+from keras_svdtune.methods.dora import DoRA
+from keras_svdtune.model.state import (
     adapted_part,
     enabled_method,
     require_adapted,
 )
-from keras_svdtune.model.targets import all_layers, layers_by_path
+from keras_svdtune.model.targets import matrices_in
 from keras_svdtune.runtime.parallel import run_all
 from keras_svdtune.runtime.storage import write_atomically
+from keras_svdtune.runtime.types import Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class _Part:
 
 
 def export_peft(
-    model: keras.Model,
+    model: Model,
     folder: str | os.PathLike[str],
     base_model_name_or_path: str | None = None,
     rank: int | None = None,
@@ -102,20 +103,20 @@ def export_peft(
         )
     root = adapted_part(model)
     method = enabled_method(root)
-    layers = require_adapted(root)
+    targets = require_adapted(root)
     family = family_of(root)
     modules: dict[str, dict[str, str]] = {}
-    for path in layers:
+    for path in targets:
         module, name = place_of(path, family)
         modules.setdefault(module, {})[name] = path
-    parts, measured = _parts(layers, rank)
+    parts, measured = _parts(targets, rank)
 
-    plain = layers_by_path(all_layers(root))
+    matrices = matrices_in(root, adapted=True).targets
     tensors, ranks, dora = {}, {}, False
     for module, paths in modules.items():
         whole = _side_by_side(
             [
-                parts.get(path) or _nothing(plain[path], parts)
+                parts.get(path) or _nothing(matrices[path], parts)
                 for path in paths_in(module, paths, family)
             ]
         )
@@ -141,42 +142,50 @@ def export_peft(
 
 
 def _parts(
-    layers: dict[str, Any], rank: int | None
+    targets: dict[str, Target], rank: int | None
 ) -> tuple[dict[str, _Part], tuple[LayerConversion, ...]]:
     """What each layer adds, and how near that is."""
-    if rank is None and all(
-        x.adapter.method.dora_factors(x.adapter) for x in layers.values()
-    ):
-        jobs = {p: functools.partial(_dora, p, x) for p, x in layers.items()}
+    if rank is None and all(_dora_factors(x) for x in targets.values()):
+        jobs = {p: functools.partial(_dora, p, x) for p, x in targets.items()}
         found = run_all("DoRA: exporting", jobs)
         return (
             {path: part for path, (part, _) in found.items()},
             tuple(measured for _, measured in found.values()),
         )
-    products = thin_products(layers, rank)
+    products = thin_products(targets, rank)
     return (
         {path: _Part(x.a, x.b) for path, x in products.items()},
         tuple(x.measured for x in products.values()),
     )
 
 
-def _dora(path: str, layer: Any) -> tuple[_Part, LayerConversion]:
-    matrix, change = change_of(path, layer)
-    factors = layer.adapter.method.dora_factors(layer.adapter)
-    a, b, m = (ops.convert_to_numpy(x) for x in factors)
+def _dora_factors(target: Target) -> tuple[np.ndarray, ...] | None:
+    """DoRA's a, b, m; None for other methods, or where W has a zero column."""
+    method = target.adapted.method
+    if not isinstance(method, DoRA):
+        return None
+    factors = method.magnitude_factors(target.adapted)
+    return factors and tuple(ops.convert_to_numpy(x) for x in factors)
+
+
+def _dora(path: str, target: Target) -> tuple[_Part, LayerConversion]:
+    matrix, change = change_of(path, target)
+    factors = _dora_factors(target)
+    assert factors is not None
+    a, b, m = factors
     w = ops.convert_to_numpy(matrix).astype("float64")
     directions = w + a.astype("float64") @ b
     found = directions * (m / np.linalg.norm(directions, axis=0)) - w
     return _Part(a, b, m), measure(path, change, found, a.shape[1])
 
 
-def _nothing(layer: Any, others: dict[str, _Part]) -> _Part:
+def _nothing(target: Target, others: dict[str, _Part]) -> _Part:
     """What a layer without an adapter adds, beside `others`."""
-    rows, columns = view_of(layer).shape
+    rows, columns = target.view.shape
     a, b = np.zeros((rows, 0), "float32"), np.zeros((0, columns), "float32")
     if next(iter(others.values())).m is None:
         return _Part(a, b)
-    w = ops.convert_to_numpy(matrix_of(layer))
+    w = ops.convert_to_numpy(target.matrix())
     return _Part(a, b, np.linalg.norm(w, axis=0))
 
 

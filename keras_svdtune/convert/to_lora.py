@@ -4,27 +4,30 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-import keras
-import rich.console
 import rich.table
 from keras import ops
 
 from keras_svdtune.adapter.fingerprint import fingerprint
-from keras_svdtune.adapter.plan import Plan
+from keras_svdtune.adapter.plan import AdapterPlan
 from keras_svdtune.convert.low_rank_change import LayerConversion, thin_products
-from keras_svdtune.hosts.host import matrix_of
 from keras_svdtune.methods.base import Method
 from keras_svdtune.methods.lora import LoRA
-from keras_svdtune.model.enable import (
+from keras_svdtune.model.enable import replace_adapters
+from keras_svdtune.model.state import (
     adapted_part,
     enabled_method,
-    replace_adapters,
     require_adapted,
 )
+from keras_svdtune.reports.table import (
+    PrintsTable,
+    grouped_table,
+    number_range,
+)
+from keras_svdtune.runtime.types import Model
 
 
 @dataclasses.dataclass(frozen=True)
-class Conversion:
+class Conversion(PrintsTable):
     """How near a conversion came. `print()` shows it as a table.
 
     Attributes:
@@ -40,47 +43,29 @@ class Conversion:
         """‖dW - A·B‖ / ‖dW‖ over all layers."""
         return _error_of(self.layers)
 
-    def print(self, console: rich.console.Console | None = None) -> None:
-        """Prints the table, layers of equal name and shape in one row."""
-        (console or rich.console.Console()).print(self.table())
-
     def table(self) -> rich.table.Table:
         """The table, for `rich`."""
-        table = rich.table.Table(
+        return grouped_table(
             title=f"{self.method}, as LoRA",
             caption=(
                 "The error is ‖dW - A·B‖ / ‖dW‖, dW what the adapter adds to "
                 "the kernel. Rounding to float32 leaves about 1e-7·‖W‖ / ‖dW‖."
             ),
-            title_style="bold",
-            show_footer=True,
+            layers=self.layers,
+            columns=("rank", "error", "largest error"),
+            cells=_cells,
+            footer=("", *_cells(self.layers)[1:]),
+            highlight="error",
         )
-        table.add_column("layer", "total", style="cyan", overflow="fold")
-        worst = max((x.error for x in self.layers), default=0.0)
-        for name, footer in (
-            ("matrix", ""),
-            ("layers", f"{len(self.layers):,}"),
-            ("rank", ""),
-            ("error", f"{self.error:.1e}"),
-            ("largest error", f"{worst:.1e}"),
-        ):
-            style = "bold green" if name == "error" else None
-            table.add_column(name, footer, justify="right", style=style)
-        groups: dict[tuple[str, tuple[int, int]], list[LayerConversion]] = {}
-        for layer in self.layers:
-            name = layer.path.rsplit("/", 1)[-1]
-            groups.setdefault((name, layer.matrix), []).append(layer)
-        for (name, shape), group in groups.items():
-            low, high = min(x.rank for x in group), max(x.rank for x in group)
-            table.add_row(
-                name,
-                f"{shape[0]} x {shape[1]}",
-                f"{len(group):,}",
-                f"{low}" if low == high else f"{low}-{high}",
-                f"{_error_of(group):.1e}",
-                f"{max(x.error for x in group):.1e}",
-            )
-        return table
+
+
+def _cells(layers: Sequence[LayerConversion]) -> tuple[str, str, str]:
+    worst = max((x.error for x in layers), default=0.0)
+    return (
+        number_range(x.rank for x in layers),
+        f"{_error_of(layers):.1e}",
+        f"{worst:.1e}",
+    )
 
 
 def _error_of(layers: Sequence[LayerConversion]) -> float:
@@ -89,7 +74,7 @@ def _error_of(layers: Sequence[LayerConversion]) -> float:
     return missed / change if change else 0.0
 
 
-def to_lora(model: keras.Model, rank: int | None = None) -> Conversion:
+def to_lora(model: Model, rank: int | None = None) -> Conversion:
     """Turns the enabled adapter into a LoRA, in place.
 
         y = x·W' = x·(W + dW)   becomes   y = x·W + x·A·B
@@ -134,23 +119,23 @@ def to_lora(model: keras.Model, rank: int | None = None) -> Conversion:
     """
     root = adapted_part(model)
     method = enabled_method(root)
-    layers = require_adapted(root)
-    products = thin_products(layers, rank)
+    targets = require_adapted(root)
+    products = thin_products(targets, rank)
     report = Conversion(method, tuple(x.measured for x in products.values()))
+    ranks = {path: x.measured.rank for path, x in products.items()}
     if all(
-        isinstance(x.adapter.method, LoRA)
-        and x.adapter.method.rank == products[path].measured.rank
-        for path, x in layers.items()
+        isinstance(x.adapted.method, LoRA)
+        and x.adapted.method.rank == ranks[path]
+        for path, x in targets.items()
     ):
         return report
     plans = {
-        path: Plan(
-            LoRA(rank=product.measured.rank),
+        path: AdapterPlan(
+            LoRA(rank=ranks[path]),
             {"a": product.a, "b": product.b},
-            fingerprint(ops.convert_to_numpy(matrix_of(layers[path]))),
+            fingerprint(ops.convert_to_numpy(targets[path].matrix())),
         )
         for path, product in products.items()
     }
-    largest = max(x.rank for x in report.layers)
-    replace_adapters(root, LoRA(rank=largest), plans)
+    replace_adapters(root, LoRA(rank=max(ranks.values())), plans)
     return report

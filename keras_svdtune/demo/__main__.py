@@ -11,7 +11,7 @@ from typing import Any
 from keras_svdtune.demo import optional, show, train
 from keras_svdtune.demo import results as results_file
 from keras_svdtune.demo.weights import weights
-from keras_svdtune.methods import METHODS
+from keras_svdtune.methods.base import METHODS
 
 MODULE = "keras_svdtune.demo"
 

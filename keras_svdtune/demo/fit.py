@@ -11,8 +11,8 @@ import numpy as np
 from keras_svdtune.callbacks import RankAllocator
 from keras_svdtune.demo import show
 from keras_svdtune.demo.chat import Arrays
-from keras_svdtune.methods import AdaLoRA
-from keras_svdtune.model.targets import adapted_layers
+from keras_svdtune.methods.adalora import AdaLoRA
+from keras_svdtune.model.targets import adapted_targets
 
 BATCH = 4
 
@@ -57,8 +57,8 @@ def penalty(task: Any) -> float:
 
 def rank_allocators(task: Any) -> list[keras.callbacks.Callback]:
     """The callback that AdaLoRA needs, if it is enabled."""
-    adapters = adapted_layers(task.backbone).values()
-    if any(isinstance(x.adapter.method, AdaLoRA) for x in adapters):
+    adapters = adapted_targets(task.backbone).values()
+    if any(isinstance(x.adapted.method, AdaLoRA) for x in adapters):
         return [RankAllocator()]
     return []
 

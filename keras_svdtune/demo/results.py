@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keras_svdtune.demo.optional import require
-from keras_svdtune.methods import METHODS
+from keras_svdtune.methods.base import METHODS
 
 if TYPE_CHECKING:
     from keras_svdtune.demo.train import Result

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from keras_svdtune.demo import chat, fit, pirate, show
-from keras_svdtune.methods import METHODS, Method
+from keras_svdtune.methods.base import METHODS, Method
 
 # Not in the corpus.
 PROMPTS = (
@@ -96,7 +96,7 @@ def make_method(name: str, rank: int = 8) -> Method:
     cls = METHODS[name]
     settings = inspect.signature(cls).parameters
     if "rank" in settings and settings["rank"].default is inspect._empty:
-        return cls(rank=rank)  # type: ignore[call-arg]
+        return cls(rank=rank)
     return cls()
 
 

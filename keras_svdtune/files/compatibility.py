@@ -1,7 +1,6 @@
 """Whether an adapter file belongs to a model, down to its effect."""
 
-import functools
-import types
+import re
 from typing import Any
 
 import numpy as np
@@ -13,18 +12,24 @@ from keras_svdtune.adapter.fingerprint import (
     matches,
     same_effect,
 )
-from keras_svdtune.adapter.plan import Plan
+from keras_svdtune.adapter.plan import AdapterPlan, Values
 from keras_svdtune.files.format import EFFECTS, FINGERPRINTS, SavedAdapter
-from keras_svdtune.files.renumbered import renumbered
-from keras_svdtune.hosts.host import (
-    host_matrix_of,
-    kernel_of,
-    kernel_shape,
-    matrix_of,
-    view_of,
+from keras_svdtune.hosts.target import Target
+from keras_svdtune.methods.base import (
+    METHODS,
+    Method,
+    Weight,
+    WeightValues,
+    nearest,
 )
-from keras_svdtune.methods.base import METHODS, Method, Weight, nearest
+from keras_svdtune.methods.replaced_base import ReplacesBase
+from keras_svdtune.model.targets import layers_by_path
+from keras_svdtune.runtime.keras_internals import layers_in
 from keras_svdtune.runtime.processes import to_numpy
+from keras_svdtune.runtime.types import Model
+
+# A number that Keras gave to a layer, and that of a path that occurs again.
+_NUMBER = re.compile(r"_\d+(?=[/#]|$)|#\d+$")
 
 
 def methods_of(adapter: SavedAdapter) -> tuple[Method, dict[str, Method]]:
@@ -54,63 +59,90 @@ def _method(name: str, settings: dict[str, Any], source: str) -> Method:
         ) from None
 
 
-def find_layers(adapter: SavedAdapter, ours: dict[str, Any]) -> dict[str, Any]:
-    """The model's layers for the file's, each with its kernel's shape."""
-    layers = {}
-    for row, (layer_path, entry) in enumerate(adapter.about["layers"].items()):
-        layer = ours.get(layer_path)
-        if layer is None or _shape_of(layer) != tuple(entry["kernel_shape"]):
-            other = renumbered(adapter, row, ours, _described)
+def find_targets_of(
+    adapter: SavedAdapter, ours: dict[str, Target], root: Model
+) -> dict[str, Target]:
+    """The model's targets for the file's layers, each of its kernel's shape.
+
+    Args:
+        adapter: the file.
+        ours: the targets of the model, by path.
+        root: the model, for error messages.
+    """
+    targets = {}
+    for row, (path, entry) in enumerate(adapter.about["layers"].items()):
+        expected = tuple(entry["kernel_shape"])
+        target = ours.get(path)
+        if target is None or target.view.kernel_shape != expected:
+            target = _renumbered(adapter, row, ours) or target
+        if target is None:
+            other = layers_by_path(layers_in(root)).get(path)
             if other is not None:
-                layers[layer_path] = other
-                continue
-        if layer is None:
+                raise ValueError(
+                    f"{adapter.source} does not fit. Layer '{path}' is a "
+                    f"{type(other).__name__}, which cannot be adapted. Leave "
+                    "it out of `target_layer_names`."
+                )
             raise ValueError(
-                f"{adapter.source} has an adapter for layer '{layer_path}' of "
+                f"{adapter.source} has an adapter for layer '{path}' of "
                 f"a {adapter.about.get('model_class')}, which this model does "
-                f"not have. {nearest(layer_path, list(ours))}"
+                f"not have. {nearest(path, list(ours))}"
             )
-        shape = _shape_of(layer)
-        if shape != tuple(entry["kernel_shape"]):
+        if target.view.kernel_shape != expected:
             raise ValueError(
                 f"{adapter.source} was made for another model: layer "
-                f"'{layer_path}' has a kernel of shape {shape}, expected "
-                f"{tuple(entry['kernel_shape'])}."
+                f"'{path}' has a kernel of shape {target.view.kernel_shape}, "
+                f"expected {expected}."
             )
-        layers[layer_path] = layer
-    return layers
+        targets[path] = target
+    return targets
 
 
-def _described(layer: Any) -> tuple[tuple[int, ...], Any, str]:
-    """What `renumbered` asks of a layer."""
-    shape = _shape_of(layer)
-    if not shape:
-        return (), None, ""
-    return shape, functools.partial(fingerprint_of, layer), base_dtype(layer)
+def _renumbered(
+    adapter: SavedAdapter, row: int, ours: dict[str, Target]
+) -> Target | None:
+    """The target of this model that is the `row`-th layer of a file.
 
+    Keras numbers what has no name of its own by the order in which a process
+    makes it: `conv2d_8` is `conv2d_21` in the second model. Such paths are
+    equal without their numbers; which of the layers it is, the fingerprint of
+    its kernel tells.
 
-def _shape_of(layer: Any) -> tuple[int, ...]:
-    try:
-        return kernel_shape(layer)
-    except AttributeError:  # it has none
-        return ()
+    Returns:
+        The only target with such a path, shape and kernel; None if there is
+        none, or more than one.
+    """
+    path, entry = list(adapter.about["layers"].items())[row]
+    theirs = adapter.arrays[FINGERPRINTS][row]
+    stem, shape = _NUMBER.sub("", path), tuple(entry["kernel_shape"])
+    found = [
+        target
+        for other, target in ours.items()
+        if _NUMBER.sub("", other) == stem
+        and target.view.kernel_shape == shape
+        and matches(
+            fingerprint_of(target), theirs, entry["dtype"], target.base_dtype
+        )
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def values_for(
-    adapter: SavedAdapter, layers: dict[str, Any], methods: dict[str, Method]
-) -> dict[str, dict[str, Any]]:
+    adapter: SavedAdapter,
+    targets: dict[str, Target],
+    methods: dict[str, Method],
+) -> dict[str, Values]:
     """The file's arrays for each layer, by weight name."""
-    values: dict[str, dict[str, Any]] = {}
+    values: dict[str, Values] = {}
     arrays = adapter.arrays
     known = {FINGERPRINTS, EFFECTS, *adapter.statistics}
-    for layer_path, layer in layers.items():
-        method = methods[layer_path]
-        values[layer_path] = {}
-        view = view_of(layer)
+    for path, target in targets.items():
+        method, view = methods[path], target.view
+        values[path] = {}
         for weight in method.weights(view.shape):
-            key = array_key(layer_path, method, weight.name)
+            key = array_key(path, method, weight.name)
             if weight.saved or (key in arrays and not weight.overwritten):
-                values[layer_path][weight.name] = _checked(
+                values[path][weight.name] = _checked(
                     adapter,
                     key,
                     view.batch + weight.shape,
@@ -118,7 +150,7 @@ def values_for(
                 )
                 known.add(key)
     for name, count in ((FINGERPRINTS, 5), (EFFECTS, 8)):
-        _checked(adapter, name, (len(layers), count), "float32")
+        _checked(adapter, name, (len(targets), count), "float32")
     unknown = sorted(set(arrays) - known)
     if unknown:
         raise ValueError(
@@ -148,34 +180,39 @@ def _checked(
 
 def check_bases(
     adapter: SavedAdapter,
-    layers: dict[str, Any],
+    targets: dict[str, Target],
     methods: dict[str, Method],
-    ours: dict[str, Any],
+    ours: dict[str, Target],
 ) -> None:
-    """Checks the kernels of `layers`; corrects those with another number."""
-    for row, (layer_path, layer) in enumerate(layers.items()):
-        entry = adapter.about["layers"][layer_path]
+    """Checks the kernels of `targets`; corrects those with another number."""
+    for row, (path, target) in enumerate(targets.items()):
+        entry = adapter.about["layers"][path]
         theirs = adapter.arrays[FINGERPRINTS][row]
-        dtypes = (entry["dtype"], base_dtype(layer))
-        if methods[layer_path].base_mode is not None and len({*dtypes}) > 1:
+        dtypes = (entry["dtype"], target.base_dtype)
+        method = methods[path]
+        if (
+            isinstance(method, ReplacesBase)
+            and method.quantization
+            and len({*dtypes}) > 1
+        ):
             raise ValueError(
                 f"{adapter.source} was trained on a residual of a "
-                f"{dtypes[0]} kernel, and layer '{layer_path}' has a "
+                f"{dtypes[0]} kernel, and layer '{path}' has a "
                 f"{dtypes[1]} kernel, which leaves another. Load the base "
                 f"model in {dtypes[0]}."
             )
-        if not matches(fingerprint_of(layer), theirs, *dtypes):
-            other = renumbered(adapter, row, ours, _described)
+        if not matches(fingerprint_of(target), theirs, *dtypes):
+            other = _renumbered(adapter, row, ours)
             if other is not None:
-                layers[layer_path] = other
+                targets[path] = other
                 continue
             raise ValueError(
                 f"{adapter.source} was trained on other weights: the kernel of "
-                f"layer '{layer_path}' is not the one of its base "
+                f"layer '{path}' is not the one of its base "
                 f"({adapter.about.get('model_class')}). Load the base model "
                 "that it was trained on."
             )
-    if len({id(x) for x in layers.values()}) < len(layers):
+    if len({id(x.kernel) for x in targets.values()}) < len(targets):
         raise ValueError(
             f"{adapter.source} has two layers for one of this model's, by "
             "their kernels. Load the base model that it was trained on."
@@ -183,89 +220,81 @@ def check_bases(
 
 
 def check_effect(
-    adapter: SavedAdapter, row: int, layer: Any, ready: Plan
+    adapter: SavedAdapter, row: int, target: Target, plan: AdapterPlan
 ) -> None:
     """Whether the weights to load do here what they did in training."""
-    base = ready.replaced
+    base, method = plan.replaced, plan.method
     if base is not None and base.kernel is not None:
         matrix = base.kernel.matrix()
     else:
-        matrix = matrix_of(layer)
-    view = view_of(layer)
-    weights = types.SimpleNamespace(shape=view.shape)
-    for weight in ready.method.weights(weights.shape):
-        value = ready.values.get(weight.name)
-        dtype = weight.dtype or layer.variable_dtype
+        matrix = target.matrix()
+    weights = WeightValues(target.view.shape)
+    for weight in method.weights(target.view.shape):
+        value = plan.values.get(weight.name)
+        dtype = weight.dtype or target.owner.variable_dtype
         if value is None:
-            value = ops.zeros(view.batch + weight.shape)
+            value = ops.zeros(target.view.batch + weight.shape)
         setattr(weights, weight.name, ops.cast(value, dtype))
-    layer_path = list(adapter.about["layers"])[row]
-    dtypes = (
-        adapter.about["layers"][layer_path]["dtype"],
-        base_dtype(layer),
-    )
-    if not same_effect(
-        effect(ready.method, weights, matrix),
+    path = list(adapter.about["layers"])[row]
+    dtypes = (adapter.about["layers"][path]["dtype"], target.base_dtype)
+    if same_effect(
+        effect(method, weights, matrix),
         adapter.arrays[EFFECTS][row],
-        float(ready.base_fingerprint[0]),
+        float(plan.base_fingerprint[0]),
         *dtypes,
     ):
-        if ready.method.base_mode is not None:
-            raise ValueError(
-                f"{adapter.source} would not do here what it did where it was "
-                f"trained: the kernel of layer '{layer_path}' is quantized "
-                "otherwise here, perhaps by another release of Keras."
-            )
+        return
+    if isinstance(method, ReplacesBase) and method.quantization:
         raise ValueError(
             f"{adapter.source} would not do here what it did where it was "
-            f"trained: the singular vectors of layer '{layer_path}' come out "
-            "otherwise (another sign, or turned among singular values that "
-            f"are nearly equal; there {dtypes[0]}, here {dtypes[1]}). Save it "
-            "again with `save_adapter(path, include_basis=True)` where it was "
-            "trained."
+            f"trained: the kernel of layer '{path}' is quantized "
+            "otherwise here, perhaps by another release of Keras."
         )
+    raise ValueError(
+        f"{adapter.source} would not do here what it did where it was "
+        f"trained: the singular vectors of layer '{path}' come out "
+        "otherwise (another sign, or turned among singular values that "
+        f"are nearly equal; there {dtypes[0]}, here {dtypes[1]}). Save it "
+        "again with `save_adapter(path, include_basis=True)` where it was "
+        "trained."
+    )
 
 
 def check_start(
-    adapter: SavedAdapter, layer_path: str, layer: Any, values: dict[str, Any]
+    adapter: SavedAdapter, path: str, target: Target, values: Values
 ) -> None:
-    """Whether a base that was made here fits the file's frozen weights."""
-    if layer.adapter.replaced is None:
+    """Whether a kernel that was made here fits the file's frozen weights."""
+    if not target.replaced:
         return
-    trained = layer.adapter.variables_by_name(trainable=True)
+    ours = target.adapted
+    trained = ours.variables_by_name(trainable=True)
     for name, value in values.items():
-        ours = to_numpy(getattr(layer.adapter, name).value)
-        key = f"{layer.adapter.method.name}_{name}"
-        if key not in trained and not np.array_equal(ours, value):
+        key = f"{ours.method.name}_{name}"
+        now = to_numpy(getattr(ours, name).value)
+        if key not in trained and not np.array_equal(now, value):
             raise ValueError(
                 f"{adapter.source} holds another '{name}' for layer "
-                f"'{layer_path}' than the one that this model's base was "
+                f"'{path}' than the one that this model's base was "
                 "made for. Load it into the base model, before "
                 "anything is enabled there."
             )
 
 
-def fingerprint_of(layer: Any) -> np.ndarray:
-    """Of the W that an adapter file belongs to."""
-    adapter = getattr(layer, "adapter", None)
+def fingerprint_of(target: Target) -> np.ndarray:
+    """The fingerprint of the W that an adapter file belongs to."""
+    adapter = target.adapter
     if adapter is not None and adapter.replaced is not None:
         return adapter.replaced.float_fingerprint
     if adapter is not None and adapter.base_fingerprint is not None:
         return adapter.base_fingerprint
-    return fingerprint(ops.convert_to_numpy(host_matrix_of(layer)))
+    return fingerprint(ops.convert_to_numpy(target.host_matrix()))
 
 
-def base_dtype(layer: Any) -> str:
-    """The dtype of that W."""
-    adapter = getattr(layer, "adapter", None)
-    if adapter is not None and adapter.replaced is not None:
-        return layer.variable_dtype
-    return kernel_of(layer).dtype
-
-
-def array_key(layer_path: str, method: Method, weight: str) -> str:
-    return f"{layer_path}/{method.name}_{weight}"
+def array_key(path: str, method: Method, weight: str) -> str:
+    """The key of one array in an adapter file."""
+    return f"{path}/{method.name}_{weight}"
 
 
 def dtype_in_file(weight: Weight) -> str:
+    """The dtype of a weight in an adapter file, whatever the model's."""
     return "int32" if weight.dtype == "int32" else "float32"

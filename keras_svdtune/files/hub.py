@@ -8,19 +8,19 @@ import re
 import tempfile
 from typing import Any
 
-import keras
 import keras_hub
 
 from keras_svdtune.files import hub_client
 from keras_svdtune.files.hub_client import CARD, FILE, MARK, NAME, Place
 from keras_svdtune.files.save_load import saved_adapter
 from keras_svdtune.methods.base import Method
-from keras_svdtune.model.enable import adapted_part, require_adapted
+from keras_svdtune.model.state import adapted_part, require_adapted
 from keras_svdtune.reports.cost import cost_of
+from keras_svdtune.runtime.types import Model
 
 
 def push_adapter(
-    model: keras.Model,
+    model: Model,
     uri: str,
     base_preset: str | None = None,
     private: bool = False,
@@ -73,7 +73,7 @@ def push_adapter(
         hub_client.upload(place, folder, private)
 
 
-def _check_preset(preset: Any, root: keras.Model) -> None:
+def _check_preset(preset: str, root: Model) -> None:
     if not re.fullmatch("[A-Za-z0-9_.:/-]+", str(preset)):
         raise ValueError(
             "`base_preset` must be a preset of KerasHub, such as "
@@ -88,7 +88,7 @@ def _check_preset(preset: Any, root: keras.Model) -> None:
 
 def _card(
     place: Place,
-    root: keras.Model,
+    root: Model,
     about: dict[str, Any],
     size: int,
     preset: str | None,

@@ -13,15 +13,14 @@ import numpy as np
 from keras import ops
 
 from keras_svdtune.adapter.fingerprint import effect
-from keras_svdtune.adapter.plan import Plan
+from keras_svdtune.adapter.plan import AdapterPlan
 from keras_svdtune.files.compatibility import (
     array_key,
-    base_dtype,
     check_bases,
     check_effect,
     check_start,
     dtype_in_file,
-    find_layers,
+    find_targets_of,
     fingerprint_of,
     methods_of,
     values_for,
@@ -35,24 +34,23 @@ from keras_svdtune.files.format import (
     checked_path,
     read_adapter,
 )
-from keras_svdtune.hosts.host import kernel_shape, matrix_of
-from keras_svdtune.methods.base import Method
-from keras_svdtune.model.enable import (
+from keras_svdtune.files.statistics import set_statistics, statistics_for
+from keras_svdtune.model.checks import check_fit
+from keras_svdtune.model.enable import attach_plans
+from keras_svdtune.model.planning import plan_adapters
+from keras_svdtune.model.state import (
     adapted_part,
-    attach_plans,
-    check_layer,
     enabled_method,
     require_adapted,
     statistics_of,
 )
-from keras_svdtune.model.moving_statistics import Statistics
-from keras_svdtune.model.planning import plan_layers
-from keras_svdtune.model.targets import adapted_layers, loadable_layers
+from keras_svdtune.model.targets import adapted_targets, matrices_in
 from keras_svdtune.runtime.processes import shared, to_numpy
+from keras_svdtune.runtime.types import Model
 
 
 def save_adapter(
-    model: keras.Model,
+    model: Model,
     path: str | os.PathLike[str],
     include_basis: bool = False,
 ) -> None:
@@ -79,37 +77,34 @@ def save_adapter(
     shared(0, lambda: saved.save(path))
 
 
-def saved_adapter(
-    model: keras.Model, include_basis: bool = False
-) -> SavedAdapter:
+def saved_adapter(model: Model, include_basis: bool = False) -> SavedAdapter:
     """What `save_adapter` writes, in memory."""
     root = adapted_part(model)
     method = enabled_method(root)
     arrays: dict[str, np.ndarray] = {}
     layers: dict[str, Any] = {}
     fingerprints, effects = [], []
-    for layer_path, layer in require_adapted(root).items():
-        adapter = layer.adapter
+    for path, target in require_adapted(root).items():
+        adapter = target.adapted
         for weight in adapter.method.weights(adapter.shape):
             if weight.saved or (include_basis and not weight.overwritten):
                 value = getattr(adapter, weight.name).value
                 value = ops.cast(value, dtype_in_file(weight))
-                key = array_key(layer_path, adapter.method, weight.name)
+                key = array_key(path, adapter.method, weight.name)
                 arrays[key] = np.ascontiguousarray(to_numpy(value))
-        matrix = matrix_of(layer)
-        fingerprints.append(fingerprint_of(layer))
-        effects.append(effect(adapter.method, adapter, matrix))
-        entry = {
-            "kernel_shape": list(kernel_shape(layer)),
-            "dtype": base_dtype(layer),
+        fingerprints.append(fingerprint_of(target))
+        effects.append(effect(adapter.method, adapter, target.matrix()))
+        entry: dict[str, Any] = {
+            "kernel_shape": list(target.view.kernel_shape),
+            "dtype": target.base_dtype,
         }
-        if adapter.method != method:
+        if not adapter.method.trains_like(method):
             entry["settings"] = adapter.method.settings()
-        layers[layer_path] = entry
+        layers[path] = entry
     arrays[FINGERPRINTS] = np.stack(fingerprints)
     arrays[EFFECTS] = np.stack(effects)
-    moved = statistics_of(root).moved()
-    arrays |= moved
+    statistics = statistics_of(root)
+    arrays |= {k: to_numpy(v.value) for k, (v, _) in statistics.items()}
     about = {
         "format_version": FORMAT_VERSION,
         "method": method.name,
@@ -120,13 +115,13 @@ def saved_adapter(
             "keras_hub": keras_hub.__version__,
         },
         "layers": layers,
-        STATISTICS: sorted(moved),
+        STATISTICS: sorted(statistics),
     }
     return SavedAdapter(about, arrays, f"the adapter of '{root.name}'")
 
 
 def load_adapter(
-    model: keras.Model, adapter: str | os.PathLike[str] | SavedAdapter
+    model: Model, adapter: str | os.PathLike[str] | SavedAdapter
 ) -> None:
     """Loads an adapter file into the base model that it was trained on.
 
@@ -154,50 +149,49 @@ def load_adapter(
         file = adapter
         adapter = shared(0, lambda: read_adapter(file))
     root = adapted_part(model)
-    adapted = adapted_layers(root)
+    adapted = adapted_targets(root)
     method, methods = methods_of(adapter)
-    ours = adapted or loadable_layers(root)
-    layers = find_layers(adapter, ours)
+    ours = adapted or matrices_in(root).targets
+    targets = find_targets_of(adapter, ours, root)
     if not adapted:
-        for layer_path, layer in layers.items():
-            _check_layer(adapter, layer_path, layer, methods[layer_path])
-    elif len(adapted) != len(layers) or any(
-        x.adapter.method != methods[p] for p, x in layers.items()
+        for path, target in targets.items():
+            try:
+                check_fit(path, target, methods[path])
+            except ValueError as error:
+                raise ValueError(
+                    f"{adapter.source} does not fit. {error}"
+                ) from None
+    elif len(adapted) != len(targets) or any(
+        not x.adapted.method.trains_like(methods[p]) for p, x in targets.items()
     ):
         raise ValueError(
-            f"{adapter.source} holds {method} on {len(layers)} layers; this "
+            f"{adapter.source} holds {method} on {len(targets)} layers; this "
             f"model has {enabled_method(root)} on {len(adapted)}. Call "
             "`remove_adapter()` first, then load."
         )
-    values = values_for(adapter, layers, methods)
-    moved = {key: adapter.arrays[key] for key in adapter.statistics}
-    Statistics(root).check(moved, adapter.source)
-    check_bases(adapter, layers, methods, ours)
+    values = values_for(adapter, targets, methods)
+    statistics = statistics_for(root, adapter)
+    check_bases(adapter, targets, methods, ours)
     if not adapted:
-        plans = plan_layers(f"{method.title}: loading", layers, methods, values)
-        for row, (layer_path, layer) in enumerate(layers.items()):
-            check_effect(adapter, row, layer, plans[layer_path])
-        attach_plans(root, method, layers, plans)
-        statistics_of(root).assign(moved)
+        plans = plan_adapters(
+            f"{method.title}: loading", targets, methods, values
+        )
+        for row, (path, target) in enumerate(targets.items()):
+            check_effect(adapter, row, target, plans[path])
+        attach_plans(root, method, targets, plans)
+        set_statistics(root, statistics)
         return
-    for row, (layer_path, layer) in enumerate(layers.items()):
-        now = layer.adapter.method.weights(layer.adapter.shape)
-        new = {w.name: getattr(layer.adapter, w.name).value for w in now}
-        new |= values[layer_path]
-        adapter_now = layer.adapter
-        ready = Plan(adapter_now.method, new, adapter_now.base_fingerprint)
-        check_start(adapter, layer_path, layer, values[layer_path])
-        check_effect(adapter, row, layer, ready)
-    for layer_path, layer in layers.items():
-        for name, value in values[layer_path].items():
-            getattr(layer.adapter, name).assign(value)
-    statistics_of(root).assign(moved)
-
-
-def _check_layer(
-    adapter: SavedAdapter, layer_path: str, layer: Any, method: Method
-) -> None:
-    try:
-        check_layer(layer_path, layer, method)
-    except ValueError as error:
-        raise ValueError(f"{adapter.source} does not fit. {error}") from None
+    for row, (path, target) in enumerate(targets.items()):
+        ours_now = target.adapted
+        new = {
+            w.name: getattr(ours_now, w.name).value
+            for w in ours_now.method.weights(ours_now.shape)
+        } | values[path]
+        assert ours_now.base_fingerprint is not None
+        plan = AdapterPlan(ours_now.method, new, ours_now.base_fingerprint)
+        check_start(adapter, path, target, values[path])
+        check_effect(adapter, row, target, plan)
+    for path, target in targets.items():
+        for name, value in values[path].items():
+            getattr(target.adapted, name).assign(value)
+    set_statistics(root, statistics)

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import os
-import types
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,9 @@ from keras_svdtune.adapter.fingerprint import effect_of_product
 from keras_svdtune.files.compatibility import array_key, methods_of
 from keras_svdtune.files.format import EFFECTS, read_adapter
 from keras_svdtune.matrix.decompose import top_on_host
-from keras_svdtune.methods.base import Method
+from keras_svdtune.methods.base import Method, WeightValues
 from keras_svdtune.methods.lora import LoRA
+from keras_svdtune.methods.replaced_base import ReplacesBase
 
 
 class Part:
@@ -134,14 +134,15 @@ def _norm_of_product(a: np.ndarray, b: np.ndarray) -> float:
 def _product(layer: str, part: Part) -> tuple[np.ndarray, np.ndarray]:
     """weight·ΔW of one part as a·b, float64."""
     method = part.methods[layer]
-    if method.base_mode is not None:
+    if isinstance(method, ReplacesBase) and method.quantization:
         raise ValueError(
             f"{part.file.source} holds {method}, whose base was quantized for "
             "it alone. Such adapters do not add up."
         )
     arrays = part.arrays(layer)
+    shape = (0, 0)  # a product does not ask for it
     tensors = {k: ops.convert_to_tensor(v) for k, v in arrays.items()}
-    factors = method.low_rank_factors(types.SimpleNamespace(**tensors))
+    factors = method.low_rank_factors(WeightValues(shape, **tensors))
     if factors is None:
         why = (
             "it adds up with adapters of its own method and settings only"

@@ -12,15 +12,14 @@ SVF 2n multiplications for each number in it. KerasHub's experts each compute
 every token, one multiplication for each number and token: with n = 2,048
 and 4,096 tokens a step, forming W' costs as much as their forward pass.
 
-`RawKernel` stands for one such kernel, with the attributes of a layer that
-the rest of the package asks for. To add one, enter it in `RAW_KERNELS`.
+To add one, enter it in `DIRECT_KERNELS`.
 """
 
 import functools
-from typing import Any
 
-from keras_svdtune.hosts.host import Merges
+from keras_svdtune.hosts.target import Target
 from keras_svdtune.matrix.view import MatrixView
+from keras_svdtune.runtime.types import Layer, Tensor
 
 _BANK = "eti,eio->eto"
 _MATRIX = "ti,io->to"
@@ -29,7 +28,7 @@ _POINTWISE = {1: "txi,xio->to", 2: "txyi,xyio->to"}
 _QWEN = ("_expert_feedforward_gate_dense", "_expert_feedforward_output_dense")
 
 # Class of the parent -> attribute -> how it is a matrix, or a bank of them.
-RAW_KERNELS: dict[str, dict[str, str]] = {
+DIRECT_KERNELS: dict[str, dict[str, str]] = {
     "MixtralMoeExperts": {
         "_expert_feedforward_gate_dense": _BANK,
         "_expert_feedforward_intermediate_dense": _BANK,
@@ -54,85 +53,66 @@ RAW_KERNELS: dict[str, dict[str, str]] = {
 }
 
 
-class RawKernel(Merges):
-    """One raw kernel of a layer, as if it were a layer itself.
-
-    Args:
-        owner: a built layer whose class is in `RAW_KERNELS`.
-        attribute: str, where it holds the kernel.
-    """
-
-    kernel_name = "variable"
-    quantization_mode = None
-    lora_enabled = False
-    built = True
-
-    def __init__(self, owner: Any, attribute: str):
-        self.owner, self.attribute = owner, attribute
-        self.equation = _table(type(owner))[attribute]
-        self.variable = owner.__dict__[attribute]
-        self.name = attribute.strip("_")
-        self.path = f"{owner.path or owner.name}/{self.name}"
-        self.kernel_constraint = getattr(owner, "kernel_constraint", None)
-        self.slot = f"{self.name}_adapter"
-        self.dtype_policy = owner.dtype_policy
-        self.variable_dtype = owner.variable_dtype
-        self.compute_dtype = owner.compute_dtype
-
-    @property
-    def adapter(self) -> Any:  # type: ignore[override]
-        """Its adapter, a sublayer of the owner."""
-        return getattr(self.owner, self.slot)
-
-    def matrix_view(self, _: Any = None) -> MatrixView:
-        """How it reads as a matrix, or as a bank of them."""
-        bank = self.equation == _BANK
-        return MatrixView(self.equation, tuple(self.variable.shape), bank)
-
-
 class ReadsMerged:
-    """Mixin of a layer whose raw kernels may have adapters."""
+    """Mixin of a layer whose direct kernels may have adapters.
+
+    Attributes:
+        plain: the class without an adapter.
+    """
 
     plain: type
 
 
-def raw_kernels(layer: Any) -> list[RawKernel]:
-    """The raw kernels of a layer that it has built; none for most layers."""
+def direct_targets(layer: Layer) -> list[Target]:
+    """The direct kernels of a layer that it has built; none of most layers."""
     return [
-        RawKernel(layer, attribute)
-        for attribute in _table(type(layer))
+        _target(layer, attribute, equation)
+        for attribute, equation in _table(type(layer)).items()
         if layer.__dict__.get(attribute) is not None
     ]
 
 
-def adapted_kernels(layer: Any) -> list[RawKernel]:
-    """Those that have an adapter."""
+def adapted_directly(layer: Layer) -> list[Target]:
+    """Those of them that have an adapter."""
     if not isinstance(layer, ReadsMerged):
         return []
-    return [x for x in raw_kernels(layer) if hasattr(layer, x.slot)]
+    slots = (_slot(attribute) for attribute in _table(type(layer)))
+    adapters = (getattr(layer, slot, None) for slot in slots)
+    return [adapter.target for adapter in adapters if adapter is not None]
+
+
+def _target(layer: Layer, attribute: str, equation: str) -> Target:
+    shape = tuple(layer.__dict__[attribute].shape)
+    view = MatrixView(equation, shape, bank=equation == _BANK)
+    path = f"{layer.path or layer.name}/{attribute.strip('_')}"
+    return Target(path, layer, attribute, view, _slot(attribute), direct=True)
+
+
+def _slot(attribute: str) -> str:
+    return f"{attribute.strip('_')}_adapter"
 
 
 def _table(cls: type) -> dict[str, str]:
     plain = getattr(cls, "plain", cls)
     ours = plain.__module__.startswith(("keras.", "keras_hub."))
-    return RAW_KERNELS.get(plain.__name__, {}) if ours else {}
+    return DIRECT_KERNELS.get(plain.__name__, {}) if ours else {}
 
 
 @functools.cache
-def reading_merged(plain: Any, mixin: Any) -> type:
+def reading_merged(plain: type, mixin: type) -> type:
     """A class like `plain` that reads W' wherever a kernel has an adapter."""
-    namespace: dict[str, Any] = {
-        attribute: _merged_or_raw(attribute) for attribute in _table(plain)
-    }
-    namespace |= {"plain": plain, "__module__": plain.__module__}
+    properties = {name: _merged_or_own(name) for name in _table(plain)}
+    namespace = {"plain": plain, "__module__": plain.__module__, **properties}
     return type(plain.__name__, (mixin, ReadsMerged, plain), namespace)
 
 
-def _merged_or_raw(attribute: str) -> property:
-    def read(layer: Any) -> Any:
-        kernel = RawKernel(layer, attribute)
-        if not hasattr(layer, kernel.slot):
-            return kernel.variable
-        return kernel.merged_in_compute_dtype()
+def _merged_or_own(attribute: str) -> property:
+    slot = _slot(attribute)
+
+    def read(layer: Layer) -> Tensor:
+        adapter = getattr(layer, slot, None)
+        if adapter is None:
+            return layer.__dict__[attribute]
+        return adapter.target.merged_in_compute_dtype()
 
     return property(read)

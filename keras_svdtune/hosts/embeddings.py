@@ -9,16 +9,16 @@ They are adapted only where a target names them. Few trainables of LoRA get a
 gradient there (the rows of tokens in the batch), all of SVF's do.
 """
 
-from typing import Any
-
 import keras
 import keras_hub
 from keras import ops
-from keras.src.backend import set_keras_mask
 
-from keras_svdtune.hosts.host import HOSTS, AdapterHost, without_adapter
+from keras_svdtune.hosts.host import HOSTS, AdapterHost
 from keras_svdtune.hosts.linear_maps import LookupMap, ReverseMap
+from keras_svdtune.hosts.target import plain_layer
 from keras_svdtune.matrix.view import DENSE_EQUATION, MatrixView
+from keras_svdtune.runtime.keras_internals import set_mask
+from keras_svdtune.runtime.types import Layer, Tensor
 
 
 class AdaptedEmbedding(AdapterHost, keras.layers.Embedding):
@@ -26,19 +26,20 @@ class AdaptedEmbedding(AdapterHost, keras.layers.Embedding):
 
     plain = keras.layers.Embedding
     kernel_name = "_embeddings"
-    by_default = False
 
     @staticmethod
-    def matrix_view(layer: Any) -> MatrixView:
+    def matrix_view(layer: Layer) -> MatrixView:
         return MatrixView(DENSE_EQUATION, (layer.input_dim, layer.output_dim))
 
-    def linear(self, inputs: Any, kernel: Any = None, **reverse: Any) -> Any:
-        layer = without_adapter(self, logit_soft_cap=None)
+    def linear(
+        self, inputs: Tensor, kernel: Tensor | None = None, **reverse: bool
+    ) -> Tensor:
+        layer = plain_layer(self, logit_soft_cap=None)
         if layer.quantization_mode is not None:
             return layer.quantized_call(inputs, **reverse)
         return layer.call(inputs, **reverse)
 
-    def call(self, inputs: Any, training: Any = None) -> Any:
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         base = LookupMap(self, inputs)
         y = base.to_output(self.adapter.call(base))
         # Keras does not autocast in embeddings: y may be wider here.
@@ -58,15 +59,17 @@ class AdaptedReversibleEmbedding(
 
     plain = keras.layers.ReversibleEmbedding
 
-    def call(self, inputs: Any, reverse: bool = False) -> Any:
+    def call(  # type: ignore[override]
+        self, inputs: Tensor, reverse: bool = False
+    ) -> Tensor:
         if not reverse:
             y = super().call(inputs)
             mask = keras.layers.Embedding.compute_mask(self, inputs)
             if mask is not None:
-                set_keras_mask(y, mask)
+                set_mask(y, mask)
             return y
         if not self.tie_weights:
-            return without_adapter(self).call(inputs, reverse=True)
+            return plain_layer(self).call(inputs, reverse=True)
         base = ReverseMap(self, inputs)
         logits = base.to_output(self.adapter.reverse(base))
         if self.logit_soft_cap is not None:
@@ -88,10 +91,9 @@ HOSTS[keras.layers.ReversibleEmbedding] = AdaptedReversibleEmbedding
 HOSTS[keras_hub.layers.ReversibleEmbedding] = AdaptedHubReversibleEmbedding
 
 
-def problem_of(layer: Any) -> str | None:
+def problem_of(layer: Layer) -> str | None:
     """Why an embedding cannot be adapted; None if it can."""
-    reversible = isinstance(layer, keras.layers.ReversibleEmbedding)
-    if reversible and layer.quantization_mode is not None:
+    if is_reversible(layer) and layer.quantization_mode is not None:
         return (
             "is a quantized ReversibleEmbedding, whose reverse product rounds "
             "its inputs and passes no gradient on in Keras; leave it in float"
@@ -99,9 +101,11 @@ def problem_of(layer: Any) -> str | None:
     return None
 
 
-def untied(layer: Any) -> bool:
+def is_reversible(layer: Layer) -> bool:
+    """Whether a layer may be called to multiply by its table backwards."""
+    return isinstance(layer, keras.layers.ReversibleEmbedding)
+
+
+def untied(layer: Layer) -> bool:
     """Whether a layer's reverse projection is a matrix of its own."""
-    return (
-        isinstance(layer, keras.layers.ReversibleEmbedding)
-        and not layer.tie_weights
-    )
+    return is_reversible(layer) and not layer.tie_weights

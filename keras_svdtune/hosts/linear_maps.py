@@ -4,47 +4,46 @@ A method sees x as (tokens, in). What that is differs between layers: flattened
 activations, or the patches of an image, which are never formed.
 """
 
-from typing import Any
-
 import keras
 from keras import ops
 
 from keras_svdtune.matrix.view import MatrixView
+from keras_svdtune.runtime.types import Layer, Tensor
 
 
 class FrozenMap:
     """x·W of a Dense or EinsumDense layer.
 
     Args:
-        layer: an `AdapterHost`.
+        layer: an adapted layer.
         inputs: what the layer was called with.
     """
 
-    def __init__(self, layer: Any, inputs: Any):
+    def __init__(self, layer: Layer, inputs: Tensor):
         self._layer, self._inputs = layer, inputs
         self._view = layer.adapter.view
         self._x = self._view.flatten_inputs(inputs)
         self._batch_dims = self._view.batch_dims(inputs)
         self.dtype = layer.compute_dtype
 
-    def __call__(self) -> Any:
+    def __call__(self) -> Tensor:
         return self._product(self._inputs)
 
-    def times(self, a: Any) -> Any:
+    def times(self, a: Tensor) -> Tensor:
         return ops.matmul(self._x, a)
 
-    def moved(self, change: Any) -> Any:
+    def moved(self, change: Tensor) -> Tensor:
         x = self._x + change
         return self._product(self._view.unflatten_inputs(x, self._batch_dims))
 
-    def rows(self, r: Any) -> Any:
+    def rows(self, r: Tensor) -> Tensor:
         return self._product(self._view.rows_as_inputs(r))
 
-    def to_output(self, y: Any) -> Any:
+    def to_output(self, y: Tensor) -> Tensor:
         """(tokens, out) -> the layer's output, before bias and activation."""
         return self._view.unflatten_outputs(y, self._batch_dims)
 
-    def _product(self, inputs: Any) -> Any:
+    def _product(self, inputs: Tensor) -> Tensor:
         return self._view.flatten_outputs(self._layer.linear(inputs))
 
 
@@ -54,32 +53,32 @@ class ConvolutionMap:
     They are never formed: x·A is the convolution with A's columns as filters.
     """
 
-    def __init__(self, layer: Any, inputs: Any):
+    def __init__(self, layer: Layer, inputs: Tensor):
         self._layer, self._inputs = layer, inputs
         self._view = layer.adapter.view
-        self._batch_dims: tuple[Any, ...] = ()
+        self._batch_dims: tuple[int | Tensor, ...] = ()
         self.dtype = layer.compute_dtype
 
-    def __call__(self) -> Any:
+    def __call__(self) -> Tensor:
         y = self._layer.linear(self._inputs)
         self._batch_dims = self._view.batch_dims_of_output(y)
         return self._view.flatten_outputs(y)
 
-    def times(self, a: Any) -> Any:
+    def times(self, a: Tensor) -> Tensor:
         shape = (*self._view.kernel_shape[:-1], a.shape[1])
         y = self._layer.linear(self._inputs, ops.reshape(a, shape))
         return MatrixView(self._view.equation, shape).flatten_outputs(y)
 
-    def moved(self, change: Any) -> Any:
+    def moved(self, change: Tensor) -> Tensor:
         # The change of the patches of one image is no change of an image:
         # they overlap. So its product is added.
         return self() + self.rows(change)
 
-    def rows(self, r: Any) -> Any:
-        kernel = ops.cast(self._layer._kernel, r.dtype)
+    def rows(self, r: Tensor) -> Tensor:
+        kernel = ops.cast(self._layer.adapter.target.kernel, r.dtype)
         return ops.matmul(r, self._view.to_matrix(kernel))
 
-    def to_output(self, y: Any) -> Any:
+    def to_output(self, y: Tensor) -> Tensor:
         return self._view.unflatten_outputs(y, self._batch_dims)
 
 
@@ -87,29 +86,29 @@ class LookupMap:
     """x·W of an embedding: x has a single 1 in each row, and is never formed.
 
     Args:
-        layer: an `AdapterHost`, an embedding.
+        layer: an adapted embedding.
         inputs: the indices.
     """
 
-    def __init__(self, layer: Any, inputs: Any):
+    def __init__(self, layer: Layer, inputs: Tensor):
         self._layer, self._inputs = layer, inputs
         self._indices = ops.reshape(ops.cast(inputs, "int32"), (-1,))
         self.dtype = layer.compute_dtype
 
-    def __call__(self) -> Any:
+    def __call__(self) -> Tensor:
         y = self._layer.linear(self._inputs)
         return ops.reshape(y, (-1, y.shape[-1]))
 
-    def times(self, a: Any) -> Any:
+    def times(self, a: Tensor) -> Tensor:
         return ops.take(a, self._indices, axis=0)
 
-    def moved(self, change: Any) -> Any:
+    def moved(self, change: Tensor) -> Tensor:
         return self() + self.rows(change)
 
-    def rows(self, r: Any) -> Any:
+    def rows(self, r: Tensor) -> Tensor:
         return ops.matmul(r, _table(self._layer, r.dtype))
 
-    def to_output(self, y: Any) -> Any:
+    def to_output(self, y: Tensor) -> Tensor:
         return ops.reshape(y, (*ops.shape(self._inputs), y.shape[-1]))
 
 
@@ -117,41 +116,41 @@ class ReverseMap:
     """x·Wᵀ of an embedding that is called in reverse, before its soft cap.
 
     Args:
-        layer: an `AdapterHost`, a tied ReversibleEmbedding.
+        layer: an adapted, tied ReversibleEmbedding.
         inputs: (..., dim).
     """
 
-    def __init__(self, layer: Any, inputs: Any):
+    def __init__(self, layer: Layer, inputs: Tensor):
         self._layer = layer
         self.dtype = layer.reverse_dtype or keras.backend.result_type(
-            inputs.dtype, layer._embeddings.dtype
+            inputs.dtype, layer.adapter.target.kernel.dtype
         )
         self._inputs = ops.cast(inputs, self.dtype)
         self._x = ops.reshape(self._inputs, (-1, inputs.shape[-1]))
 
-    def __call__(self) -> Any:
+    def __call__(self) -> Tensor:
         return self._product(self._inputs)
 
-    def times(self, a: Any) -> Any:
+    def times(self, a: Tensor) -> Tensor:
         return ops.matmul(self._x, ops.cast(a, self.dtype))
 
-    def moved(self, change: Any) -> Any:
+    def moved(self, change: Tensor) -> Tensor:
         x = self._x + ops.cast(change, self.dtype)
         return self._product(ops.reshape(x, ops.shape(self._inputs)))
 
-    def rows(self, r: Any) -> Any:
+    def rows(self, r: Tensor) -> Tensor:
         return ops.matmul(r, ops.transpose(_table(self._layer, r.dtype)))
 
-    def back(self, r: Any) -> Any:
+    def back(self, r: Tensor) -> Tensor:
         return ops.matmul(r, _table(self._layer, r.dtype))
 
-    def to_output(self, y: Any) -> Any:
+    def to_output(self, y: Tensor) -> Tensor:
         return ops.reshape(y, (*ops.shape(self._inputs)[:-1], y.shape[-1]))
 
-    def _product(self, inputs: Any) -> Any:
+    def _product(self, inputs: Tensor) -> Tensor:
         y = self._layer.linear(inputs, reverse=True)
         return ops.reshape(y, (-1, y.shape[-1]))
 
 
-def _table(layer: Any, dtype: str) -> Any:
-    return ops.cast(layer.matrix(), dtype)
+def _table(layer: Layer, dtype: str) -> Tensor:
+    return ops.cast(layer.adapter.target.matrix(), dtype)

@@ -6,21 +6,23 @@ makes of the rows of an identity, and W' is quantized by a fresh layer.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 from keras import ops
 from keras.layers import Embedding
 
 from keras_svdtune.matrix.view import MatrixView
+from keras_svdtune.methods.pissa import QUANTIZATIONS
+from keras_svdtune.runtime.keras_internals import forget_variable
 from keras_svdtune.runtime.placement import undistributed
+from keras_svdtune.runtime.types import Layer, Tensor
 
-MODES = ("int8", "int4")
+MODES = QUANTIZATIONS
 _ROWS = 1024  # of the identity at a time: an identity of 16,384 fills 1 GiB
 
 
 def identity_rows(
-    product: Callable[[Any], Any], view: MatrixView, dtype: str
-) -> Any:
+    product: Callable[[Tensor], Tensor], view: MatrixView, dtype: str
+) -> Tensor:
     """W (in, out), float32, from the product x -> x·W of a layer.
 
     Args:
@@ -36,13 +38,13 @@ def identity_rows(
     return ops.concatenate(parts, axis=0)
 
 
-def variable_names(layer: Any) -> tuple[str, str, str]:
+def variable_names(layer: Layer) -> tuple[str, str, str]:
     """The attributes of a kernel, and of its scale and zero point."""
     stem = "embeddings" if isinstance(layer, Embedding) else "kernel"
     return f"_{stem}", f"{stem}_scale", f"{stem}_zero"
 
 
-def requantized(layer: Any, kernel: Any) -> dict[str, Any]:
+def requantized(layer: Layer, kernel: Tensor) -> dict[str, Tensor]:
     """The variables of a quantized layer for another kernel, by attribute.
 
     Args:
@@ -61,8 +63,8 @@ def requantized(layer: Any, kernel: Any) -> dict[str, Any]:
 
 
 def quantized_copy(
-    layer: Any, kernel: Any, mode: str, quantization_config: Any = None
-) -> Any:
+    layer: Layer, kernel: Tensor, mode: str, quantization_config: object = None
+) -> Layer:
     """A fresh layer like `layer`, with another kernel, quantized by Keras.
 
     Args:
@@ -83,7 +85,7 @@ def quantized_copy(
     return fresh
 
 
-def float_policy(layer: Any) -> str:
+def float_policy(layer: Layer) -> str:
     """The name of a layer's dtype policy, or of the one before quantization.
 
     Not by `dtype_policy.name`: once a backbone was saved, Keras has cleared
@@ -94,7 +96,7 @@ def float_policy(layer: Any) -> str:
 
 
 def quantize(
-    layer: Any, kernel: Any, mode: str, quantization_config: Any = None
+    layer: Layer, kernel: Tensor, mode: str, quantization_config: object = None
 ) -> None:
     """Keras' `layer.quantize`, with `kernel` instead of the layer's own.
 
@@ -103,7 +105,7 @@ def quantize(
     """
     name, *_ = variable_names(layer)
     variable = getattr(layer, name)
-    layer._untrack_variable(variable)
+    forget_variable(layer, variable)
     setattr(
         layer, name, ops.cast(ops.convert_to_tensor(kernel), variable.dtype)
     )

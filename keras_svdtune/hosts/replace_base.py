@@ -8,72 +8,70 @@ is done, every layer can be put back as it was: its float kernel is kept. SVF's
 `replace_kernel` goes the same way, without the quantization.
 """
 
-import functools
+import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 from keras import ops
 
-from keras_svdtune.adapter.plan import NewKernel
+from keras_svdtune.adapter.plan import KernelMaker, NewKernel
 from keras_svdtune.adapter.sharding import refitted
-from keras_svdtune.hosts.host import kernel_of, matrix_of, view_of
 from keras_svdtune.hosts.quantized import (
     quantize,
     quantized_copy,
     variable_names,
 )
+from keras_svdtune.hosts.target import Target
+from keras_svdtune.methods.base import Method
+from keras_svdtune.methods.replaced_base import ReplacesBase
+from keras_svdtune.runtime.keras_internals import remember_state
 from keras_svdtune.runtime.placement import (
     place_variable,
     placement_of,
     undistributed,
 )
+from keras_svdtune.runtime.types import Array, Tensor
 
 
-def kernel_maker(layer: Any, mode: str | None) -> Callable[[Any], NewKernel]:
-    """A function that makes a matrix the kernel of `layer`.
+def kernel_maker(target: Target, method: Method) -> KernelMaker | None:
+    """A function that makes a matrix (in, out) the kernel of `target`.
 
-    Args:
-        layer: a built Dense or EinsumDense, not quantized. It is not touched.
-        mode: `"int8"` or `"int4"`, to quantize it; None, not to.
-
-    Returns:
-        A function from a matrix (in, out) to a `NewKernel`.
+    None where the method leaves W as it is. The layer, a Dense or EinsumDense
+    that is not quantized, is not touched.
     """
-    view = view_of(layer)
-    name, *_ = variable_names(layer)
+    if not isinstance(method, ReplacesBase):
+        return None
+    mode, view, name = method.quantization, target.view, target.attribute
 
-    def as_it_is(matrix: Any) -> NewKernel:
-        kernel = ops.cast(view.to_kernel(matrix), kernel_of(layer).dtype)
+    def as_it_is(matrix: Array) -> NewKernel:
+        kernel = ops.cast(view.to_kernel(matrix), target.kernel.dtype)
 
-        def rounded() -> Any:
+        def rounded() -> Tensor:
             return ops.cast(view.to_matrix(kernel), "float32")
 
         return NewKernel(None, {name: kernel}, rounded)
 
-    if mode is None:
-        return as_it_is
+    def quantizing(matrix: Array) -> NewKernel:
+        assert mode is not None
+        copy = quantized_copy(target.owner, view.to_kernel(matrix), mode)
+        values = {
+            name: getattr(copy, name).value
+            for name in variable_names(copy)
+            if hasattr(copy, name)
+        }
+        # Read through the copy, which holds the new kernel.
+        made = dataclasses.replace(target, owner=copy)
+        return NewKernel(mode, values, made.matrix)
 
-    def quantizer(matrix: Any) -> NewKernel:
-        copy = quantized_copy(layer, view.to_kernel(matrix), mode)
-        return NewKernel(
-            mode,
-            {
-                name: getattr(copy, name).value
-                for name in variable_names(layer)
-                if hasattr(copy, name)
-            },
-            functools.partial(matrix_of, copy),
-        )
-
-    return quantizer
+    return as_it_is if mode is None else quantizing
 
 
-def put_in_place(layer: Any, kernel: NewKernel) -> None:
-    """Gives `layer` this kernel; makes it a quantized one if the kernel is."""
+def put_in_place(target: Target, kernel: NewKernel) -> None:
+    """Gives a layer this kernel; makes it a quantized one if the kernel is."""
+    layer = target.owner
     if kernel.mode is not None:
-        before = placement_of(kernel_of(layer))
+        before = placement_of(target.kernel)
         with undistributed():  # a rule for a kernel fits no packed one
-            quantize(layer, layer._kernel.value, kernel.mode)
+            quantize(layer, target.kernel.value, kernel.mode)
         if before is not None:
             for name in kernel.variables:
                 variable = getattr(layer, name)
@@ -84,40 +82,25 @@ def put_in_place(layer: Any, kernel: NewKernel) -> None:
         getattr(layer, name).assign(value)
 
 
-def remember(layer: Any, kernel: NewKernel) -> Callable[[], None]:
-    """How `layer` is now, to undo what `put_in_place` does, also half done.
+def remember(target: Target, kernel: NewKernel) -> Callable[[], None]:
+    """How a layer is now, to undo what `put_in_place` does, also half done.
 
     Args:
-        layer: a layer as it is.
+        target: the layer's kernel, as it is.
         kernel: what will be put in place.
 
     Returns:
         A function that puts attributes, variables and their order back, and
         the kernel's value. The variables are the very same.
     """
-    variable = kernel_of(layer)
+    variable = target.kernel
     # Quantization gives the layer another variable; else this one is assigned.
     before = ops.copy(variable.value) if kernel.mode is None else None
-    attributes = dict(layer.__dict__)
-    tracker = layer._tracker
-    stores = {name: list(x) for name, (_, x) in tracker.config.items()}
-    ids = {name: set(x) for name, x in tracker.stored_ids.items()}
-    locked = tracker.locked
+    restore_state = remember_state(target.owner)
 
     def restore() -> None:
-        tracker.unlock()
-        for name in set(layer.__dict__) - set(attributes):
-            delattr(layer, name)
-        for name, value in attributes.items():
-            if layer.__dict__.get(name) is not value:
-                setattr(layer, name, value)
-        for name, (_, store) in tracker.config.items():
-            store[:] = stores[name]
-            tracker.stored_ids[name] = set(ids[name])
-        if hasattr(layer, "_torch_params"):  # torch keeps a list of its own
-            layer._track_variables()
+        restore_state()
         if before is not None:
             variable.assign(before)
-        tracker.locked = locked
 
     return restore

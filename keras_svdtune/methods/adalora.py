@@ -1,7 +1,7 @@
 """AdaLoRA: low-rank adapters that share one budget of ranks."""
 
 import dataclasses
-from typing import Any
+import math
 
 import numpy as np
 from keras import ops
@@ -11,19 +11,20 @@ from keras_svdtune.methods.base import (
     IN,
     OUT,
     LinearMap,
-    Method,
     Weight,
-    check_rank,
+    Weights,
     register,
 )
-from keras_svdtune.methods.lora import refuse_energy
-from keras_svdtune.methods.low_rank import branch, scale_of
+from keras_svdtune.methods.low_rank import RankedMethod, branch
+from keras_svdtune.methods.picture import Block
+from keras_svdtune.methods.settings import check_number, check_whole_number
 from keras_svdtune.runtime.processes import to_numpy
+from keras_svdtune.runtime.types import Shape, Tensor
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class AdaLoRA(Method):
+class AdaLoRA(RankedMethod):
     """Adaptive budget allocation: ranks go where they matter.
 
         y = x·W + (alpha / r)·((x·P) ⊙ λ ⊙ mask)·Q
@@ -72,6 +73,18 @@ class AdaLoRA(Method):
     example = ", rank=8"
     banks = False  # one rank for each expert would be needed
     embeddings = False  # two calls in a step would count twice
+    formula = (
+        r"W' = W + \frac{\alpha}{r} P"
+        r" \operatorname{diag}(\lambda \odot \mathrm{mask}) Q,"
+        r" \qquad P, \lambda, Q \text{ train}"
+    )
+    picture = (
+        Block("W", "in", "out"),
+        "+",
+        Block("P", "in", "2r", trains="all"),
+        Block("λ ⊙ mask", "2r", "2r", trains="some"),
+        Block("Q", "2r", "out", trains="all"),
+    )
 
     rank: int
     initial_rank: int | None = None
@@ -82,35 +95,40 @@ class AdaLoRA(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_energy(self)
-        if self.initial_rank is not None and self.initial_rank < self.rank:
-            raise ValueError(
-                "`initial_rank` must not be below `rank`. Received: "
-                f"initial_rank={self.initial_rank}, rank={self.rank}"
-            )
+        if self.initial_rank is not None:
+            check_whole_number("initial_rank", self.initial_rank, 1)
+            if self.initial_rank < self.rank:
+                raise ValueError(
+                    "`initial_rank` must not be below `rank`. Received: "
+                    f"initial_rank={self.initial_rank}, rank={self.rank}"
+                )
         if not 0.0 <= self.smoothing < 1.0:
             raise ValueError(
                 "`smoothing` must be in [0, 1). Received: "
                 f"smoothing={self.smoothing}"
             )
+        check_number("regularization", self.regularization, 0.0, math.inf)
+        check_whole_number("seed", self.seed, 0)
 
     @property
     def first_rank(self) -> int:
         """The rank of every layer at first."""
         return self.initial_rank or -(-3 * self.rank // 2)
 
-    def check(self, shape: tuple[int, int]) -> None:
-        check_rank(self.rank, shape)
+    @property
+    def scale(self) -> float:
+        """alpha / initial rank; without an alpha it is 1."""
+        return 1.0 if self.alpha is None else self.alpha / self.first_rank
+
+    def check(self, shape: Shape) -> None:
+        super().check(shape)
         if self.first_rank > min(shape):
             raise ValueError(
                 f"the initial rank, {self.first_rank}, exceeds min(in, out) = "
                 f"{min(shape)}. Give a smaller `initial_rank` or `rank`."
             )
 
-    def needs(self, shape: tuple[int, int]) -> None:
-        return None
-
-    def weights(self, shape: tuple[int, int]) -> list[Weight]:
+    def weights(self, shape: Shape) -> list[Weight]:
         rows, columns = shape
         r = self.first_rank
         shapes = {"p": (rows, r), "singular_values": (r,), "q": (r, columns)}
@@ -143,10 +161,10 @@ class AdaLoRA(Method):
 
     def initial_values(
         self,
-        matrix: Any,
+        matrix: Tensor,
         factors: Factors | None,
         random: np.random.RandomState,
-    ) -> dict[str, Any]:
+    ) -> dict[str, Tensor]:
         rows, columns = matrix.shape
         return {
             "p": random.normal(0.0, 0.02, (rows, self.first_rank)),
@@ -154,39 +172,36 @@ class AdaLoRA(Method):
             "mask": np.ones(self.first_rank),
         }
 
-    def neutral(self, weights: Any) -> dict[str, Any]:
+    def neutral(self, weights: Weights) -> dict[str, Tensor]:
         return {"singular_values": ops.zeros((self.first_rank,))}
 
-    def call(self, weights: Any, base: LinearMap) -> Any:
+    def call(self, weights: Weights, base: LinearMap) -> Tensor:
         p = self._sensed(weights, "p")
         q = self._sensed(weights, "q")
         values = self._sensed(weights, "singular_values") * weights.mask
-        scale = scale_of(self.alpha, self.first_rank)
-        return base() + branch(base, p * values, q, scale)
+        return base() + branch(base, p * values, q, self.scale)
 
-    def merged(self, weights: Any, matrix: Any) -> Any:
+    def merged(self, weights: Weights, matrix: Tensor) -> Tensor:
         # Sensed here too: some layers compute with the merged kernel.
         p, q = self._sensed(weights, "p"), self._sensed(weights, "q")
         values = self._sensed(weights, "singular_values") * weights.mask
-        scale = scale_of(self.alpha, self.first_rank)
-        return matrix + scale * ops.matmul(p * values, q)
+        return matrix + self.scale * ops.matmul(p * values, q)
 
     def low_rank_factors(
-        self, weights: Any, matrix: Any = None
-    ) -> tuple[Any, Any]:
+        self, weights: Weights, matrix: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Of the rank that is left: masked triplets are left out."""
         mask = ops.convert_to_tensor(weights.mask)
         (kept,) = np.nonzero(ops.convert_to_numpy(mask))
-        scale = scale_of(self.alpha, self.first_rank)
-        a = weights.p * (weights.singular_values * scale)
+        a = weights.p * (weights.singular_values * self.scale)
         return ops.take(a, kept, axis=1), ops.take(weights.q, kept, axis=0)
 
-    def current_rank(self, weights: Any) -> int:
+    def current_rank(self, weights: Weights | None) -> int:
         if weights is None:  # not enabled yet
             return self.first_rank
         return int(ops.sum(weights.mask))
 
-    def importance(self, weights: Any) -> np.ndarray:
+    def importance(self, weights: Weights) -> np.ndarray:
         """(r,) the importance of each triplet; 0 for one that is masked."""
         scores = {
             x: to_numpy(getattr(weights, f"{x}_sensitivity").value)
@@ -197,7 +212,7 @@ class AdaLoRA(Method):
         mask = to_numpy(weights.mask.value)
         return (total + scores["singular_values"]) * mask
 
-    def _sensed(self, weights: Any, name: str) -> Any:
+    def _sensed(self, weights: Weights, name: str) -> Tensor:
         """The weight `name`, its importance updated in the backward pass.
 
         Keras assigns to a variable marked `overwrite_with_gradient` what the
@@ -209,8 +224,10 @@ class AdaLoRA(Method):
         beta = self.smoothing
 
         @ops.custom_gradient
-        def sensed(w: Any, sensitivity: Any, variation: Any, calls: Any) -> Any:
-            def grad(*args: Any, upstream: Any = None) -> Any:
+        def sensed(
+            w: Tensor, sensitivity: Tensor, variation: Tensor, calls: Tensor
+        ) -> Tensor:
+            def grad(*args: Tensor, upstream: Tensor = None) -> Tensor:
                 g = args[0] if upstream is None else upstream
                 share = beta / ops.maximum(calls, 1.0)  # 0 in the first step
                 now = ops.absolute(w * g)
@@ -235,7 +252,7 @@ class AdaLoRA(Method):
         )
 
 
-def orthogonality(p: Any) -> Any:
+def orthogonality(p: Tensor) -> Tensor:
     """‖PᵀP - I‖², Frobenius, for P (in, r)."""
     gram = ops.matmul(ops.transpose(p), p)
     return ops.sum(ops.square(gram - ops.eye(gram.shape[0])))

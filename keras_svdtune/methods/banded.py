@@ -1,11 +1,11 @@
 """Products with a banded matrix, never formed."""
 
-from typing import Any
-
 from keras import ops
 
+from keras_svdtune.runtime.types import Tensor
 
-def banded_product(c: Any, entries: Any, width: int) -> Any:
+
+def banded_product(c: Tensor, entries: Tensor, width: int) -> Tensor:
     """c·N in float32, by 2·width + 1 shifts and elementwise products.
 
     For the backward pass it keeps c alone; autodiff would keep every shift.
@@ -23,19 +23,19 @@ def banded_product(c: Any, entries: Any, width: int) -> Any:
 
     # Padded once and sliced at full width: XLA makes one pass of that, where
     # it writes parts that are sliced and then padded to memory (on a TPU).
-    def padded(x: Any) -> Any:
+    def padded(x: Tensor) -> Tensor:
         return ops.pad(x, ((0, 0), (width, width)))
 
-    def shifted(x: Any, by: int) -> Any:
+    def shifted(x: Tensor, by: int) -> Tensor:
         """Column i + by of a padded (tokens, n) at i, 0 beyond its ends."""
         return ops.cast(x[:, width + by : width + by + n], "float32")
 
     @ops.custom_gradient
-    def product(c: Any, entries: Any) -> Any:
-        def grad(*args: Any, upstream: Any = None) -> Any:
+    def product(c: Tensor, entries: Tensor) -> Tensor:
+        def grad(*args: Tensor, upstream: Tensor = None) -> Tensor:
             g = padded(args[0] if upstream is None else upstream)
             c32 = ops.cast(c, "float32")
-            dc: Any = 0.0
+            dc: Tensor = 0.0
             de = []
             for k, i, j, a, b in parts:
                 # Only g is sliced: XLA would keep slices of c, the same as
@@ -46,7 +46,7 @@ def banded_product(c: Any, entries: Any, width: int) -> Any:
             return ops.cast(dc, c.dtype), ops.concatenate(de)
 
         c_padded = padded(c)
-        total: Any = 0.0
+        total: Tensor = 0.0
         for k, i, j, a, b in parts:
             e = ops.pad(entries[a:b], (i + k, n - j - k))
             total = total + shifted(c_padded, -k) * e

@@ -1,31 +1,38 @@
-"""What a method is: a config, the weights it asks for, and two formulas.
+"""What a method is: its settings, the weights it asks for, and two formulas.
 
 A method adapts a frozen linear map x·W. It is a frozen dataclass of settings
-that says, for a matrix of a given shape,
+that says, for a matrix W (in, out),
 
 - `needs`: which part of the singular value decomposition of W it uses;
 - `weights`: which weights it adds, trainable and frozen;
-- `initial_values`: what the weights are at first, so that nothing changes;
+- `initial_values`: their first values, with which nothing changes;
 - `call`: the adapted product, from x and the frozen map;
-- `merged`: the matrix that would give the same product at once.
+- `merged`: the matrix W' that gives the same product at once.
 
-It never sees a layer, an einsum, a convolution or a batch axis: x is always
-(tokens, in), and is reached through a `LinearMap`.
-To add a method, copy `svf.py`, the shortest one, and decorate the class with
-`@register`; the `enable_*` method, the layers and the demo follow from it.
+The other hooks have defaults. A method never sees a layer, an einsum, a
+convolution or a batch axis: x is always (tokens, in), and is reached through a
+`LinearMap`.
+
+To add a method, copy `svf.py` and decorate the class with `@register`. From
+that follow `enable_<name>` on Backbone, Task and the package, the layers, the
+page of the documentation, and the rows of the conformance suite, the demo and
+the benchmarks.
 """
 
 import dataclasses
 import difflib
-from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import numpy as np
 from keras import ops
 
 from keras_svdtune.matrix.factors import Factors, Needs
+from keras_svdtune.methods.picture import Picture
+from keras_svdtune.runtime.types import Shape, Tensor
 
-# What a dim of a weight is of the matrix W (in, out), for `Weight.axes`.
+# Labels for `Weight.axes`: the axis of W that a dimension of the weight runs
+# along, or the components of a full basis.
 IN, OUT, COMPONENTS = "in", "out", "components"
 
 
@@ -38,18 +45,20 @@ class Weight:
         shape: tuple of int.
         trainable: bool. Trainable weights are float32 whatever the dtype
             policy; frozen ones take the layer's variable dtype.
-        saved: bool. Whether an adapter file holds it, as trainables always
-            do; what is not saved is computed again from W on loading.
+        saved: bool. Whether an adapter file holds the weight. Trainables
+            always are in the file; what is not saved is computed from W again.
         dtype: str or None, the dtype of a frozen weight, if not the layer's.
         overwritten: bool. Whether the backward pass computes the weight's
             next value, which Keras' optimizers then assign; float32.
         regularizer: function from the weight to a number that is added to the
             loss, averaged over the adapters of the model; or None.
-        drawn: bool. Whether it was drawn by a seed and the layer's path. A
-            full save holds it, since that path may be another where it loads.
-        axes: what each dim is of W: `IN`, `OUT`, `COMPONENTS` (of a full
-            basis, n of them), or None. It decides on which devices the weight
-            is where W is on several (`layouts.py`). Empty: on all of them.
+        drawn: bool. Whether the weight is random, drawn by a seed and the
+            layer's path. A full save holds it, since the path may be another
+            where the save is loaded.
+        axes: the axis of W that each dimension of the weight runs along: `IN`,
+            `OUT`, `COMPONENTS` (the n components of a full basis), or None.
+            It decides on which devices the weight is where W is on several.
+            An empty tuple: on all of them.
     """
 
     name: str
@@ -58,7 +67,7 @@ class Weight:
     saved: bool = False
     dtype: str | None = None
     overwritten: bool = False
-    regularizer: Callable[[Any], Any] | None = None
+    regularizer: Callable[[Tensor], Tensor] | None = None
     drawn: bool = False
     axes: tuple[str | None, ...] = ()
 
@@ -67,6 +76,34 @@ class Weight:
             object.__setattr__(self, "saved", True)
         if self.trainable or self.overwritten:
             object.__setattr__(self, "dtype", "float32")
+
+
+class Weights(Protocol):
+    """The weights of one adapter, as attributes by their names.
+
+    Attributes:
+        shape: (in, out), the matrix they belong to.
+    """
+
+    shape: Shape
+
+    def __getattr__(self, name: str) -> Tensor: ...
+
+
+class WeightValues:
+    """`Weights` that are no variables: values to compute with.
+
+    Args:
+        shape: (in, out), the matrix they belong to.
+        **values: the weights, by name.
+    """
+
+    def __init__(self, shape: Shape, **values: Tensor):
+        self.shape = shape
+        self.__dict__.update(values)
+
+    def __getattr__(self, name: str) -> Tensor:
+        raise AttributeError(f"There is no weight '{name}' among {vars(self)}")
 
 
 class LinearMap(Protocol):
@@ -81,27 +118,27 @@ class LinearMap(Protocol):
 
     dtype: str
 
-    def __call__(self) -> Any:
-        """x·W (tokens, out), as the layer computes it."""
+    def __call__(self) -> Tensor:
+        """Returns x·W (tokens, out), as the layer computes it."""
 
-    def times(self, a: Any) -> Any:
-        """x·A (tokens, k) for A (in, k)."""
+    def times(self, a: Tensor) -> Tensor:
+        """Returns x·A (tokens, k) for A (in, k)."""
 
-    def moved(self, change: Any) -> Any:
-        """(x + change)·W for a change (tokens, in) of the input."""
+    def moved(self, change: Tensor) -> Tensor:
+        """Returns (x + change)·W for a change (tokens, in) of the input."""
 
-    def rows(self, r: Any) -> Any:
-        """r·W (k, out) for any r (k, in)."""
+    def rows(self, r: Tensor) -> Tensor:
+        """Returns r·W (k, out) for any r (k, in)."""
 
 
 class ReverseMap(LinearMap, Protocol):
-    """The map of Wᵀ, x (tokens, out): a tied head, which reads W backwards.
+    """The product with Wᵀ, x (tokens, out): a tied head reads W backwards.
 
     It is a `LinearMap` in all, with Wᵀ for W: `base()` is x·Wᵀ.
     """
 
-    def back(self, r: Any) -> Any:
-        """r·W (k, out) for any r (k, in): against its direction."""
+    def back(self, r: Tensor) -> Tensor:
+        """Returns r·W (k, out) for any r (k, in)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,94 +150,62 @@ class Method:
         title: str, the method's name in print: `"SVF"`. Layers are called
             after it: `SVFDense`.
         suggested_learning_rate: float, a rate for Adam to start from.
+        formula: str, what it computes, in LaTeX, for the documentation.
+        picture: what it trains, for the documentation.
+        example: str, the settings that have no default, as code writes them
+            behind other arguments: `", rank=8"`.
+        linear: bool. Whether ΔW is linear in the trainables, so that adapters
+            with equal settings add up by adding these.
+        banks: bool. Whether it adapts a bank of matrices, of which only the
+            merged kernels are read.
+        embeddings: bool. Whether it adapts embeddings.
+        has_enable: bool. Whether there is an `enable_<name>`; not where Keras
+            has one already.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     suggested_learning_rate: ClassVar[float]
-    # The settings without a default, as an example writes them.
+    formula: ClassVar[str] = ""
+    picture: ClassVar[Picture] = ()
     example: ClassVar[str] = ""
-    # Whether ΔW is linear in the trainables: adapters with the same settings
-    # then add up by adding these.
     linear: ClassVar[bool] = False
-    # Whether it works where only the merged kernels of a bank are read.
     banks: ClassVar[bool] = True
-    # Whether it works in an embedding, which a model may call in both ways.
     embeddings: ClassVar[bool] = True
-    # Whether there is an `enable_<name>`; not where Keras has one already.
     has_enable: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        """Raises a ValueError if a setting fits no matrix at all."""
-        if hasattr(self, "rank") and not _may_be_rank(self.rank):
-            raise ValueError(
-                "`rank` must be an integer, 1 or more, or a float in (0, 1] "
-                "for that share of the squared singular values. "
-                f"Received: rank={self.rank!r}"
-            )
-        seed = getattr(self, "seed", 0)
-        if type(seed) is not int or seed < 0:
-            raise ValueError(
-                f"`seed` must be an integer, 0 or more. Received: seed={seed!r}"
-            )
-        alpha = getattr(self, "alpha", None)
-        if alpha is not None and not (
-            isinstance(alpha, (int, float))
-            and not isinstance(alpha, bool)
-            and 0.0 < alpha < float("inf")
-        ):
-            raise ValueError(
-                "`alpha` must be a positive number, or None for a scale of 1. "
-                f"Received: alpha={alpha!r}"
-            )
-        n_iter = getattr(self, "n_iter", None)
-        if n_iter is not None and (
-            not isinstance(n_iter, int)
-            or isinstance(n_iter, bool)
-            or not 0 <= n_iter <= 100
-        ):
-            raise ValueError(
-                "`n_iter` must be an integer from 0 to 100, or None for an "
-                f"exact decomposition. Received: n_iter={n_iter!r}"
-            )
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        """Takes the class that `form_of` names for one of the settings."""
+        for option, form in _FORMS.get(cls, {}).items():
+            if settings.get(option):
+                return object.__new__(form)
+        return object.__new__(cls)
 
-    @property
-    def base_mode(self) -> str | None:
-        """What the base is quantized to for this method: `"int4"`.
-
-        None, for nearly all: the base stays as it is.
-        """
-        return getattr(self, "quantize", None)
-
-    @property
-    def replaces_base(self) -> bool:
-        """Whether the layer's kernel is no longer W under this method.
-
-        But what `residual` makes of it, quantized to `base_mode` if there is
-        one. The settings that say so tell how a layer computes, not what; so
-        they are not in an adapter file unless the file depends on them.
-        """
-        return self.base_mode is not None
-
-    def needs(self, shape: tuple[int, int]) -> Needs | None:
+    def needs(self, shape: Shape) -> Needs | None:
         """What must be known of W (in, out); None if nothing."""
-        raise NotImplementedError
+        return None
 
-    def check(self, shape: tuple[int, int]) -> None:
+    def check(self, shape: Shape) -> None:
         """Raises a ValueError if a setting does not fit W (in, out)."""
-        if hasattr(self, "rank"):
-            check_rank(self.rank, shape)
 
-    def weights(self, shape: tuple[int, int]) -> list[Weight]:
-        """The weights for W (in, out). A `rank` is an integer here."""
+    def resolved(self, factors: Factors | None) -> Self:
+        """The method with the settings that were decided for one matrix.
+
+        Args:
+            factors: what `needs` asked for.
+        """
+        return self
+
+    def weights(self, shape: Shape) -> list[Weight]:
+        """The weights for W (in, out), the method being `resolved`."""
         raise NotImplementedError
 
     def initial_values(
         self,
-        matrix: Any,
+        matrix: Tensor,
         factors: Factors | None,
         random: np.random.RandomState,
-    ) -> dict[str, Any]:
+    ) -> dict[str, Tensor]:
         """First values of the weights, by name. A weight left out is zero.
 
         Args:
@@ -210,65 +215,19 @@ class Method:
         """
         raise NotImplementedError
 
-    def fitted(
-        self,
-        matrix: np.ndarray,
-        values: dict[str, Any],
-        rounded: Callable[[np.ndarray], np.ndarray],
-        decomposed: Callable[[np.ndarray], Factors],
-    ) -> dict[str, Any]:
-        """First values that suit a quantized base, where `base_mode` is set.
-
-        Args:
-            matrix: W (in, out), a float32 array.
-            values: what `initial_values` returned for it.
-            rounded: function from a matrix to what quantization makes of it.
-            decomposed: function from a matrix to what `needs` asks for.
-        """
-        raise NotImplementedError
-
-    def residual(self, matrix: np.ndarray, values: dict[str, Any]) -> Any:
-        """What is put into the layer for W, where `replaces_base`.
-
-        Args:
-            matrix: W (in, out), a float32 array.
-            values: the first values of the weights.
-
-        Returns:
-            (in, out), a float32 array.
-        """
-        raise NotImplementedError
-
-    def call(self, weights: Any, base: LinearMap) -> Any:
+    def call(self, weights: Weights, base: LinearMap) -> Tensor:
         """The adapted product.
 
         Args:
-            weights: holds the weights as attributes, and the matrix's
-                `shape` (in, out).
+            weights: the weights as attributes, and `shape` (in, out).
             base: the frozen product x·W.
 
         Returns:
-            (tokens, out). With the initial weights, `base()` to the bit,
-            unless `replaces_base`.
+            (tokens, out). With the first weights it is `base()` to the bit.
         """
         raise NotImplementedError
 
-    def reverse(self, weights: Any, base: ReverseMap) -> Any:
-        """The adapted product with Wᵀ: x·W'ᵀ (tokens, in).
-
-        From `low_rank_factors`, unless a method has another form.
-
-        Args:
-            weights: as in `call`.
-            base: the frozen product x·Wᵀ, x (tokens, out).
-        """
-        factors = self.low_rank_factors(weights)
-        assert factors is not None, "write `reverse` for this method"
-        a, b = (ops.cast(x, base.dtype) for x in factors)
-        xb = base.times(ops.transpose(b))
-        return base() + ops.matmul(xb, ops.transpose(a))
-
-    def merged(self, weights: Any, matrix: Any) -> Any:
+    def merged(self, weights: Weights, matrix: Tensor) -> Tensor:
         """W' (in, out) in float32, with `call(weights, base) == x·W'`.
 
         Args:
@@ -277,7 +236,18 @@ class Method:
         """
         raise NotImplementedError
 
-    def neutral(self, weights: Any) -> dict[str, Any]:
+    def reverse(self, weights: Weights, base: ReverseMap) -> Tensor:
+        """The adapted product with Wᵀ: x·W'ᵀ (tokens, in).
+
+        A method that does not define it is refused on tied embeddings.
+
+        Args:
+            weights: as in `call`.
+            base: the frozen product x·Wᵀ, x (tokens, out).
+        """
+        raise NotImplementedError
+
+    def neutral(self, weights: Weights) -> dict[str, Tensor]:
         """Values of trainables, by name, with which `call` is `base` again.
 
         Zero for every one of them, unless a method says otherwise.
@@ -289,9 +259,9 @@ class Method:
         }
 
     def low_rank_factors(
-        self, weights: Any, matrix: Any = None
-    ) -> tuple[Any, Any] | None:
-        """W' - W as a thin product, for methods that add one.
+        self, weights: Weights, matrix: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """W' - W as a product of two thin matrices, for methods that add one.
 
         Args:
             weights: as in `call`.
@@ -304,7 +274,7 @@ class Method:
         """
         return None
 
-    def core(self, weights: Any, s: np.ndarray) -> np.ndarray | None:
+    def core(self, weights: Weights, s: np.ndarray) -> np.ndarray | None:
         """M of W' = U (diag(s) + M) Vᵀ, for methods that add one there.
 
         Args:
@@ -316,64 +286,86 @@ class Method:
         """
         return None
 
-    def dora_factors(self, weights: Any) -> tuple[Any, Any, Any] | None:
-        """W' in the form of DoRA, for methods that have it.
+    def current_rank(self, weights: Weights | None) -> int | float | None:
+        """The rank of one adapter now; None for methods without a rank.
 
-        Returns:
-            (a, b, m), float32 of shapes (in, k), (k, out) and (out,), with
-            W' = (W + a·b)·diag(m / ‖W + a·b‖), norms of columns; or None.
+        Args:
+            weights: as in `call`; None before the method is enabled.
         """
         return None
-
-    def current_rank(self, weights: Any) -> int | None:
-        """The rank of one adapter now, for methods that have a rank."""
-        return getattr(self, "rank", None)
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain values, for files and configs.
 
-        Without those that methods are not compared by, which say how.
+        Settings that say how a layer computes, and not what, are left out:
+        fields with `compare=False`.
         """
-        compared = {f.name for f in dataclasses.fields(self) if f.compare}
-        values = dataclasses.asdict(self)
-        return {k: v for k, v in values.items() if k in compared}
+        return {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.compare
+        }
+
+    def trains_like(self, other: "Method") -> bool:
+        """Whether adapters of both hold the same weights with one meaning."""
+        return self.name == other.name and self.settings() == other.settings()
 
 
-def small_side(shape: tuple[int, int]) -> str:
-    """Which side of W (in, out) the basis of the smaller side is of."""
+def has_reverse(method: Method) -> bool:
+    """Whether a method defines `reverse`, which tied embeddings need."""
+    return type(method).reverse is not Method.reverse
+
+
+def small_side(shape: Shape) -> str:
+    """Which axis of W (in, out) the basis of the smaller side runs along."""
     rows, columns = shape
     return OUT if columns <= rows else IN
 
 
-def check_rank(rank: Any, shape: tuple[int, int]) -> None:
-    """Raises a ValueError unless `rank` is a rank of W (in, out)."""
-    n = min(shape)
-    if _may_be_rank(rank) and rank <= n:
-        return
-    raise ValueError(
-        f"`rank` must be an integer from 1 to min(in, out) = {n}, or a float "
-        "in (0, 1] for that share of the squared singular values. "
-        f"Received: rank={rank!r}"
-    )
-
-
-def _may_be_rank(rank: Any) -> bool:
-    if isinstance(rank, float):
-        return 0.0 < rank <= 1.0
-    return type(rank) is int and rank >= 1
-
-
 METHODS: dict[str, type[Method]] = {}
+_FOLLOWERS: list[Callable[[type[Method]], None]] = []
+# Of a class: the class to make instead where an option is set.
+_FORMS: dict[type, dict[str, type]] = {}
+M = TypeVar("M", bound=Method)
 
 
-def register(cls: type[Method]) -> type[Method]:
-    """Class decorator: makes a method known under its name."""
+def register(cls: type[M]) -> type[M]:
+    """Class decorator: makes a method known under its name, everywhere."""
     METHODS[cls.name] = cls
+    for follow in _FOLLOWERS:
+        follow(cls)
     return cls
 
 
-def nearest(wanted: str, known: list[str]) -> str:
+def for_every_method(follow: Callable[[type[Method]], None]) -> None:
+    """Calls `follow` with every method, those included that come later."""
+    _FOLLOWERS.append(follow)
+    for cls in list(METHODS.values()):
+        follow(cls)
+
+
+def form_of(parent: type[Method], option: str) -> Callable[[type[M]], type[M]]:
+    """Class decorator: makes this class what `parent(option=...)` returns.
+
+    For an option that changes what a method does to a layer: the user writes
+    `PiSSA(rank=8, quantize="int4")` and gets a `QPiSSA`.
+
+    Args:
+        parent: a registered method, the base of the class. `option` is among
+            its fields, by keyword only.
+        option: str. Where it is set to something true, the class is taken.
+    """
+
+    def decorate(cls: type[M]) -> type[M]:
+        _FORMS.setdefault(parent, {})[option] = cls
+        return cls
+
+    return decorate
+
+
+def nearest(wanted: str, known: Iterable[str]) -> str:
     """The end of an error message: what the user may have meant."""
+    known = list(known)
     close = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
     if close:
         return f"Did you mean {' or '.join(repr(x) for x in close)}?"

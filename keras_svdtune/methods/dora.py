@@ -1,7 +1,6 @@
 """DoRA: LoRA for the directions of W, and a magnitude for each column."""
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 from keras import ops
@@ -11,18 +10,21 @@ from keras_svdtune.methods.base import (
     IN,
     OUT,
     LinearMap,
-    Method,
     ReverseMap,
     Weight,
+    Weights,
     register,
 )
-from keras_svdtune.methods.lora import random_a, refuse_energy
-from keras_svdtune.methods.low_rank import branch, scale_of
+from keras_svdtune.methods.lora import random_a
+from keras_svdtune.methods.low_rank import RankedMethod, branch
+from keras_svdtune.methods.picture import Block
+from keras_svdtune.methods.settings import check_whole_number
+from keras_svdtune.runtime.types import Shape, Tensor
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class DoRA(Method):
+class DoRA(RankedMethod):
     """Weight-decomposed low-rank adaptation.
 
     Each column of W' (an output unit) has a magnitude m_j and a direction:
@@ -63,6 +65,20 @@ class DoRA(Method):
     title = "DoRA"
     suggested_learning_rate = 2e-4
     example = ", rank=8"
+    formula = (
+        r"W' = \Bigl(W + \frac{\alpha}{r} A B\Bigr)"
+        r" \operatorname{diag}\Bigl(\frac{m}{\| W + \frac{\alpha}{r} A B \|}"
+        r"\Bigr), \qquad A, B, m \text{ train}"
+    )
+    picture = (
+        "(",
+        Block("W", "in", "out"),
+        "+",
+        Block("A", "in", "r", trains="all"),
+        Block("B", "r", "out", trains="all"),
+        ")  ·",
+        Block("diag(m / ‖·‖)", "out", "out", trains="diagonal"),
+    )
 
     rank: int
     alpha: float | None = None
@@ -70,12 +86,9 @@ class DoRA(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_energy(self)
+        check_whole_number("seed", self.seed, 0)
 
-    def needs(self, shape: tuple[int, int]) -> None:
-        return None
-
-    def weights(self, shape: tuple[int, int]) -> list[Weight]:
+    def weights(self, shape: Shape) -> list[Weight]:
         rows, columns = shape
         return [
             Weight("a", (rows, self.rank), trainable=True, axes=(IN, None)),
@@ -86,60 +99,66 @@ class DoRA(Method):
 
     def initial_values(
         self,
-        matrix: Any,
+        matrix: Tensor,
         factors: Factors | None,
         random: np.random.RandomState,
-    ) -> dict[str, Any]:
+    ) -> dict[str, Tensor]:
         return {
             "a": random_a(matrix.shape[0], self.rank, random),
             "squared_norms": ops.sum(ops.square(matrix), axis=0),
         }
 
-    def neutral(self, weights: Any) -> dict[str, Any]:
+    def neutral(self, weights: Weights) -> dict[str, Tensor]:
         return {
             "b": ops.zeros(weights.b.shape),
             "magnitude_change": ops.zeros(weights.magnitude_change.shape),
         }
 
-    def call(self, weights: Any, base: LinearMap) -> Any:
-        scale = scale_of(self.alpha, self.rank)
-        y = base() + branch(base, weights.a, weights.b, scale)
+    def call(self, weights: Weights, base: LinearMap) -> Tensor:
+        y = base() + branch(base, weights.a, weights.b, self.scale)
         at = ops.transpose(ops.cast(weights.a, base.dtype))
         excess = self._excess(weights, ops.cast(base.rows(at), "float32"))
         return ops.cast(ops.cast(y, "float32") * (1.0 + excess), y.dtype)
 
-    def reverse(self, weights: Any, base: ReverseMap) -> Any:
+    def reverse(self, weights: Weights, base: ReverseMap) -> Tensor:
         # x·W'ᵀ = (x ⊙ (1 + e))·(W + k·A·B)ᵀ
         at = ops.transpose(ops.cast(weights.a, base.dtype))
         atw = ops.cast(base.back(at), "float32")
         excess = ops.cast(self._excess(weights, atw), base.dtype)
         y = base.moved(base.times(ops.diag(excess)))
-        b = weights.b * scale_of(self.alpha, self.rank)
+        b = weights.b * self.scale
         b = ops.cast(b, base.dtype) * (1.0 + excess)
         return y + ops.matmul(base.times(ops.transpose(b)), at)
 
-    def merged(self, weights: Any, matrix: Any) -> Any:
-        scale = scale_of(self.alpha, self.rank)
-        directions = matrix + scale * ops.matmul(weights.a, weights.b)
+    def merged(self, weights: Weights, matrix: Tensor) -> Tensor:
+        directions = matrix + self.scale * ops.matmul(weights.a, weights.b)
         atw = ops.matmul(ops.transpose(weights.a), matrix)
         return directions * (1.0 + self._excess(weights, atw))
 
-    def dora_factors(self, weights: Any) -> tuple[Any, Any, Any] | None:
+    def magnitude_factors(
+        self, weights: Weights
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """W' in its own form, for other libraries.
+
+        Returns:
+            (a, b, m), float32 of shapes (in, r), (r, out) and (out,), with
+            W' = (W + a·b)·diag(m / ‖W + a·b‖), norms of columns. None where W
+            has a column of zeros.
+        """
         norms = ops.sqrt(ops.convert_to_tensor(weights.squared_norms))
         if not bool(ops.all(norms > 0.0)):
             return None  # elsewhere a column of zeros would be divided by zero
-        scale = scale_of(self.alpha, self.rank)
         a = ops.convert_to_tensor(weights.a)
-        return a, weights.b * scale, norms + weights.magnitude_change
+        return a, weights.b * self.scale, norms + weights.magnitude_change
 
-    def _excess(self, weights: Any, atw: Any) -> Any:
+    def _excess(self, weights: Weights, atw: Tensor) -> Tensor:
         """m / ‖W + k·A·B‖ - 1 (out,), for AᵀW (r, out).
 
         With c = ‖W + k·A·B‖² - ‖W‖², and Δm = m - ‖W‖, it is
         (Δm - c / (‖W‖ + ‖W + k·A·B‖)) / ‖W + k·A·B‖: zero to the bit at the
         start, where Δm and c are, however the hardware rounds roots.
         """
-        k = scale_of(self.alpha, self.rank)
+        k = self.scale
         a, b = weights.a, weights.b
         squared_norms = ops.convert_to_tensor(weights.squared_norms)
         gram = ops.matmul(ops.transpose(a), a)

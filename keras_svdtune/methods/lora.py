@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import numpy as np
 from keras import ops
@@ -12,16 +11,19 @@ from keras_svdtune.methods.base import (
     IN,
     OUT,
     LinearMap,
-    Method,
     Weight,
+    Weights,
     register,
 )
-from keras_svdtune.methods.low_rank import branch, scale_of
+from keras_svdtune.methods.low_rank import RankedMethod, branch
+from keras_svdtune.methods.picture import Block
+from keras_svdtune.methods.settings import check_whole_number
+from keras_svdtune.runtime.types import Shape, Tensor
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class LoRA(Method):
+class LoRA(RankedMethod):
     """Low-rank adaptation: two thin trainable matrices beside W.
 
         y = x·W + (alpha / rank)·x·A·B,     A (in, r) random, B (r, out) = 0
@@ -57,6 +59,16 @@ class LoRA(Method):
     suggested_learning_rate = 2e-4
     example = ", rank=8"
     has_enable = False
+    formula = (
+        r"W' = W + \frac{\alpha}{r} A B, \qquad A, B \text{ train, }"
+        r" B = 0 \text{ at first}"
+    )
+    picture = (
+        Block("W", "in", "out"),
+        "+",
+        Block("A", "in", "r", trains="all"),
+        Block("B", "r", "out", trains="all"),
+    )
 
     rank: int
     alpha: float | None = None
@@ -64,12 +76,9 @@ class LoRA(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_energy(self)
+        check_whole_number("seed", self.seed, 0)
 
-    def needs(self, shape: tuple[int, int]) -> None:
-        return None
-
-    def weights(self, shape: tuple[int, int]) -> list[Weight]:
+    def weights(self, shape: Shape) -> list[Weight]:
         rows, columns = shape
         return [
             Weight("a", (rows, self.rank), trainable=True, axes=(IN, None)),
@@ -78,40 +87,28 @@ class LoRA(Method):
 
     def initial_values(
         self,
-        matrix: Any,
+        matrix: Tensor,
         factors: Factors | None,
         random: np.random.RandomState,
-    ) -> dict[str, Any]:
+    ) -> dict[str, Tensor]:
         return {"a": random_a(matrix.shape[0], self.rank, random)}
 
-    def neutral(self, weights: Any) -> dict[str, Any]:
+    def neutral(self, weights: Weights) -> dict[str, Tensor]:
         return {"b": ops.zeros(weights.b.shape)}
 
-    def call(self, weights: Any, base: LinearMap) -> Any:
-        scale = scale_of(self.alpha, self.rank)
-        return base() + branch(base, weights.a, weights.b, scale)
+    def call(self, weights: Weights, base: LinearMap) -> Tensor:
+        return base() + branch(base, weights.a, weights.b, self.scale)
 
-    def merged(self, weights: Any, matrix: Any) -> Any:
-        scale = scale_of(self.alpha, self.rank)
-        return matrix + scale * ops.matmul(weights.a, weights.b)
+    def merged(self, weights: Weights, matrix: Tensor) -> Tensor:
+        return matrix + self.scale * ops.matmul(weights.a, weights.b)
 
     def low_rank_factors(
-        self, weights: Any, matrix: Any = None
-    ) -> tuple[Any, Any]:
-        scale = scale_of(self.alpha, self.rank)
-        return ops.convert_to_tensor(weights.a), weights.b * scale
+        self, weights: Weights, matrix: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return ops.convert_to_tensor(weights.a), weights.b * self.scale
 
 
-def random_a(rows: int, rank: int, random: np.random.RandomState) -> Any:
+def random_a(rows: int, rank: int, random: np.random.RandomState) -> np.ndarray:
     """A (in, r) uniform in ±1/sqrt(in), as the paper's code draws it."""
     bound = 1.0 / math.sqrt(rows)
     return random.uniform(-bound, bound, (rows, rank))
-
-
-def refuse_energy(method: Any) -> None:
-    """A rank as a share of the singular values needs singular values."""
-    if isinstance(method.rank, float):
-        raise ValueError(
-            f"{method.title} does not decompose W, so its rank must be an "
-            f"integer. Received: rank={method.rank!r}"
-        )

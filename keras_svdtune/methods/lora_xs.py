@@ -1,7 +1,6 @@
 """LoRA-XS: a tiny matrix between frozen singular vectors."""
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 from keras import ops
@@ -10,17 +9,20 @@ from keras_svdtune.matrix.factors import Factors, Needs
 from keras_svdtune.methods.base import (
     OUT,
     LinearMap,
-    Method,
     ReverseMap,
     Weight,
+    Weights,
     register,
 )
-from keras_svdtune.methods.low_rank import scale_of
+from keras_svdtune.methods.low_rank import RankedMethod
+from keras_svdtune.methods.picture import Block
+from keras_svdtune.methods.settings import check_n_iter, check_whole_number
+from keras_svdtune.runtime.types import Shape, Tensor
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class LoRAXS(Method):
+class LoRAXS(RankedMethod):
     """LoRA with extremely few parameters: r² a matrix.
 
     With the r largest components of W = U diag(s) Vᵀ:
@@ -64,16 +66,34 @@ class LoRAXS(Method):
     suggested_learning_rate = 2e-3
     linear = True
     example = ", rank=8"
+    by_energy = True
+    formula = (
+        r"W' = W + \frac{\alpha}{r} U_r \operatorname{diag}(s_r) R"
+        r" V_r^\top, \qquad R \in \mathbb{R}^{r \times r} \text{ trains, }"
+        r" 0 \text{ at first}"
+    )
+    picture = (
+        Block("W", "in", "out"),
+        "+",
+        Block("Uᵣ·sᵣ", "in", "r"),
+        Block("R", "r", "r", trains="all"),
+        Block("Vᵣᵀ", "r", "out"),
+    )
 
     rank: int | float
     alpha: float | None = None
     n_iter: int | None = None
     seed: int = 0
 
-    def needs(self, shape: tuple[int, int]) -> Needs:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_n_iter(self.n_iter)
+        check_whole_number("seed", self.seed, 0)
+
+    def needs(self, shape: Shape) -> Needs:
         return Needs("top", self.rank, self.n_iter, self.seed)
 
-    def weights(self, shape: tuple[int, int]) -> list[Weight]:
+    def weights(self, shape: Shape) -> list[Weight]:
         rank = int(self.rank)
         return [
             Weight("v", (shape[1], rank), axes=(OUT, None)),
@@ -82,18 +102,18 @@ class LoRAXS(Method):
 
     def initial_values(
         self,
-        matrix: Any,
+        matrix: Tensor,
         factors: Factors | None,
         random: np.random.RandomState,
-    ) -> dict[str, Any]:
+    ) -> dict[str, Tensor]:
         assert factors is not None
         return {"v": factors.v}
 
-    def call(self, weights: Any, base: LinearMap) -> Any:
+    def call(self, weights: Weights, base: LinearMap) -> Tensor:
         h = base()
         return h + self._change(h, weights.v, weights.r)
 
-    def reverse(self, weights: Any, base: ReverseMap) -> Any:
+    def reverse(self, weights: Weights, base: ReverseMap) -> Tensor:
         # x·(W·V_r·R·V_rᵀ)ᵀ = ((x·V_r)·Rᵀ·V_rᵀ)·Wᵀ
         xv = base.times(weights.v)
         rt = ops.transpose(self._scaled(weights.r, xv.dtype))
@@ -101,22 +121,22 @@ class LoRAXS(Method):
             ops.matmul(ops.matmul(xv, rt), ops.transpose(weights.v))
         )
 
-    def merged(self, weights: Any, matrix: Any) -> Any:
+    def merged(self, weights: Weights, matrix: Tensor) -> Tensor:
         v = ops.cast(weights.v, "float32")
         return matrix + self._change(matrix, v, weights.r)
 
     def low_rank_factors(
-        self, weights: Any, matrix: Any = None
-    ) -> tuple[Any, Any] | None:
+        self, weights: Weights, matrix: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | None:
         if matrix is None:  # W·V_r is not kept
             return None
         v = ops.cast(weights.v, "float32")
-        r = weights.r * scale_of(self.alpha, self.rank)
+        r = weights.r * self.scale
         return ops.matmul(ops.matmul(matrix, v), r), ops.transpose(v)
 
-    def _change(self, h: Any, v: Any, r: Any) -> Any:
+    def _change(self, h: Tensor, v: Tensor, r: Tensor) -> Tensor:
         components = ops.matmul(ops.matmul(h, v), self._scaled(r, h.dtype))
         return ops.matmul(components, ops.transpose(v))
 
-    def _scaled(self, r: Any, dtype: str) -> Any:
-        return ops.cast(r * scale_of(self.alpha, self.rank), dtype)
+    def _scaled(self, r: Tensor, dtype: str) -> Tensor:
+        return ops.cast(r * self.scale, dtype)

@@ -1,13 +1,81 @@
-"""What the low-rank methods share: the branch x·A·B beside the base."""
+"""What the methods with a rank share: its checks, its scale, the branch."""
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar, Self
 
 from keras import ops
 
-from keras_svdtune.methods.base import LinearMap
+from keras_svdtune.matrix.factors import Factors
+from keras_svdtune.methods.base import LinearMap, Method, ReverseMap, Weights
+from keras_svdtune.methods.settings import check_alpha
+from keras_svdtune.runtime.types import Shape, Tensor
 
 
-def branch(base: LinearMap, a: Any, b: Any, scale: float) -> Any:
+class RankedMethod(Method):
+    """A method with a `rank` r and a scale of alpha / r.
+
+    Attributes:
+        by_energy: bool. Whether the rank may be a share of the squared
+            singular values, which decides it for each matrix.
+    """
+
+    by_energy: ClassVar[bool] = False
+    rank: int | float
+    alpha: float | None
+
+    def __post_init__(self) -> None:
+        if not _may_be_rank(self.rank):
+            raise ValueError(
+                "`rank` must be an integer, 1 or more, or a float in (0, 1] "
+                "for that share of the squared singular values. "
+                f"Received: rank={self.rank!r}"
+            )
+        if isinstance(self.rank, float) and not self.by_energy:
+            raise ValueError(
+                f"{self.title} does not decompose W, so its rank must be an "
+                f"integer. Received: rank={self.rank!r}"
+            )
+        check_alpha(self.alpha)
+
+    def check(self, shape: Shape) -> None:
+        n = min(shape)
+        if not _may_be_rank(self.rank) or self.rank > n:
+            raise ValueError(
+                f"`rank` must be an integer from 1 to min(in, out) = {n}, or "
+                "a float in (0, 1] for that share of the squared singular "
+                f"values. Received: rank={self.rank!r}"
+            )
+
+    def resolved(self, factors: Factors | None) -> Self:
+        if factors is None or not isinstance(self.rank, float):
+            return self
+        return self.with_rank(len(factors.s))
+
+    def with_rank(self, rank: int) -> Self:
+        """The same with a rank that the energy has decided."""
+        changes: dict[str, Any] = {"rank": rank}
+        if hasattr(self, "n_iter"):
+            changes["n_iter"] = None  # a share takes an exact decomposition
+        return dataclasses.replace(self, **changes)
+
+    def current_rank(self, weights: Weights | None) -> int | float | None:
+        return self.rank
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank; without an alpha it is 1."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def reverse(self, weights: Weights, base: ReverseMap) -> Tensor:
+        # x·(W + a·b)ᵀ = x·Wᵀ + (x·bᵀ)·aᵀ
+        factors = self.low_rank_factors(weights)
+        assert factors is not None  # a method without them has its own form
+        a, b = (ops.cast(x, base.dtype) for x in factors)
+        xb = base.times(ops.transpose(b))
+        return base() + ops.matmul(xb, ops.transpose(a))
+
+
+def branch(base: LinearMap, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """scale·(x·A)·B for the x of `base`, A (in, r), B (r, out), in its dtype.
 
     A·B is never formed: with it the backward pass would form dW.
@@ -18,6 +86,7 @@ def branch(base: LinearMap, a: Any, b: Any, scale: float) -> Any:
     return ops.matmul(xa, ops.cast(b, base.dtype))
 
 
-def scale_of(alpha: float | None, rank: int | float) -> float:
-    """alpha / rank; alpha defaults to the rank, that is a scale of 1."""
-    return 1.0 if alpha is None else alpha / rank
+def _may_be_rank(rank: Any) -> bool:
+    if isinstance(rank, float):
+        return 0.0 < rank <= 1.0
+    return type(rank) is int and rank >= 1

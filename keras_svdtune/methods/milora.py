@@ -3,7 +3,7 @@
 import dataclasses
 
 from keras_svdtune.methods.base import register
-from keras_svdtune.methods.pissa import SpectralLoRA
+from keras_svdtune.methods.pissa import SpectralLoRA, components_picture
 
 
 @register
@@ -45,6 +45,12 @@ class MiLoRA(SpectralLoRA):
 
     name = "milora"
     title = "MiLoRA"
-    part = "bottom"
     suggested_learning_rate = 2e-4
     example = ", rank=8"
+    part = "bottom"
+    formula = (
+        r"W' = W + \frac{\alpha}{r} (A B - A_0 B_0), \qquad"
+        r" A_0 = U_{-r} \sqrt{s_{-r}}, \quad B_0 = \sqrt{s_{-r}} V_{-r}^\top,"
+        r" \qquad A, B \text{ train}"
+    )
+    picture = components_picture("last")

@@ -1,27 +1,41 @@
 """PiSSA: a low-rank adapter that starts from the largest components."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from keras import ops
 
 from keras_svdtune.matrix.factors import Factors, Needs
-from keras_svdtune.methods import qpissa
 from keras_svdtune.methods.base import (
     IN,
     OUT,
     LinearMap,
-    Method,
     Weight,
+    Weights,
     register,
 )
-from keras_svdtune.methods.low_rank import branch, scale_of
+from keras_svdtune.methods.low_rank import RankedMethod, branch
+from keras_svdtune.methods.picture import Block, Picture
+from keras_svdtune.methods.settings import check_n_iter, check_whole_number
+from keras_svdtune.runtime.types import Shape, Tensor
+
+# What Keras quantizes Dense and EinsumDense layers to, that a float kernel
+# can be read back from.
+QUANTIZATIONS = ("int8", "int4")
+
+
+def components_picture(part: Literal["first", "last"]) -> Picture:
+    """The picture of a method that trains components at one end."""
+    return (
+        Block("A from U·√s", "in", "out", trains=part),
+        Block("diag(s)", "n", "n", trains="frozen"),
+        Block("B from √s·Vᵀ", "n", "out", trains=part),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
-class SpectralLoRA(Method):
+class SpectralLoRA(RankedMethod):
     """A low-rank adapter A·B that starts as a part of W itself.
 
     With W = U diag(s) Vᵀ and k = alpha / rank, A₀ = U_r·√(s_r/k) and
@@ -38,16 +52,16 @@ class SpectralLoRA(Method):
     (Weight decay draws A towards A₀, not towards zero.)
     """
 
-    part = "top"
+    part: ClassVar[Literal["top", "bottom"]] = "top"
+    by_energy = True
 
     rank: int | float
     alpha: float | None = None
 
-    def needs(self, shape: tuple[int, int]) -> Needs:
-        part: Literal["top", "bottom"] = self.part  # type: ignore[assignment]
-        return Needs(part, self.rank)
+    def needs(self, shape: Shape) -> Needs:
+        return Needs(self.part, self.rank)
 
-    def weights(self, shape: tuple[int, int]) -> list[Weight]:
+    def weights(self, shape: Shape) -> list[Weight]:
         rows, columns = shape
         rank = int(self.rank)
         return [
@@ -62,44 +76,45 @@ class SpectralLoRA(Method):
 
     def initial_values(
         self,
-        matrix: Any,
+        matrix: Tensor,
         factors: Factors | None,
         random: np.random.RandomState,
-    ) -> dict[str, Any]:
+    ) -> dict[str, Tensor]:
         assert factors is not None
         assert factors.u is not None and factors.v is not None
-        root = np.sqrt(factors.s / scale_of(self.alpha, self.rank))
+        root = np.sqrt(factors.s / self.scale)
         return {"a0": factors.u * root, "b0": root[:, None] * factors.v.T}
 
-    def call(self, weights: Any, base: LinearMap) -> Any:
+    def call(self, weights: Weights, base: LinearMap) -> Tensor:
         a = [weights.delta_a, ops.cast(weights.a0, "float32")]
         b = [
             weights.delta_b + ops.cast(weights.b0, "float32"),
             weights.delta_b,
         ]
-        scale = scale_of(self.alpha, self.rank)
         # One product of rank 2r rather than two of rank r.
         return base() + branch(
-            base, ops.concatenate(a, axis=1), ops.concatenate(b, axis=0), scale
+            base,
+            ops.concatenate(a, axis=1),
+            ops.concatenate(b, axis=0),
+            self.scale,
         )
 
-    def merged(self, weights: Any, matrix: Any) -> Any:
+    def merged(self, weights: Weights, matrix: Tensor) -> Tensor:
         a0 = ops.cast(weights.a0, "float32")
         b = ops.cast(weights.b0, "float32") + weights.delta_b
         change = ops.matmul(weights.delta_a, b)
         change = change + ops.matmul(a0, weights.delta_b)
-        return matrix + scale_of(self.alpha, self.rank) * change
+        return matrix + self.scale * change
 
     def low_rank_factors(
-        self, weights: Any, matrix: Any = None
-    ) -> tuple[Any, Any]:
+        self, weights: Weights, matrix: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Of rank 2r: A·B - A₀·B₀ = [ΔA A₀]·[B; ΔB]."""
         b = ops.cast(weights.b0, "float32") + weights.delta_b
         a = [weights.delta_a, ops.cast(weights.a0, "float32")]
-        scale = scale_of(self.alpha, self.rank)
         return (
             ops.concatenate(a, axis=1),
-            ops.concatenate([b, weights.delta_b], axis=0) * scale,
+            ops.concatenate([b, weights.delta_b], axis=0) * self.scale,
         )
 
 
@@ -173,70 +188,29 @@ class PiSSA(SpectralLoRA):
     suggested_learning_rate = 5e-5
     example = ", rank=8"
 
+    formula = (
+        r"W' = W + \frac{\alpha}{r} (A B - A_0 B_0), \qquad"
+        r" A_0 = U_r \sqrt{s_r}, \quad B_0 = \sqrt{s_r} V_r^\top,"
+        r" \qquad A, B \text{ train}"
+    )
+    picture = components_picture("first")
+
     n_iter: int | None = None
     seed: int = 0
-    quantize: str | None = None
-    iterations: int = 5
+    quantize: str | None = dataclasses.field(default=None, kw_only=True)
+    iterations: int = dataclasses.field(default=5, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        qpissa.check_settings(self.quantize, self.iterations)
+        check_n_iter(self.n_iter)
+        check_whole_number("seed", self.seed, 0)
+        if self.quantize not in (None, *QUANTIZATIONS):
+            raise ValueError(
+                "`quantize` must be 'int8' or 'int4', which Keras quantizes "
+                "Dense and EinsumDense layers to, or None. "
+                f"Received: quantize={self.quantize!r}"
+            )
+        check_whole_number("iterations", self.iterations, 1)
 
-    def needs(self, shape: tuple[int, int]) -> Needs:
+    def needs(self, shape: Shape) -> Needs:
         return Needs("top", self.rank, self.n_iter, self.seed)
-
-    def weights(self, shape: tuple[int, int]) -> list[Weight]:
-        found = super().weights(shape)
-        if self.quantize is None:
-            return found
-        # Q is computed from them again: they must not be rounded.
-        return [dataclasses.replace(w, dtype="float32") for w in found]
-
-    def residual(self, matrix: np.ndarray, values: dict[str, Any]) -> Any:
-        scale = scale_of(self.alpha, self.rank)
-        return qpissa.residual(matrix, values["a0"], values["b0"], scale)
-
-    def fitted(
-        self,
-        matrix: np.ndarray,
-        values: dict[str, Any],
-        rounded: Callable[[np.ndarray], np.ndarray],
-        decomposed: Callable[[np.ndarray], Factors],
-    ) -> dict[str, Any]:
-        def start(rest: np.ndarray) -> dict[str, Any]:
-            random = np.random.RandomState(0)  # nothing is drawn
-            return self.initial_values(rest, decomposed(rest), random)
-
-        return qpissa.alternate(
-            matrix,
-            values,
-            scale_of(self.alpha, self.rank),
-            self.iterations - 1,
-            rounded,
-            start,
-        )
-
-    def call(self, weights: Any, base: LinearMap) -> Any:
-        if self.quantize is None:
-            return super().call(weights, base)
-        scale = scale_of(self.alpha, self.rank)
-        return base() + branch(base, *_whole(weights), scale)
-
-    def merged(self, weights: Any, matrix: Any) -> Any:
-        if self.quantize is None:
-            return super().merged(weights, matrix)
-        scale = scale_of(self.alpha, self.rank)
-        return matrix + scale * ops.matmul(*_whole(weights))
-
-    def low_rank_factors(
-        self, weights: Any, matrix: Any = None
-    ) -> tuple[Any, Any]:
-        if self.quantize is None:
-            return super().low_rank_factors(weights, matrix)
-        a, b = _whole(weights)
-        return a, b * scale_of(self.alpha, self.rank)
-
-
-def _whole(weights: Any) -> tuple[Any, Any]:
-    """A (in, r) and B (r, out), float32."""
-    return weights.a0 + weights.delta_a, weights.b0 + weights.delta_b

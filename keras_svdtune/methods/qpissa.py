@@ -7,65 +7,81 @@ own, which the low-rank part can take over:
     A, B <- SVD_r(W);              Q <- quant(W - A·B)
     A, B <- SVD_r(W - dequant(Q)); Q <- quant(W - A·B)      T - 1 times
 
-Only matrices here: `rounded` is dequant(quant(·)) of whatever quantizer.
-
 Reference: Meng, Wang, Zhang 2024, https://arxiv.org/abs/2404.02948.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
+from keras import ops
 
-from keras_svdtune.hosts.quantized import MODES
+from keras_svdtune.matrix.factors import Factors
+from keras_svdtune.methods.base import LinearMap, Weight, Weights, form_of
+from keras_svdtune.methods.low_rank import branch
+from keras_svdtune.methods.pissa import PiSSA
+from keras_svdtune.methods.replaced_base import ReplacesBase
+from keras_svdtune.runtime.types import Shape, Tensor
 
 
-def residual(
-    matrix: np.ndarray, a0: np.ndarray, b0: np.ndarray, scale: float
-) -> np.ndarray:
-    """W - k·A₀·B₀ (in, out), in float64 and rounded once to float32.
+@form_of(PiSSA, "quantize")
+@dataclasses.dataclass(frozen=True, repr=False)
+class QPiSSA(ReplacesBase, PiSSA):
+    """What `PiSSA(rank, quantize="int4")` is.
 
-    So that it comes out the same where an adapter file is loaded.
+    With k = alpha / rank, A = A₀ + ΔA and B = B₀ + ΔB:
+
+        y = x·Q + k·x·A·B,     Q = quant(W - k·A₀·B₀)
+
+    A₀, B₀ and Q are fitted in turn, `iterations` times. All but Q is float32.
     """
-    product = a0.astype("float64") @ b0.astype("float64")
-    return (matrix.astype("float64") - scale * product).astype("float32")
+
+    option = "quantize"
+
+    @property
+    def quantization(self) -> str | None:
+        return self.quantize
+
+    def weights(self, shape: Shape) -> list[Weight]:
+        # Q is computed from them again: they must not be rounded.
+        found = super().weights(shape)
+        return [dataclasses.replace(w, dtype="float32") for w in found]
+
+    def residual(
+        self, matrix: np.ndarray, values: dict[str, np.ndarray]
+    ) -> np.ndarray:
+        # In float64, rounded once: it comes out the same where an adapter
+        # file is loaded.
+        a0, b0 = (values[x].astype("float64") for x in ("a0", "b0"))
+        rest = matrix.astype("float64") - self.scale * (a0 @ b0)
+        return rest.astype("float32")
+
+    def fitted(
+        self,
+        matrix: np.ndarray,
+        values: dict[str, np.ndarray],
+        rounded: Callable[[np.ndarray], np.ndarray],
+        decomposed: Callable[[np.ndarray], Factors],
+    ) -> dict[str, np.ndarray]:
+        nothing_drawn = np.random.RandomState(0)
+        for _ in range(self.iterations - 1):
+            rest = matrix - rounded(self.residual(matrix, values))
+            values = self.initial_values(rest, decomposed(rest), nothing_drawn)
+        return values
+
+    def call(self, weights: Weights, base: LinearMap) -> Tensor:
+        return base() + branch(base, *_whole(weights), self.scale)
+
+    def merged(self, weights: Weights, matrix: Tensor) -> Tensor:
+        return matrix + self.scale * ops.matmul(*_whole(weights))
+
+    def low_rank_factors(
+        self, weights: Weights, matrix: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        a, b = _whole(weights)
+        return a, b * self.scale
 
 
-def alternate(
-    matrix: np.ndarray,
-    values: dict[str, Any],
-    scale: float,
-    steps: int,
-    rounded: Callable[[np.ndarray], np.ndarray],
-    start: Callable[[np.ndarray], dict[str, Any]],
-) -> dict[str, Any]:
-    """A₀ and B₀ after `steps` more rounds of the algorithm above.
-
-    Args:
-        matrix: W (in, out), float32.
-        values: a0 (in, r) and b0 (r, out) of W.
-        scale: k, of the product A₀·B₀.
-        steps: T - 1.
-        rounded: function from a matrix to what quantization makes of it.
-        start: function from a matrix to the a0 and b0 of its top r
-            components.
-    """
-    for _ in range(steps):
-        rest = rounded(residual(matrix, values["a0"], values["b0"], scale))
-        values = start(matrix - rest)
-    return values
-
-
-def check_settings(quantize: Any, iterations: Any) -> None:
-    """Raises a ValueError unless these are settings of QPiSSA."""
-    if quantize is not None and quantize not in MODES:
-        raise ValueError(
-            "`quantize` must be 'int8' or 'int4', which Keras quantizes Dense "
-            "and EinsumDense layers to, or None. "
-            f"Received: quantize={quantize!r}"
-        )
-    if type(iterations) is not int or iterations < 1:
-        raise ValueError(
-            "`iterations` must be an integer, 1 or more. "
-            f"Received: iterations={iterations!r}"
-        )
+def _whole(weights: Weights) -> tuple[Tensor, Tensor]:
+    """A (in, r) and B (r, out), float32."""
+    return weights.a0 + weights.delta_a, weights.b0 + weights.delta_b

@@ -1,12 +1,10 @@
 """SVF: train the singular values, and nothing else."""
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 from keras import ops
 
-from keras_svdtune.matrix import float64
 from keras_svdtune.matrix.factors import Factors, Needs
 from keras_svdtune.methods.base import (
     COMPONENTS,
@@ -14,9 +12,12 @@ from keras_svdtune.methods.base import (
     Method,
     ReverseMap,
     Weight,
+    Weights,
     register,
     small_side,
 )
+from keras_svdtune.methods.picture import Block
+from keras_svdtune.runtime.types import Shape, Tensor
 
 
 @register
@@ -78,19 +79,24 @@ class SVF(Method):
     title = "SVF"
     suggested_learning_rate = 5e-2
     linear = True
+    formula = (
+        r"W' = U \operatorname{diag}\bigl(s \odot (1 + \delta)\bigr) V^\top,"
+        r" \qquad \delta \in \mathbb{R}^n \text{ trains, } 0 \text{ at first}"
+    )
+    picture = (
+        Block("U", "in", "n"),
+        Block("diag(s ⊙ (1 + δ))", "n", "n", trains="diagonal"),
+        Block("Vᵀ", "n", "out"),
+    )
 
     replace_kernel: bool = dataclasses.field(
         default=False, compare=False, repr=False, kw_only=True
     )
 
-    @property
-    def replaces_base(self) -> bool:
-        return self.replace_kernel
-
-    def needs(self, shape: tuple[int, int]) -> Needs:
+    def needs(self, shape: Shape) -> Needs:
         return Needs("small_side")
 
-    def weights(self, shape: tuple[int, int]) -> list[Weight]:
+    def weights(self, shape: Shape) -> list[Weight]:
         n = min(shape)
         return [
             Weight("basis", (n, n), axes=(small_side(shape), COMPONENTS)),
@@ -99,64 +105,50 @@ class SVF(Method):
 
     def initial_values(
         self,
-        matrix: Any,
+        matrix: Tensor,
         factors: Factors | None,
         random: np.random.RandomState,
-    ) -> dict[str, Any]:
+    ) -> dict[str, Tensor]:
         assert factors is not None
         return {"basis": factors.v if factors.u is None else factors.u}
 
-    def residual(self, matrix: np.ndarray, values: dict[str, Any]) -> Any:
-        rows, columns = matrix.shape
-        basis = ops.convert_to_numpy(values["basis"])
-        if columns <= rows:
-            return float64.matmul(matrix, basis).astype("float32")
-        return float64.matmul(basis.T, matrix).astype("float32")
-
-    def call(self, weights: Any, base: LinearMap) -> Any:
+    def call(self, weights: Weights, base: LinearMap) -> Tensor:
         rows, columns = weights.shape
         return self._product(weights, base, after=columns <= rows)
 
-    def reverse(self, weights: Any, base: ReverseMap) -> Any:
+    def reverse(self, weights: Weights, base: ReverseMap) -> Tensor:
         # Wᵀ = V diag(s) Uᵀ: the same basis, on its other side.
         rows, columns = weights.shape
         return self._product(weights, base, after=columns > rows)
 
-    def _product(self, weights: Any, base: LinearMap, after: bool) -> Any:
+    def _product(
+        self, weights: Weights, base: LinearMap, after: bool
+    ) -> Tensor:
         """With the basis on the side of the output, or of the input."""
         basis, delta = weights.basis, weights.delta
-        if self.replace_kernel:
-            if after:
-                return scaled(base(), basis, 1.0 + delta)
-            return base.rows(times_float32(base.times(basis), 1.0 + delta))
         if after:
             h = base()
             return h + scaled_components(h, basis, delta)
         return base.moved(scaled(base.times(basis), basis, delta))
 
-    def merged(self, weights: Any, matrix: Any) -> Any:
+    def merged(self, weights: Weights, matrix: Tensor) -> Tensor:
         rows, columns = weights.shape
         basis = ops.cast(weights.basis, "float32")
-        if self.replace_kernel:
-            if columns <= rows:
-                return scaled(matrix, basis, 1.0 + weights.delta)
-            change = scaled(ops.transpose(matrix), basis, 1.0 + weights.delta)
-            return ops.transpose(change)
         if columns <= rows:
             return matrix + scaled_components(matrix, basis, weights.delta)
         change = scaled_components(ops.transpose(matrix), basis, weights.delta)
         return matrix + ops.transpose(change)
 
-    def core(self, weights: Any, s: np.ndarray) -> np.ndarray:
+    def core(self, weights: Weights, s: np.ndarray) -> np.ndarray:
         return s * ops.convert_to_numpy(weights.delta)
 
 
-def scaled_components(h: Any, basis: Any, delta: Any) -> Any:
+def scaled_components(h: Tensor, basis: Tensor, delta: Tensor) -> Tensor:
     """((h·B) ⊙ δ)·Bᵀ for h (tokens, n), B (n, n) orthonormal, δ (n,)."""
     return scaled(ops.matmul(h, basis), basis, delta)
 
 
-def scaled(components: Any, basis: Any, delta: Any) -> Any:
+def scaled(components: Tensor, basis: Tensor, delta: Tensor) -> Tensor:
     """(components ⊙ δ)·Bᵀ, the same when h·B is known.
 
     The product with δ is taken in float32: a bfloat16 sum over the tokens
@@ -166,7 +158,7 @@ def scaled(components: Any, basis: Any, delta: Any) -> Any:
     return ops.matmul(change, ops.transpose(basis))
 
 
-def times_float32(components: Any, delta: Any) -> Any:
+def times_float32(components: Tensor, delta: Tensor) -> Tensor:
     """components ⊙ δ in float32, cast back."""
     change = ops.cast(components, "float32") * delta
     return ops.cast(change, components.dtype)

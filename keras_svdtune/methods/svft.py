@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import warnings
-from typing import Any
 
 import numpy as np
 from keras import ops
@@ -16,11 +15,15 @@ from keras_svdtune.methods.base import (
     Method,
     ReverseMap,
     Weight,
+    Weights,
     nearest,
     register,
     small_side,
 )
+from keras_svdtune.methods.picture import Block
+from keras_svdtune.methods.settings import check_whole_number
 from keras_svdtune.runtime.placement import whole_rows
+from keras_svdtune.runtime.types import Shape, Tensor
 
 PATTERNS = ("plain", "banded", "random", "top_k")
 
@@ -79,43 +82,47 @@ class SVFT(Method):
     name = "svft"
     title = "SVFT"
     linear = True
+    formula = (
+        r"W' = U \bigl(\operatorname{diag}(s) + M\bigr) V^\top,"
+        r" \qquad M \text{ sparse trains, } 0 \text{ at first}"
+    )
+    picture = (
+        Block("U", "in", "n"),
+        Block("diag(s) + M", "n", "n", trains="band"),
+        Block("Vᵀ", "n", "out"),
+    )
 
     pattern: str = "banded"
     off_diagonals: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.pattern not in PATTERNS:
             raise ValueError(
                 f"`pattern` must be one of {', '.join(map(repr, PATTERNS))}. "
                 f"Received: pattern={self.pattern!r}. "
                 f"{nearest(str(self.pattern), list(PATTERNS))}"
             )
-        d = self.off_diagonals
-        if not isinstance(d, int) or isinstance(d, bool) or d < 0:
-            raise ValueError(
-                "`off_diagonals` must be an integer, 0 or more. "
-                f"Received: off_diagonals={d!r}"
-            )
+        check_whole_number("off_diagonals", self.off_diagonals, 0)
+        check_whole_number("seed", self.seed, 0)
 
     @property
     def suggested_learning_rate(self) -> float:  # type: ignore[override]
         return 5e-2 if self.pattern == "plain" else 5e-3
 
-    def check(self, shape: tuple[int, int]) -> None:
+    def check(self, shape: Shape) -> None:
         if self._width() >= min(shape):
             raise ValueError(
                 f"`off_diagonals` must be less than min(in, out) = "
                 f"{min(shape)}. Received: off_diagonals={self.off_diagonals}"
             )
 
-    def needs(self, shape: tuple[int, int]) -> Needs:
+    def needs(self, shape: Shape) -> Needs:
         if self._pattern(shape) == "top_k":  # both sides, to align them
             return Needs("top", min(shape))
         return Needs("small_side")
 
-    def weights(self, shape: tuple[int, int]) -> list[Weight]:
+    def weights(self, shape: Shape) -> list[Weight]:
         n, d = min(shape), self._width()
         count = n * (2 * d + 1) - d * (d + 1)
         found = [
@@ -134,10 +141,10 @@ class SVFT(Method):
 
     def initial_values(
         self,
-        matrix: Any,
+        matrix: Tensor,
         factors: Factors | None,
         random: np.random.RandomState,
-    ) -> dict[str, Any]:
+    ) -> dict[str, Tensor]:
         assert factors is not None
         rows, columns = shape = tuple(matrix.shape)
         s, n = factors.s, min(shape)
@@ -159,17 +166,17 @@ class SVFT(Method):
             _say_once_that_top_k_is_banded()
         return values
 
-    def call(self, weights: Any, base: LinearMap) -> Any:
+    def call(self, weights: Weights, base: LinearMap) -> Tensor:
         rows, columns = weights.shape
         return self._product(weights, base, columns <= rows, False)
 
-    def reverse(self, weights: Any, base: ReverseMap) -> Any:
+    def reverse(self, weights: Weights, base: ReverseMap) -> Tensor:
         rows, columns = weights.shape
         return self._product(weights, base, columns > rows, True)
 
     def _product(
-        self, weights: Any, base: LinearMap, after: bool, transposed: bool
-    ) -> Any:
+        self, weights: Weights, base: LinearMap, after: bool, transposed: bool
+    ) -> Tensor:
         """With the basis on the side of the output, or of the input."""
         basis = weights.basis
         components = (
@@ -178,7 +185,7 @@ class SVFT(Method):
         change = self._change(weights, components, basis, transposed)
         return h + change if after else base.moved(change)
 
-    def merged(self, weights: Any, matrix: Any) -> Any:
+    def merged(self, weights: Weights, matrix: Tensor) -> Tensor:
         rows, columns = weights.shape
         basis = ops.cast(weights.basis, "float32")
         if columns <= rows:
@@ -187,7 +194,7 @@ class SVFT(Method):
         # The components of the identity are the basis itself.
         return matrix + ops.matmul(self._change(weights, basis, basis), matrix)
 
-    def core(self, weights: Any, s: np.ndarray) -> np.ndarray:
+    def core(self, weights: Weights, s: np.ndarray) -> np.ndarray:
         entries = ops.convert_to_numpy(weights.m).astype("float64")
         alive = ops.convert_to_numpy(weights.inverse_s) > 0.0
         if self.pattern == "plain":
@@ -208,11 +215,11 @@ class SVFT(Method):
 
     def _change(
         self,
-        weights: Any,
-        components: Any,
-        basis: Any,
+        weights: Weights,
+        components: Tensor,
+        basis: Tensor,
         transposed: bool = False,
-    ) -> Any:
+    ) -> Tensor:
         """components·N·basisᵀ for (tokens, n), N = M scaled by 1 / s; or Nᵀ."""
         rows, columns = weights.shape
         by_rows = columns <= rows
@@ -234,8 +241,12 @@ class SVFT(Method):
         return ops.matmul(mixed, ops.transpose(basis))
 
     def _banded(
-        self, weights: Any, components: Any, by_rows: bool, transposed: bool
-    ) -> Any:
+        self,
+        weights: Weights,
+        components: Tensor,
+        by_rows: bool,
+        transposed: bool,
+    ) -> Tensor:
         """components·N for banded N, its entries m scaled by 1 / s; or Nᵀ."""
         n, d = weights.basis.shape[0], self._width()
         inverse_s = ops.convert_to_tensor(weights.inverse_s)
@@ -253,7 +264,7 @@ class SVFT(Method):
     def _width(self) -> int:
         return 0 if self.pattern == "plain" else self.off_diagonals
 
-    def _pattern(self, shape: tuple[int, int]) -> str:
+    def _pattern(self, shape: Shape) -> str:
         """The pattern for W (in, out): top_k needs a square one."""
         square = shape[0] == shape[1]
         return (

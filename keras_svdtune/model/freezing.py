@@ -1,19 +1,31 @@
 """What trains: only the adapters, until the model is given back.
 
-`model.trainable = False` will not do. A later `model.trainable = True` would
-thaw the base, and a frozen BatchNormalization computes something else. So
-each variable is moved, within its layer, from the list of trainables to that
-of non-trainables, where the `trainable` setter does not reach it. The order
-of `layer.weights`, which weights files rely on, stays the same.
+`model.trainable = False` will not do: a later `model.trainable = True` would
+thaw the base. So each variable is moved, within its layer, from the list of
+trainables to that of non-trainables, where the `trainable` setter does not
+reach it. The order of `layer.weights`, which weights files rely on, stays.
+
+BatchNormalization is frozen too, as Keras' LoRA freezes it: in training it
+computes by its moving statistics, which stay. Few small batches make poor
+statistics, and what moves them is no adapter. `layer.trainable = True` thaws
+one of them.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import keras
 
+from keras_svdtune.runtime.keras_internals import (
+    layers_in,
+    move_variable,
+    own_trainables,
+    own_variables,
+    set_own_trainable_flag,
+)
+from keras_svdtune.runtime.types import Layer, Model, Variable
 
-def freeze(model: keras.Model) -> Callable[[], None]:
+
+def freeze(model: Model) -> Callable[[], None]:
     """Freezes every variable of `model`, biases and all.
 
     Args:
@@ -23,43 +35,37 @@ def freeze(model: keras.Model) -> Callable[[], None]:
     Returns:
         A function that puts everything back as it was.
     """
-    was_trainable = model._trainable
-    moved: list[tuple[keras.layers.Layer, list[Any]]] = []
-    flags: dict[int, tuple[Any, bool]] = {}
-    for layer in model._flatten_layers():
-        variables = list(layer._trainable_variables)
+    layers_before: list[tuple[Layer, bool]] = []
+    moved: list[tuple[Layer, list[Variable]]] = []
+    flags: dict[int, tuple[Variable, bool]] = {}
+    for layer in layers_in(model):
+        variables = own_trainables(layer)
         for variable in variables:
             flags.setdefault(id(variable), (variable, variable.trainable))
         moved.append((layer, variables))
         freeze_own_variables(layer)
-    model._trainable = True
+        if isinstance(layer, keras.layers.BatchNormalization):
+            before = set_own_trainable_flag(layer, False)
+            layers_before.append((layer, before))
+    layers_before.append((model, set_own_trainable_flag(model, True)))
 
     def restore() -> None:
-        model._trainable = was_trainable
+        for layer, flag in layers_before:
+            set_own_trainable_flag(layer, flag)
         for layer, variables in moved:
             # Of those that it still has: Keras' `quantize` replaces kernels.
-            held = {id(v) for v in layer._non_trainable_variables}
+            held = {id(v) for v in own_variables(layer)}
             for variable in variables:
                 if id(variable) in held:
-                    _move(layer, variable, "trainable_variables")
+                    move_variable(layer, variable, trainable=True)
         for variable, trainable in flags.values():
             variable.trainable = trainable
 
     return restore
 
 
-def freeze_own_variables(layer: keras.layers.Layer) -> None:
+def freeze_own_variables(layer: Layer) -> None:
     """Freezes a layer's own variables, not those of its sublayers."""
-    for variable in reversed(list(layer._trainable_variables)):
+    for variable in reversed(own_trainables(layer)):
         variable.trainable = False
-        _move(layer, variable, "non_trainable_variables")
-
-
-def _move(layer: keras.layers.Layer, variable: Any, store: str) -> None:
-    """Moves a variable to the front (frozen) or the end (trainable)."""
-    tracker = layer._tracker
-    tracker.untrack(variable)
-    variables = tracker.config[store][1]
-    position = 0 if store == "non_trainable_variables" else len(variables)
-    variables.insert(position, variable)
-    tracker.stored_ids[store].add(id(variable))
+        move_variable(layer, variable, trainable=False)

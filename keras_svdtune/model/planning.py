@@ -11,107 +11,118 @@ find vectors of another sign, or turned.
 import functools
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import NoReturn, TypeVar
 
-from keras_svdtune.adapter.plan import Plan, known_plan, started
-from keras_svdtune.hosts import attach
-from keras_svdtune.hosts.host import host_matrix_of
+from keras_svdtune.adapter.plan import (
+    AdapterPlan,
+    Values,
+    first_values,
+    plan_from,
+)
+from keras_svdtune.hosts.attach import place_values
 from keras_svdtune.hosts.replace_base import kernel_maker
+from keras_svdtune.hosts.target import Target
 from keras_svdtune.methods.base import Method
-from keras_svdtune.runtime import processes
 from keras_svdtune.runtime.parallel import run_all
 from keras_svdtune.runtime.precision import on_host
+from keras_svdtune.runtime.processes import processes, shared
+from keras_svdtune.runtime.types import Array
 
-Values = dict[str, Any]
 T = TypeVar("T")
 
 
-def plan_layers(
+def plan_adapters(
     what: str,
-    layers: dict[str, Any],
+    targets: dict[str, Target],
     methods: dict[str, Method],
     known: dict[str, Values] | None = None,
-) -> dict[str, Plan]:
-    """An adapter for each layer, ready to attach; touches nothing.
+) -> dict[str, AdapterPlan]:
+    """An adapter for each target, ready to attach; touches nothing.
 
     Args:
         what: str, what is done, before the progress bar.
-        layers: by path.
+        targets: by path.
         methods: the method of each.
         known: first values that are known, such as those of a file, by path
-            and name. A layer of which all are known is not decomposed.
+            and name. A matrix of which all are known is not decomposed.
 
     Raises:
         Whatever a decomposition raises; with several processes, in all.
     """
-    known = known or {path: {} for path in layers}
-    _, count = processes.processes()
+    known = known or {path: {} for path in targets}
+    _, count = processes()
     if count > 1:
-        return _on_all_processes(what, layers, methods, known)
+        return _on_all_processes(what, targets, methods, known)
     jobs = {
         path: functools.partial(
-            _plan, path, layer, methods[path], known[path], None
+            _planned, path, target, methods[path], known[path]
         )
-        for path, layer in layers.items()
+        for path, target in targets.items()
     }
     return run_all(what, jobs)
 
 
-def _plan(
-    path: str, layer: Any, method: Method, known: Values, found: Any
-) -> Plan:
-    """The plan of one layer, from what was found of it, if anything was."""
-    if found is None:
-        matrix = host_matrix_of(layer)
-        found = _start(path, layer, method, known, matrix)
-    else:
-        *found, matrix = found
-    method, values = found
-    maker = kernel_maker(layer, method.base_mode)
-    place = functools.partial(attach.place_values, layer)
-    if set(known) >= set(values):
-        return known_plan(method, matrix, dict(known), maker, place)
-    ready = known_plan(method, matrix, values, maker, place)
-    ready.values.update(known)
-    return ready
+def _planned(
+    path: str, target: Target, method: Method, known: Values
+) -> AdapterPlan:
+    matrix = target.host_matrix()
+    found = _found(path, target, method, known, matrix)
+    return _finished(target, *found, known, matrix)
 
 
-def _start(
-    path: str, layer: Any, method: Method, known: Values, matrix: Any
+def _found(
+    path: str, target: Target, method: Method, known: Values, matrix: Array
 ) -> tuple[Method, Values]:
-    computed = {
-        w.name
-        for w in method.weights(tuple(matrix.shape[-2:]))
-        if not w.overwritten
-    }
-    if known and computed <= set(known):
-        return method, {}  # nothing to decompose
-    return started(method, matrix, path, kernel_maker(layer, method.base_mode))
+    """The expensive part: the method, resolved, and its first values."""
+    if known:
+        weights = method.weights(target.view.shape)
+        if {w.name for w in weights if not w.overwritten} <= set(known):
+            return method, {}  # nothing to decompose
+    return first_values(method, matrix, path, kernel_maker(target, method))
+
+
+def _finished(
+    target: Target,
+    method: Method,
+    values: Values,
+    known: Values,
+    matrix: Array,
+) -> AdapterPlan:
+    make_kernel = kernel_maker(target, method)
+    place = functools.partial(place_values, target)
+    if set(known) >= set(values):
+        return plan_from(method, matrix, dict(known), make_kernel, place)
+    plan = plan_from(method, matrix, values, make_kernel, place)
+    plan.values.update(known)
+    return plan
 
 
 def _on_all_processes(
     what: str,
-    layers: dict[str, Any],
+    targets: dict[str, Target],
     methods: dict[str, Method],
     known: dict[str, Values],
-) -> dict[str, Plan]:
-    index, count = processes.processes()
+) -> dict[str, AdapterPlan]:
+    index, count = processes()
     workers = (os.cpu_count() or 1) if on_host() else 1
     # Hosts may differ, and must not in how they go through the layers.
-    width = count * processes.shared(0, lambda: workers)
-    paths = list(layers)
-    plans: dict[str, Plan] = {}
+    width = count * shared(0, lambda: workers)
+    paths = list(targets)
+    plans: dict[str, AdapterPlan] = {}
     for start in range(0, len(paths), width):
         group = paths[start : start + width]
         owner = {path: i % count for i, path in enumerate(group)}
         # Each kernel in turn: all processes bring it to the hosts together.
-        matrices = {path: host_matrix_of(layers[path]) for path in group}
+        matrices = {path: targets[path].host_matrix() for path in group}
         jobs = {
             path: functools.partial(
                 _attempt,
                 functools.partial(
-                    _start,
-                    *(path, layers[path], methods[path], known[path]),
+                    _found,
+                    path,
+                    targets[path],
+                    methods[path],
+                    known[path],
                     matrices[path],
                 ),
             )
@@ -120,15 +131,16 @@ def _on_all_processes(
         }
         outcomes = run_all(f"{what} {start + 1} to {start + len(group)}", jobs)
         for path in group:
-            found = processes.shared(owner[path], outcomes.get(path, dict))
-            plans[path] = _plan(
-                path,
-                layers[path],
-                methods[path],
-                known[path],
-                (*found, matrices.pop(path)),
+            make = outcomes.get(path, _of_another_process)
+            method, values = shared(owner[path], make)
+            plans[path] = _finished(
+                targets[path], method, values, known[path], matrices.pop(path)
             )
     return plans
+
+
+def _of_another_process() -> NoReturn:
+    raise AssertionError("`shared` calls this in the owner only")
 
 
 def _attempt(job: Callable[[], T]) -> Callable[[], T]:
@@ -140,5 +152,5 @@ def _attempt(job: Callable[[], T]) -> Callable[[], T]:
     return lambda: outcome
 
 
-def _raise(error: Exception) -> Any:
+def _raise(error: Exception) -> NoReturn:
     raise error

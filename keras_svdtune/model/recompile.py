@@ -13,17 +13,17 @@ from typing import Any
 
 import keras
 
-from keras_svdtune.runtime.placement import follow, undistributed
-
-_FUNCTIONS = (
-    *("train_function", "test_function"),
-    *("predict_function", "generate_function"),
+from keras_svdtune.runtime.keras_internals import (
+    COMPILED_FUNCTIONS,
+    copy_decay_exclusions,
+    layers_in,
+    optimizer_config,
 )
+from keras_svdtune.runtime.placement import follow, undistributed
+from keras_svdtune.runtime.types import Layer, Model
 
 
-def prepare_reset(
-    layers: Iterable[keras.layers.Layer],
-) -> Callable[[], None]:
+def prepare_reset(layers: Iterable[Layer]) -> Callable[[], None]:
     """Finds every live model that holds one of `layers`.
 
     To be called before these change, since it may raise: an optimizer that has
@@ -37,15 +37,15 @@ def prepare_reset(
         ValueError: an optimizer cannot be made again from its config.
     """
     changed = {id(layer) for layer in layers}
-    found: list[tuple[keras.Model, Any]] = []
+    found: list[tuple[Model, Any]] = []
     for model in _live_models():
         try:
-            layers = list(model._flatten_layers())
+            inside = layers_in(model)
         except AttributeError:
             # Its constructor raised, or has not come to Layer's yet: it holds
             # no layers and has compiled nothing.
             continue
-        if not any(id(layer) in changed for layer in layers):
+        if not any(id(layer) in changed for layer in inside):
             continue
         optimizer = getattr(model, "optimizer", None)
         if optimizer is not None and optimizer.built:
@@ -55,7 +55,7 @@ def prepare_reset(
 
     def reset() -> None:
         for model, optimizer in found:
-            for name in _FUNCTIONS:
+            for name in COMPILED_FUNCTIONS:
                 if getattr(model, name, None) is not None:
                     setattr(model, name, None)
             if optimizer is not None:
@@ -64,7 +64,7 @@ def prepare_reset(
     return reset
 
 
-def _fresh(optimizer: Any, model: keras.Model) -> Any:
+def _fresh(optimizer: Any, model: Model) -> Any:
     """The optimizer as it was before it was built."""
     try:
         with undistributed():
@@ -92,28 +92,12 @@ def _again(optimizer: Any) -> Any:
             dynamic_growth_steps=optimizer.dynamic_growth_steps,
             name=optimizer.name,
         )
-    # A schedule, or a function: kept as it is, since a config of it need not
-    # exist.
-    rate = optimizer._learning_rate
-    scheduled = callable(rate) and not isinstance(rate, keras.Variable)
-    if scheduled:
-        optimizer._learning_rate = None
-    try:
-        config = optimizer.get_config()
-    finally:
-        optimizer._learning_rate = rate
-    if scheduled:
-        config["learning_rate"] = rate
-    fresh = type(optimizer).from_config(config)
-    # What `exclude_from_weight_decay` was told is in no config.
-    for name in ("", "_pattern"):
-        name = f"_exclude_from_weight_decay{name}"
-        if hasattr(optimizer, name):
-            setattr(fresh, name, getattr(optimizer, name))
+    fresh = type(optimizer).from_config(optimizer_config(optimizer))
+    copy_decay_exclusions(optimizer, fresh)
     return fresh
 
 
-def _live_models() -> list[keras.Model]:
+def _live_models() -> list[Model]:
     # type() and not isinstance(): the latter asks an object for __class__,
     # and a lazy proxy among all live objects would import its module. There
     # are far fewer types than objects.

@@ -1,22 +1,74 @@
-"""Which layers to adapt."""
+"""Which matrices of a model to adapt: found once, as `Target`s."""
 
+import dataclasses
 import re
 import warnings
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
-import keras
-
-from keras_svdtune.hosts.direct_kernels import adapted_kernels, raw_kernels
+from keras_svdtune.hosts.attach import adapted_targets_of, plain_targets
 from keras_svdtune.hosts.embeddings import untied
-from keras_svdtune.hosts.host import HOSTS, AdapterHost, view_of
+from keras_svdtune.hosts.host import AdapterHost
+from keras_svdtune.hosts.target import Target
 from keras_svdtune.methods.base import nearest
+from keras_svdtune.runtime.keras_internals import layers_in
+from keras_svdtune.runtime.types import Layer, Model
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrices:
+    """The matrices of a model.
+
+    Attributes:
+        targets: by path, in the model's order.
+        not_matrices: layers of a kind that is adapted, but whose kernel is no
+            matrix, by path: their name and why.
+    """
+
+    targets: dict[str, Target]
+    not_matrices: dict[str, tuple[str, str]]
+
+
+def matrices_in(model: Model, adapted: bool = False) -> Matrices:
+    """Every matrix of a built model that can have an adapter.
+
+    Args:
+        model: a `keras.Model`.
+        adapted: whether to count those that have one already.
+    """
+    targets, problems = [], {}
+    for layer in layers_in(model):
+        if not layer.built:
+            continue
+        if adapted:
+            targets += adapted_targets_of(layer)
+        if isinstance(layer, AdapterHost):
+            continue
+        try:
+            targets += plain_targets(layer)
+        except ValueError as error:
+            problems[layer.path or layer.name] = (layer.name, str(error))
+    return Matrices(_by_path(targets), problems)
+
+
+def adapted_targets(model: Model) -> dict[str, Target]:
+    """The matrices of `model` that have an adapter, by path."""
+    return _by_path(
+        target
+        for layer in layers_in(model)
+        if layer.built
+        for target in adapted_targets_of(layer)
+    )
 
 
 def find_targets(
-    model: keras.Model, target_layer_names: Iterable[str] | None = None
-) -> dict[str, keras.layers.Layer]:
-    """The layers to adapt, by path.
+    model: Model,
+    target_layer_names: Iterable[str] | None = None,
+    adapted: bool = False,
+) -> dict[str, Target]:
+    """The matrices to adapt, by path.
 
     Args:
         model: a built `keras.Model`.
@@ -24,30 +76,16 @@ def find_targets(
             and every bank of experts; or names of layers (`"query"`), or
             regular expressions that match a whole layer path
             (`".*attention/(query|value)"`). Embeddings only where named.
+        adapted: whether to count those that have an adapter already.
 
     Returns:
-        dict from layer path to layer, in the model's order. A layer that the
-        model calls at several places is in it once.
+        dict from layer path to `Target`, in the model's order. A layer that
+        the model calls at several places is in it once.
 
     Raises:
         ValueError: a name or expression matches nothing, or a layer that it
             matches cannot be adapted.
     """
-    return _chosen(model, target_layer_names, _candidates(model))
-
-
-def find_matrices(
-    model: keras.Model, target_layer_names: Iterable[str] | None = None
-) -> dict[str, Any]:
-    """The same, with those among them that have an adapter already."""
-    return _chosen(model, target_layer_names, _candidates(model, True))
-
-
-def _chosen(
-    model: keras.Model,
-    target_layer_names: Iterable[str] | None,
-    candidates: dict[str, Any],
-) -> dict[str, Any]:
     if not model.built:
         raise ValueError(
             f"Model '{model.name}' is not built yet, so it has no kernels. "
@@ -58,28 +96,27 @@ def _chosen(
             "`target_layer_names` must be a list of strings. Received the "
             f"string {target_layer_names!r}; write [{target_layer_names!r}]."
         )
-    if not candidates:
+    found = matrices_in(model, adapted)
+    if not found.targets and not found.not_matrices:
         raise ValueError(
             f"Model '{model.name}' has no Dense, EinsumDense or convolution "
             "that is built and not yet adapted."
         )
     if target_layer_names is None:
-        return _by_default(model.name, candidates)
-    targets = {
-        path
-        for wanted in target_layer_names
-        for path in _matching(wanted, candidates)
+        return _by_default(model.name, found)
+    names = {path: target.name for path, target in found.targets.items()}
+    names |= {path: name for path, (name, _) in found.not_matrices.items()}
+    wanted = {
+        path for name in target_layer_names for path in _matching(name, names)
     }
-    if not targets:
+    if not wanted:
         raise ValueError("`target_layer_names` is empty. Received: []")
-    chosen = {p: x for p, x in candidates.items() if p in targets}
-    for path, layer in chosen.items():
-        try:
-            view_of(layer)
-        except ValueError as error:
-            raise ValueError(f"Layer '{path}': {error}") from None
-    for path, layer in chosen.items():
-        if untied(layer):
+    for path, (_, problem) in found.not_matrices.items():
+        if path in wanted:
+            raise ValueError(f"Layer '{path}': {problem}")
+    chosen = {p: x for p, x in found.targets.items() if p in wanted}
+    for path, target in chosen.items():
+        if untied(target.owner):
             warnings.warn(
                 f"The reverse projection of '{path}' is a matrix of its own "
                 "(its weights are not tied), which is not adapted.",
@@ -88,71 +125,39 @@ def _chosen(
     return chosen
 
 
-def adapted_layers(model: keras.Model) -> dict[str, Any]:
-    """The built layers and raw kernels of `model` with an adapter, by path."""
-    return layers_by_path(
-        target
-        for layer in all_layers(model)
-        if layer.built
-        for target in (
-            [layer]
-            if isinstance(layer, AdapterHost)
-            else adapted_kernels(layer)
-        )
-    )
-
-
-def loadable_layers(model: keras.Model) -> dict[str, Any]:
-    """All that has a path: every layer, and the targets by their own.
-
-    A target may have the path of a layer around it: then it has it here.
-    """
-    return layers_by_path(all_layers(model)) | _candidates(model)
-
-
-def _candidates(model: keras.Model, adapted: bool = False) -> dict[str, Any]:
-    return layers_by_path(
-        target
-        for layer in all_layers(model)
-        if layer.built
-        for target in _targets_in(layer, adapted)
-    )
-
-
-def _targets_in(layer: Any, adapted: bool) -> list[Any]:
-    if type(layer) in HOSTS or (adapted and isinstance(layer, AdapterHost)):
-        return [layer]
-    return list(raw_kernels(layer))
-
-
-def all_layers(model: keras.Model) -> Iterator[Any]:
-    """The model and its layers in order, each once."""
-    seen: set[int] = set()
-    # Keras' own `_flatten_layers` goes through siblings backwards.
-    stack = [model]
-    while stack:
-        layer = stack.pop()
-        if id(layer) not in seen:
-            seen.add(id(layer))
-            yield layer
-            stack.extend(reversed(layer._layers))
-
-
-def layers_by_path(layers: Iterable[Any]) -> dict[str, Any]:
+def layers_by_path(layers: Iterable[Layer]) -> dict[str, Layer]:
     """Layers by path; a path that occurs again gets `#1`, `#2`, ..."""
-    found: dict[str, Any] = {}
-    for layer in layers:
-        path = stem = layer.path or layer.name
+    return _numbered(layers, lambda layer: layer.path or layer.name)
+
+
+def _by_path(targets: Iterable[Target]) -> dict[str, Target]:
+    found = _numbered(targets, lambda x: re.sub(r"#\d+$", "", x.path))
+    return {
+        path: x if x.path == path else dataclasses.replace(x, path=path)
+        for path, x in found.items()
+    }
+
+
+def _numbered(items: Iterable[T], path_of: Callable[[T], str]) -> dict[str, T]:
+    found: dict[str, T] = {}
+    for item in items:
+        path = stem = path_of(item)
         count = 0
         while path in found:
             count += 1
             path = f"{stem}#{count}"
-        found[path] = layer
+        found[path] = item
     return found
 
 
-def _matching(wanted: str, candidates: dict[str, Any]) -> list[str]:
-    by_name = [p for p, layer in candidates.items() if layer.name == wanted]
+def _matching(wanted: str, names: dict[str, str]) -> list[str]:
+    """The paths that a name or a regular expression means.
+
+    Args:
+        wanted: str.
+        names: the name of each layer by its path.
+    """
+    by_name = [path for path, name in names.items() if name == wanted]
     if by_name:
         return by_name
     try:
@@ -162,29 +167,20 @@ def _matching(wanted: str, candidates: dict[str, Any]) -> list[str]:
             f"The target {wanted!r} is neither the name of a layer nor a "
             f"regular expression ({error})."
         ) from None
-    by_path = [p for p in candidates if pattern.fullmatch(p)]
+    by_path = [path for path in names if pattern.fullmatch(path)]
     if not by_path:
-        names = [layer.name for layer in candidates.values()]
         raise ValueError(
             f"The target {wanted!r} matches no layer: none with a kernel "
             "has this name, and as a regular expression it matches no whole "
-            f"path such as '{next(iter(candidates))}'. "
-            f"{nearest(wanted, sorted(set(names)) + list(candidates))}"
+            f"path such as '{next(iter(names))}'. "
+            f"{nearest(wanted, sorted(set(names.values())) + list(names))}"
         )
     return by_path
 
 
-def _by_default(name: str, candidates: dict[str, Any]) -> dict[str, Any]:
-    chosen, left_out = {}, []
-    for path, layer in candidates.items():
-        if not getattr(HOSTS.get(type(layer), layer), "by_default", True):
-            continue
-        try:
-            view_of(layer)
-        except ValueError:
-            left_out.append(path)
-        else:
-            chosen[path] = layer
+def _by_default(name: str, found: Matrices) -> dict[str, Target]:
+    chosen = {p: x for p, x in found.targets.items() if not x.is_embedding}
+    left_out = list(found.not_matrices)
     if not chosen:
         raise ValueError(
             f"Model '{name}' has nothing that is adapted by default: "

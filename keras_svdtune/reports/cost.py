@@ -4,25 +4,29 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-import keras
 import numpy as np
-import rich.console
 import rich.table
 
-from keras_svdtune.hosts import attach
-from keras_svdtune.hosts.host import host_matrix_of
-from keras_svdtune.matrix import decompose, factors
+from keras_svdtune.hosts.target import Target
+from keras_svdtune.matrix.decompose import computed, decompose
+from keras_svdtune.matrix.factors import Needs, rank_of_energy
 from keras_svdtune.methods.base import Method
-from keras_svdtune.model.enable import (
+from keras_svdtune.methods.low_rank import RankedMethod
+from keras_svdtune.methods.replaced_base import ReplacesBase
+from keras_svdtune.model.checks import checked_method, targets_for
+from keras_svdtune.model.state import (
     adapted_part,
-    checked_method,
     enabled_method,
     require_adapted,
-    targets_for,
 )
+from keras_svdtune.reports.table import (
+    PrintsTable,
+    grouped_table,
+    number_range,
+)
+from keras_svdtune.runtime.types import Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +47,11 @@ class LayerCost:
     trainable: int
     frozen: int
     bytes: int
-    rank: int | None = None
+    rank: int | float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
+class Cost(PrintsTable):
     """What a method adds to a model. `print()` shows it as a table.
 
     Attributes:
@@ -78,14 +82,10 @@ class Cost:
         """Bytes of both."""
         return sum(x.bytes for x in self.layers)
 
-    def print(self, console: rich.console.Console | None = None) -> None:
-        """Prints the table, layers of equal name and shape in one row."""
-        (console or rich.console.Console()).print(self.table())
-
     def table(self) -> rich.table.Table:
         """The table, for `rich`."""
         seconds = self.decomposition_seconds
-        table = rich.table.Table(
+        return grouped_table(
             title=f"{self.method}",
             caption=(
                 f"{self.trainable / max(self.model_parameters, 1):.4%} of "
@@ -93,49 +93,24 @@ class Cost:
                 f"learning rate: {self.method.suggested_learning_rate:g}"
                 + (f". Enabling takes about {seconds:.1f} s" if seconds else "")
             ),
-            title_style="bold",
-            show_footer=True,
+            layers=self.layers,
+            columns=("rank", "trainable", "extra frozen", "MiB"),
+            cells=_cells,
+            footer=("", *_cells(self.layers)[1:]),
+            highlight="trainable",
         )
-        table.add_column("layer", "total", style="cyan", overflow="fold")
-        for name, footer in (
-            ("matrix", ""),
-            ("layers", f"{len(self.layers):,}"),
-            ("rank", ""),
-            ("trainable", f"{self.trainable:,}"),
-            ("extra frozen", f"{self.frozen:,}"),
-            ("MiB", f"{self.bytes / 2**20:.2f}"),
-        ):
-            style = "bold green" if name == "trainable" else None
-            table.add_column(name, footer, justify="right", style=style)
-        for (name, shape), group in self._groups().items():
-            table.add_row(
-                name,
-                f"{shape[0]} x {shape[1]}",
-                f"{len(group):,}",
-                _range([x.rank for x in group]),
-                f"{sum(x.trainable for x in group):,}",
-                f"{sum(x.frozen for x in group):,}",
-                f"{sum(x.bytes for x in group) / 2**20:.2f}",
-            )
-        return table
-
-    def _groups(self) -> dict[tuple[str, tuple[int, int]], list[LayerCost]]:
-        groups: dict[tuple[str, tuple[int, int]], list[LayerCost]] = {}
-        for layer in self.layers:
-            name = layer.path.rsplit("/", 1)[-1]
-            groups.setdefault((name, layer.matrix), []).append(layer)
-        return groups
 
 
-def _range(ranks: list[int | None]) -> str:
-    known = [rank for rank in ranks if rank is not None]
-    if not known:
-        return ""
-    low, high = min(known), max(known)
-    return f"{low}" if low == high else f"{low}-{high}"
+def _cells(layers: Sequence[LayerCost]) -> tuple[str, str, str, str]:
+    return (
+        number_range(x.rank for x in layers),
+        f"{sum(x.trainable for x in layers):,}",
+        f"{sum(x.frozen for x in layers):,}",
+        f"{sum(x.bytes for x in layers) / 2**20:.2f}",
+    )
 
 
-def adapter_summary(model: keras.Model) -> Cost:
+def adapter_summary(model: Model) -> Cost:
     """Prints what the enabled adapter adds to `model`, and returns it.
 
     Args:
@@ -152,20 +127,19 @@ def adapter_summary(model: keras.Model) -> Cost:
     return cost
 
 
-def cost_of(model: keras.Model) -> Cost:
+def cost_of(model: Model) -> Cost:
     """What `adapter_summary` prints."""
     root = adapted_part(model)
-    layers = require_adapted(root)
     costs = tuple(
-        _cost(path, layer.adapter.method, layer)
-        for path, layer in layers.items()
+        _cost(path, target.adapted.method, target)
+        for path, target in require_adapted(root).items()
     )
     extra = sum(x.trainable + x.frozen for x in costs)
     return Cost(enabled_method(root), costs, root.count_params() - extra)
 
 
 def estimate(
-    model: keras.Model,
+    model: Model,
     method: Method,
     target_layer_names: Iterable[str] | None = None,
 ) -> Cost:
@@ -191,37 +165,36 @@ def estimate(
     """
     root = adapted_part(model)
     method = checked_method(method)
-    layers = targets_for(root, method, target_layer_names)
+    targets = targets_for(root, method, target_layer_names)
     costs = tuple(
         _cost(path, _with_rank(method, x, path), x)
-        for path, x in layers.items()
+        for path, x in targets.items()
     )
     work = sum(
-        _operations(method, x.shape) * math.prod(x.batch)
-        for x in map(attach.view_of, layers.values())
+        _operations(method, x.view.shape) * math.prod(x.view.batch)
+        for x in targets.values()
     )
     seconds = work * _seconds_per_operation() if work else None
     return Cost(method, costs, root.count_params(), seconds)
 
 
-def _cost(path: str, method: Method, layer: Any) -> LayerCost:
-    view = attach.view_of(layer)
-    shape = view.shape
+def _cost(path: str, method: Method, target: Target) -> LayerCost:
+    view = target.view
     weights = [
         (
             math.prod(view.batch + w.shape),
             w.trainable,
-            w.dtype or layer.variable_dtype,
+            w.dtype or target.owner.variable_dtype,
         )
-        for w in method.weights(shape)
+        for w in method.weights(view.shape)
     ]
     return LayerCost(
         path,
-        shape,
+        view.shape,
         sum(n for n, trainable, _ in weights if trainable),
         sum(n for n, trainable, _ in weights if not trainable),
         sum(n * _bytes_of(dtype) for n, _, dtype in weights),
-        rank=method.current_rank(getattr(layer, "adapter", None)),
+        rank=method.current_rank(target.adapter),
     )
 
 
@@ -229,24 +202,23 @@ def _bytes_of(dtype: str) -> int:
     return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
 
 
-def _with_rank(method: Method, layer: Any, path: str) -> Method:
+def _with_rank(method: Method, target: Target, path: str) -> Method:
     """`method` with an integer rank for this layer, if its rank is energy."""
-    energy = getattr(method, "rank", None)
-    if not isinstance(energy, float):
+    if not isinstance(method, RankedMethod) or isinstance(method.rank, int):
         return method
-    matrix = host_matrix_of(layer)
-    needs = method.needs(tuple(matrix.shape[-2:]))
+    matrix = target.host_matrix()
+    needs = method.needs(target.view.shape)
     assert needs is not None
     each = matrix if len(matrix.shape) == 3 else matrix[None]
     rank = max(
-        factors.rank_of_energy(
-            decompose.decompose(one, factors.Needs("small_side"), path).s,
-            energy,
+        rank_of_energy(
+            decompose(one, Needs("small_side"), path).s,
+            method.rank,
             needs.part,
         )
         for one in each
     )
-    return dataclasses.replace(method, rank=rank)  # type: ignore[call-arg]
+    return method.with_rank(rank)
 
 
 def _operations(method: Method, shape: tuple[int, int]) -> float:
@@ -254,7 +226,8 @@ def _operations(method: Method, shape: tuple[int, int]) -> float:
     n, needs = min(shape), method.needs(shape)
     if needs is None:
         return 0.0
-    times = getattr(method, "iterations", 1) if method.base_mode else 1
+    fitted = isinstance(method, ReplacesBase) and method.quantization
+    times = getattr(method, "iterations", 1) if fitted else 1
     # Of a few components the eigenvectors are not computed for all.
     cubes = 5.0 if needs.few_of(n) else 12.0
     return times * (2.0 * n * n * max(shape) + cubes * n**3)
@@ -263,10 +236,10 @@ def _operations(method: Method, shape: tuple[int, int]) -> float:
 @functools.cache
 def _seconds_per_operation(n: int = 512) -> float:
     """Times one small decomposition on this machine, once."""
-    needs = factors.Needs("small_side")
+    needs = Needs("small_side")
     matrix = np.random.default_rng(0).standard_normal((n, n), "float32")
     # Not `decompose`, which would read the second from disk.
-    decompose.computed(matrix, needs)  # warm up: threads, compilation on a GPU
+    computed(matrix, needs)  # warm up: threads, compilation on a GPU
     start = time.perf_counter()
-    decompose.computed(matrix, needs)
+    computed(matrix, needs)
     return (time.perf_counter() - start) / (14.0 * n**3)

@@ -4,13 +4,13 @@ import importlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import keras
 import numpy as np
 
-from keras_svdtune.matrix import factors
+from keras_svdtune.matrix.factors import rank_of_energy
 from keras_svdtune.methods.base import Method
-from keras_svdtune.model.enable import checked_method
+from keras_svdtune.model.checks import checked_method
 from keras_svdtune.reports.spectrum import LayerSpectrum, Spectrum, spectrum
+from keras_svdtune.runtime.types import Model
 
 # More kinds than this share one panel.
 _PANELS = 12
@@ -21,7 +21,7 @@ _METHODS = ("#D55E00", "#0072B2", "#CC79A7", "#E69F00", "#56B4E9", "#009E73")
 
 
 def plot_spectrum(
-    model: keras.Model | Spectrum,
+    model: Model | Spectrum,
     methods: Iterable[Method] = (),
     target_layer_names: Iterable[str] | None = None,
 ) -> Any:
@@ -186,7 +186,7 @@ def trained_span(layer: LayerSpectrum, method: Method) -> tuple[int, int]:
         return 1, n
     rank = needs.rank
     if isinstance(rank, float):
-        rank = factors.rank_of_energy(layer.s, rank, needs.part)
+        rank = rank_of_energy(layer.s, rank, needs.part)
     assert rank is not None
     rank = min(rank, n)
     return (1, rank) if needs.part == "top" else (n - rank + 1, n)
@@ -231,5 +231,5 @@ def _legend(figure: Any, axis: Any, methods: Sequence[Method]) -> None:
 
 
 def _label(method: Method) -> str:
-    rank = getattr(method, "rank", None)
+    rank = method.current_rank(None)
     return method.title if rank is None else f"{method.title}, rank {rank}"

@@ -3,18 +3,18 @@ quantization."""
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
-import keras
-import rich.console
 import rich.table
 
 from keras_svdtune.methods.base import Method
-from keras_svdtune.model.enable import (
+from keras_svdtune.model.state import (
     adapted_part,
     enabled_method,
     require_adapted,
 )
+from keras_svdtune.reports.table import PrintsTable, grouped_table
+from keras_svdtune.runtime.types import Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class LayerQuantization:
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizationError:
+class QuantizationError(PrintsTable):
     """The quantization error of a model. `print()` shows it as a table.
 
     Attributes:
@@ -58,46 +58,24 @@ class QuantizationError:
         """1 - error / plain, of all layers as one."""
         return _reduction(self.layers)
 
-    def print(self, console: rich.console.Console | None = None) -> None:
-        """Prints the table, layers of equal name and shape in one row."""
-        (console or rich.console.Console()).print(self.table())
-
     def table(self) -> rich.table.Table:
         """The table, for `rich`."""
-        table = rich.table.Table(
+        return grouped_table(
             title=f"{self.method}: quantization error",
             caption=(
                 "‖W - W̃‖ / ‖W‖ in the Frobenius norm, W the float kernel: W̃ "
                 "quantized as it is (plain), and as the model had it after "
                 "enabling (error)."
             ),
-            title_style="bold",
-            show_footer=True,
+            layers=self.layers,
+            columns=("plain", "error", "reduction"),
+            cells=_cells,
+            footer=_cells(self.layers),
+            highlight="reduction",
         )
-        table.add_column("layer", "total", style="cyan", overflow="fold")
-        table.add_column("matrix", "", justify="right")
-        footers = (f"{len(self.layers):,}", *_row(self.layers))
-        for name, footer in zip(
-            ("layers", "plain", "error", "reduction"), footers, strict=True
-        ):
-            style = "bold green" if name == "reduction" else None
-            table.add_column(name, footer, justify="right", style=style)
-        groups: dict[tuple[str, tuple[int, int]], list[LayerQuantization]] = {}
-        for layer in self.layers:
-            name = layer.path.rsplit("/", 1)[-1]
-            groups.setdefault((name, layer.matrix), []).append(layer)
-        for (name, shape), group in groups.items():
-            table.add_row(
-                name,
-                f"{shape[0]} x {shape[1]}",
-                f"{len(group):,}",
-                *_row(group),
-            )
-        return table
 
 
-def _row(layers: Iterable[LayerQuantization]) -> tuple[str, str, str]:
-    layers = list(layers)
+def _cells(layers: Sequence[LayerQuantization]) -> tuple[str, str, str]:
     norm = math.hypot(*(x.norm for x in layers)) or 1.0
     plain = math.hypot(*(x.plain for x in layers))
     error = math.hypot(*(x.error for x in layers))
@@ -108,15 +86,13 @@ def _row(layers: Iterable[LayerQuantization]) -> tuple[str, str, str]:
     )
 
 
-def _reduction(layers: Iterable[LayerQuantization]) -> float:
-    layers = list(layers)
+def _reduction(layers: Sequence[LayerQuantization]) -> float:
     plain = math.hypot(*(x.plain for x in layers))
-    return (
-        1.0 - math.hypot(*(x.error for x in layers)) / plain if plain else 0.0
-    )
+    error = math.hypot(*(x.error for x in layers))
+    return 1.0 - error / plain if plain else 0.0
 
 
-def quantization_error(model: keras.Model) -> QuantizationError:
+def quantization_error(model: Model) -> QuantizationError:
     """How much less error QPiSSA left than plain quantization would have.
 
     Both were measured when the adapter was enabled, while there was a float
@@ -148,20 +124,19 @@ def quantization_error(model: keras.Model) -> QuantizationError:
     Reference: Meng, Wang, Zhang 2024, https://arxiv.org/abs/2404.02948.
     """
     root = adapted_part(model)
-    layers = require_adapted(root)
     found = []
-    for path, layer in layers.items():
-        base = layer.adapter.replaced
-        if base is None or layer.adapter.method.base_mode is None:
+    for path, target in require_adapted(root).items():
+        adapter, base = target.adapted, target.adapted.replaced
+        if base is None or not base.norm:
             raise ValueError(
                 f"Layer '{path}' was not quantized for its adapter "
-                f"({layer.adapter.method}), so it has no quantization error of "
+                f"({adapter.method}), so it has no quantization error of "
                 'its own. Enable `PiSSA(rank, quantize="int4")`.'
             )
         found.append(
             LayerQuantization(
                 path,
-                layer.adapter.shape,
+                adapter.shape,
                 base.norm,
                 base.plain_error,
                 base.error,

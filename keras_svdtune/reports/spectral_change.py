@@ -15,16 +15,24 @@ eigenvectors are cosines with the singular vectors of the base.
 
 import contextlib
 import dataclasses
-from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_svdtune.matrix import decompose, factors, float64
-from keras_svdtune.reports.model_matrix import ModelMatrix
+from keras_svdtune.hosts.target import Target
+from keras_svdtune.matrix import float64
+from keras_svdtune.matrix.decompose import decompose, singular_values
+from keras_svdtune.matrix.factors import Needs
+from keras_svdtune.reports.matrices import (
+    base_matrix,
+    kernel_matrix,
+    merged_matrix,
+    weight_values,
+)
 from keras_svdtune.reports.spectrum import effective_rank
-from keras_svdtune.runtime import precision
+from keras_svdtune.runtime.precision import full_precision, on_host
+from keras_svdtune.runtime.types import Array, Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,41 +86,36 @@ class Base:
     basis: np.ndarray | None
 
 
-def base_of(matrix: ModelMatrix) -> Base:
+def base_of(target: Target) -> Base:
     """Decomposes W, or reads it from the cache."""
-    kernel = matrix.base()
-    assert matrix.method is not None
-    ones = np.ones(min(matrix.shape))
-    if matrix.method.core(matrix.weights(), ones) is not None:
-        s = decompose.singular_values(kernel, matrix.path)
+    w = base_matrix(target)
+    ones = np.ones(min(target.view.shape))
+    if target.adapted.method.core(weight_values(target), ones) is not None:
+        s = singular_values(w, target.path)
         return Base(s.astype("float64"), None)
-    found = decompose.decompose(
-        kernel, factors.Needs("small_side"), matrix.path
-    )
+    found = decompose(w, Needs("small_side"), target.path)
     basis = found.v if found.u is None else found.u
     return Base(found.s.astype("float64"), basis)
 
 
-def change_of(
-    matrix: ModelMatrix, base: Base, measures: Measures
-) -> SpectralChange:
+def change_of(target: Target, base: Base, measures: Measures) -> SpectralChange:
     """Compares a matrix as it is now with its base.
 
     Raises:
         ValueError: the adapter holds NaN or infinity.
     """
     with _precisely():
-        found = _compared(matrix, base)
+        found = _compared(target, base)
     new, update, vectors = found
     if not (np.isfinite(new).all() and np.isfinite(update).all()):
         raise ValueError(
-            f"The adapter of layer '{matrix.path}' holds NaN or infinity."
+            f"The adapter of layer '{target.path}' holds NaN or infinity."
         )
     norm = float(np.linalg.norm(base.s)) or 1.0
     energy = np.sort(update**2)[::-1]
     near = np.ones(0) if vectors is None else np.abs(vectors).max(axis=0)
     return SpectralChange(
-        matrix.path,
+        target.path,
         float(np.linalg.norm(np.sort(new)[::-1] - base.s)) / norm,
         effective_rank(update),
         float(energy[: measures.rank].sum() / (energy.sum() or 1.0)),
@@ -126,18 +129,17 @@ def change_of(
 _Found = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
 
-def _compared(matrix: ModelMatrix, base: Base) -> _Found:
-    assert matrix.method is not None
-    weights = matrix.weights()
-    core = matrix.method.core(weights, base.s)
+def _compared(target: Target, base: Base) -> _Found:
+    method, weights = target.adapted.method, weight_values(target)
+    core = method.core(weights, base.s)
     if core is not None:
-        return _from_core(core, base.s, matrix.shape)
-    if matrix.replaced:
-        return _from_dense(matrix, base)
-    kernel = matrix.kernel()
-    factors = matrix.method.low_rank_factors(weights, kernel)
+        return _from_core(core, base.s, target.view.shape)
+    if target.replaced:
+        return _from_dense(target, base)
+    kernel = kernel_matrix(target)
+    factors = method.low_rank_factors(weights, kernel)
     if factors is None:
-        return _from_dense(matrix, base)
+        return _from_dense(target, base)
     return _from_thin(kernel, *factors, base)
 
 
@@ -147,9 +149,9 @@ def _precisely() -> contextlib.AbstractContextManager[None]:
     There several threads do this, and would undo each other's setting, which
     is of the process in TensorFlow and torch.
     """
-    if precision.on_host() and keras.backend.backend() != "jax":
+    if on_host() and keras.backend.backend() != "jax":
         return contextlib.nullcontext()
-    return precision.full_precision()
+    return full_precision()
 
 
 def _from_core(
@@ -163,7 +165,7 @@ def _from_core(
     return values, _singular_values(core), vectors
 
 
-def _from_thin(kernel: Any, a: Any, b: Any, base: Base) -> _Found:
+def _from_thin(kernel: Array, a: Tensor, b: Tensor, base: Base) -> _Found:
     """W' = W + a·b, a (in, k), b (k, out)."""
     assert base.basis is not None
     w, along, across = kernel, a, b
@@ -173,8 +175,8 @@ def _from_thin(kernel: Any, a: Any, b: Any, base: Base) -> _Found:
     wa = _float64(ops.matmul(ops.transpose(w), along))
     along, across = _float64(along), _float64(across)
     basis = base.basis.astype("float64")
-    left: Any = np.linalg.qr(along, mode="r")
-    right: Any = np.linalg.qr(across.T, mode="r")
+    left = np.asarray(np.linalg.qr(along, mode="r"))
+    right = np.asarray(np.linalg.qr(across.T, mode="r"))
     update = _singular_values(left @ right.T)
     across = across @ basis
     mixed = (basis.T @ wa) @ across
@@ -184,10 +186,11 @@ def _from_thin(kernel: Any, a: Any, b: Any, base: Base) -> _Found:
     return values, update, vectors
 
 
-def _from_dense(matrix: ModelMatrix, base: Base) -> _Found:
+def _from_dense(target: Target, base: Base) -> _Found:
     assert base.basis is not None
     old, new = (
-        ops.convert_to_numpy(x) for x in (matrix.base(), matrix.merged())
+        ops.convert_to_numpy(x)
+        for x in (base_matrix(target), merged_matrix(target))
     )
     update = new.astype("float64") - old
     if new.shape[1] > new.shape[0]:
@@ -199,7 +202,7 @@ def _from_dense(matrix: ModelMatrix, base: Base) -> _Found:
     return values, np.sqrt(squares), base.basis.T @ vectors
 
 
-def _float64(x: Any) -> np.ndarray:
+def _float64(x: Tensor) -> np.ndarray:
     return ops.convert_to_numpy(x).astype("float64")
 
 

@@ -11,20 +11,22 @@ import itertools
 import math
 from collections.abc import Iterable
 
-import keras
 import numpy as np
-import rich.console
 import rich.table
 from keras import ops
 
-from keras_svdtune.matrix import decompose
-from keras_svdtune.model.enable import adapted_part
-from keras_svdtune.model.targets import find_matrices
-from keras_svdtune.reports.model_matrix import (
-    ModelMatrix,
+from keras_svdtune.hosts.target import Target
+from keras_svdtune.matrix.decompose import singular_values
+from keras_svdtune.model.state import adapted_part
+from keras_svdtune.model.targets import find_targets
+from keras_svdtune.reports.matrices import (
+    base_matrix,
+    each_matrix,
     for_each,
-    matrices_of,
+    merged_matrix,
 )
+from keras_svdtune.reports.table import PrintsTable
+from keras_svdtune.runtime.types import Model
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,7 +79,7 @@ class LayerSpectrum:
 
 
 @dataclasses.dataclass(frozen=True)
-class Spectrum:
+class Spectrum(PrintsTable):
     """The singular values of a model. `print()` shows a table.
 
     Attributes:
@@ -99,10 +101,6 @@ class Spectrum:
         for layer in self.layers:
             kinds.setdefault(layer.kind, []).append(layer)
         return {kind: tuple(layers) for kind, layers in kinds.items()}
-
-    def print(self, console: rich.console.Console | None = None) -> None:
-        """Prints the table, layers of equal kind and shape in one row."""
-        (console or rich.console.Console()).print(self.table())
 
     def table(self, rank: int = 8) -> rich.table.Table:
         """The table, for `rich`.
@@ -195,7 +193,7 @@ def effective_rank(s: np.ndarray) -> float:
 
 
 def spectrum(
-    model: keras.Model, target_layer_names: Iterable[str] | None = None
+    model: Model, target_layer_names: Iterable[str] | None = None
 ) -> Spectrum:
     """The singular values of every matrix of a model. Touches nothing.
 
@@ -235,32 +233,32 @@ def spectrum(
     ```
     """
     root = adapted_part(model)
-    matrices = matrices_of(find_matrices(root, target_layer_names))
+    targets = find_targets(root, target_layer_names, adapted=True)
+    matrices = each_matrix(targets)
     jobs = {
-        path: functools.partial(_values_of, matrix)
-        for path, matrix in matrices.items()
+        path: functools.partial(_values_of, target)
+        for path, target in matrices.items()
     }
     found = for_each("Singular values", jobs)
     counts: dict[str, itertools.count[int]] = {}
     layers = []
-    for path, matrix in matrices.items():
-        kind = matrix.layer.name
+    for path, target in matrices.items():
+        kind = target.name
         depth = next(counts.setdefault(kind, itertools.count()))
-        layers.append(
-            LayerSpectrum(path, kind, depth, matrix.shape, *found[path])
-        )
+        shape = target.view.shape
+        layers.append(LayerSpectrum(path, kind, depth, shape, *found[path]))
     return Spectrum(root.name, tuple(layers))
 
 
-def _values_of(matrix: ModelMatrix) -> tuple[np.ndarray, np.ndarray | None]:
+def _values_of(target: Target) -> tuple[np.ndarray, np.ndarray | None]:
     """s of W, and of W' if there is an adapter."""
-    base = matrix.base()
-    s = decompose.singular_values(base, matrix.path).astype("float64")
-    if matrix.method is None:
+    base = base_matrix(target)
+    s = singular_values(base, target.path).astype("float64")
+    if target.adapter is None:
         return s, None
-    merged = matrix.merged()
+    merged = merged_matrix(target)
     if bool(ops.all(ops.equal(merged, base))):
         return s, s
     # Not kept on disk: it is another after the next step of training.
-    adapted = decompose.singular_values(merged, matrix.path, keep=False)
+    adapted = singular_values(merged, target.path, keep=False)
     return s, adapted.astype("float64")

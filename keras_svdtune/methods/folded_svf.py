@@ -1,0 +1,54 @@
+"""SVF with the basis folded into the kernel: a faster step, without W."""
+
+import dataclasses
+
+import numpy as np
+from keras import ops
+
+from keras_svdtune.matrix import float64
+from keras_svdtune.methods.base import LinearMap, ReverseMap, Weights, form_of
+from keras_svdtune.methods.replaced_base import ReplacesBase
+from keras_svdtune.methods.svf import SVF, scaled, times_float32
+from keras_svdtune.runtime.types import Tensor
+
+
+@form_of(SVF, "replace_kernel")
+@dataclasses.dataclass(frozen=True, repr=False)
+class FoldedSVF(ReplacesBase, SVF):
+    """What `SVF(replace_kernel=True)` is.
+
+    The layer holds W·V in place of W (Uᵀ·W where in < out), which saves the
+    product with V (U) of the base:
+
+        out <= in:  y = ((x·WV) ⊙ (1 + δ))·Vᵀ
+        in < out:   y = ((x·U) ⊙ (1 + δ))·UᵀW
+    """
+
+    option = "replace_kernel"
+
+    def residual(
+        self, matrix: np.ndarray, values: dict[str, np.ndarray]
+    ) -> np.ndarray:
+        rows, columns = matrix.shape
+        basis = values["basis"]
+        if columns <= rows:
+            return float64.matmul(matrix, basis).astype("float32")
+        return float64.matmul(basis.T, matrix).astype("float32")
+
+    def call(self, weights: Weights, base: LinearMap) -> Tensor:
+        rows, columns = weights.shape
+        if columns <= rows:
+            return scaled(base(), weights.basis, 1.0 + weights.delta)
+        components = base.times(weights.basis)
+        return base.rows(times_float32(components, 1.0 + weights.delta))
+
+    def reverse(self, weights: Weights, base: ReverseMap) -> Tensor:
+        raise NotImplementedError  # no embedding gets another kernel
+
+    def merged(self, weights: Weights, matrix: Tensor) -> Tensor:
+        rows, columns = weights.shape
+        basis = ops.cast(weights.basis, "float32")
+        if columns <= rows:
+            return scaled(matrix, basis, 1.0 + weights.delta)
+        change = scaled(ops.transpose(matrix), basis, 1.0 + weights.delta)
+        return ops.transpose(change)

@@ -1,0 +1,35 @@
+"""A picture of what a method trains, as a row of blocks.
+
+The documentation draws it: grey is frozen, orange trains.
+"""
+
+import dataclasses
+from typing import Literal
+
+Size = Literal["in", "out", "n", "r", "2r"]
+Part = Literal[
+    "nothing", "all", "diagonal", "band", "some", "first", "last", "frozen"
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One matrix of the picture.
+
+    Attributes:
+        label: str, what stands below it.
+        rows, columns: its size. `"n"` is min(in, out), `"r"` the rank.
+        trains: which part is orange: `"all"`; `"diagonal"`; the `"band"`
+            around the diagonal; `"some"` entries of the diagonal; the
+            `"first"` or `"last"` components; `"nothing"`. `"frozen"` is a
+            diagonal that does not train.
+    """
+
+    label: str
+    rows: Size
+    columns: Size
+    trains: Part = "nothing"
+
+
+# Blocks from left to right; a string is a sign between two of them.
+Picture = tuple[Block | str, ...]

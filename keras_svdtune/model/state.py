@@ -1,0 +1,111 @@
+"""What was done to a model, kept on it until it is undone."""
+
+import dataclasses
+import weakref
+from collections.abc import Callable
+
+import keras
+import keras_hub
+import numpy as np
+
+from keras_svdtune.hosts.target import Target
+from keras_svdtune.methods.base import Method
+from keras_svdtune.model.targets import adapted_targets
+from keras_svdtune.runtime.keras_internals import layers_in
+from keras_svdtune.runtime.types import Model, Variable
+
+
+@dataclasses.dataclass
+class Enabled:
+    """What `enable_adapter` did to a model.
+
+    Attributes:
+        method: the method, with the user's settings.
+        unfreeze: gives back what was trainable before.
+        statistics: moving statistics that an adapter file has set, by key:
+            the variable, and what it holds without the adapter. Files of
+            release 0.1 have some; BatchNormalization is frozen now.
+    """
+
+    method: Method
+    unfreeze: Callable[[], None]
+    statistics: dict[str, tuple[Variable, np.ndarray]] = dataclasses.field(
+        default_factory=dict
+    )
+
+
+# The models that have one. What was done is kept on the model itself: it holds
+# the model too, so a dict from here would keep every model alive for ever.
+_ENABLED: weakref.WeakSet[Model] = weakref.WeakSet()
+_RECORD = "_svdtune_enabled"
+
+
+def record_of(model: Model) -> Enabled:
+    """What was done to a model on which an adapter was enabled."""
+    found: Enabled = getattr(model, _RECORD)
+    return found
+
+
+def keep_record(model: Model, enabled: Enabled | None) -> None:
+    """Keeps what was done to a model; None: it is undone."""
+    # Not by setattr: Keras would look into it for layers and variables.
+    if enabled is None:
+        object.__delattr__(model, _RECORD)
+        _ENABLED.discard(model)
+    else:
+        object.__setattr__(model, _RECORD, enabled)
+        _ENABLED.add(model)
+
+
+def owners_of(root: Model, targets: dict[str, Target]) -> list[Model]:
+    """The models in `root` that `targets` were enabled on.
+
+    Raises:
+        ValueError: one of them holds `root` and more.
+    """
+    inside = {id(x) for x in layers_in(root)}
+    ours = {id(x.owner) for x in targets.values()}
+    for owner in list(_ENABLED):
+        if id(owner) not in inside and any(
+            id(x.owner) in ours for x in adapted_targets(owner).values()
+        ):
+            raise ValueError(
+                f"The adapter was enabled on '{owner.name}', which holds "
+                f"'{root.name}' and more. Call this on '{owner.name}'."
+            )
+    return [m for m in _ENABLED if id(m) in inside]
+
+
+def adapted_part(model: Model) -> Model:
+    """The backbone of a Task; any other model itself."""
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            "Expected a keras.Model, a keras_hub Backbone or a Task. "
+            f"Received: {model!r} (of type {type(model).__name__})"
+        )
+    return model.backbone if isinstance(model, keras_hub.models.Task) else model
+
+
+def require_adapted(model: Model) -> dict[str, Target]:
+    """The adapted matrices by path, or an error if there are none."""
+    targets = adapted_targets(adapted_part(model))
+    if not targets:
+        raise ValueError(
+            f"Model '{model.name}' has no adapter. Enable one first, e.g. with "
+            "`enable_svf()`."
+        )
+    return targets
+
+
+def enabled_method(model: Model) -> Method:
+    """The method that is enabled on `model`, with the user's settings."""
+    root = adapted_part(model)
+    if root in _ENABLED:
+        return record_of(root).method
+    return next(iter(require_adapted(root).values())).adapted.method
+
+
+def statistics_of(model: Model) -> dict[str, tuple[Variable, np.ndarray]]:
+    """The `Enabled.statistics` of a model; empty if nothing was enabled."""
+    root = adapted_part(model)
+    return record_of(root).statistics if root in _ENABLED else {}

@@ -1,0 +1,21 @@
+"""Names for what Keras has no type for.
+
+Keras is not typed, so to a type checker all of these are `Any`. They say to
+the reader what is meant.
+"""
+
+from typing import Any, TypeAlias
+
+import keras
+
+# A tensor of the backend: `jax.Array`, `tf.Tensor` or `torch.Tensor`.
+Tensor: TypeAlias = Any
+# A tensor, or a NumPy array where a value has come to the host already.
+Array: TypeAlias = Any
+Variable: TypeAlias = keras.Variable
+Layer: TypeAlias = keras.layers.Layer
+Model: TypeAlias = keras.Model
+# An open group of a weights file, as Keras hands it to a layer.
+Store: TypeAlias = Any
+
+Shape: TypeAlias = tuple[int, int]  # (in, out)
