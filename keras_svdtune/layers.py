@@ -21,7 +21,7 @@ from keras_svdtune.methods.replaced_base import ReplacesBase
 from keras_svdtune.model.checks import check_fit
 from keras_svdtune.model.freezing import freeze_own_variables
 from keras_svdtune.runtime.keras_internals import value_or_none
-from keras_svdtune.runtime.types import Layer, Tensor
+from keras_svdtune.runtime.types import Json, Layer, Tensor
 
 # The classes by their names, `"SVFDense"`.
 LAYERS: dict[str, type] = {}
@@ -79,7 +79,7 @@ class DeclaredLayer(AdapterHost):
 
         attach(target, self.method, first_value, type(self))
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Json:
         config = super().get_config()  # type: ignore[misc]
         return {**config, **self.method.settings()}
 

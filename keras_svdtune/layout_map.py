@@ -12,7 +12,6 @@ of the weights in each step, and saves as much memory.
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import keras
 import keras_hub
@@ -31,11 +30,11 @@ COLUMN, ROW = "column", "row"
 
 
 def svdtune_layout_map(
-    backbone: Any,
-    device_mesh: Any,
+    backbone: str | Model,
+    device_mesh: keras.distribution.DeviceMesh,
     model_parallel_dim_name: str = "model",
     data_parallel_dim_name: str = "batch",
-) -> Any:
+) -> keras.distribution.LayoutMap:
     """How to split a decoder over a mesh of devices.
 
     Like the `get_layout_map` that five of KerasHub's backbones have, and the

@@ -82,13 +82,13 @@ def effect(method: Method, weights: Weights, matrix: Tensor) -> np.ndarray:
             change = over_bank(one, method, weights, x, matrix)
             change = ops.sum(change, axis=0)
     change = to_numpy(change).astype("float64")
-    return np.sum(change * b, axis=1).astype("float32")
+    return np.asarray(np.sum(change * b, axis=1), "float32")
 
 
 def effect_of_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The effect of ΔW = a·b, of shapes (in, k) and (k, out)."""
     left, right = _probes((a.shape[0], b.shape[1]), _EFFECT_PROBES)
-    return np.sum(((left @ a) @ b) * right, axis=1).astype("float32")
+    return np.asarray(np.sum(((left @ a) @ b) * right, axis=1), "float32")
 
 
 def same_effect(

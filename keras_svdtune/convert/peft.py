@@ -22,7 +22,6 @@ import functools
 import json
 import os
 import pathlib
-from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -46,7 +45,7 @@ from keras_svdtune.model.state import (
 from keras_svdtune.model.targets import matrices_in
 from keras_svdtune.runtime.parallel import run_all
 from keras_svdtune.runtime.storage import write_atomically
-from keras_svdtune.runtime.types import Model
+from keras_svdtune.runtime.types import Json, Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +203,7 @@ def _side_by_side(parts: list[_Part]) -> _Part:
 
 def _config(
     ranks: dict[str, int], family: Family, dora: bool, base: str | None
-) -> dict[str, Any]:
+) -> Json:
     """`adapter_config.json`. alpha equals the rank everywhere: a scale of 1."""
     largest = max(ranks.values())
     others = {module: r for module, r in ranks.items() if r != largest}

@@ -1,7 +1,6 @@
 """Whether an adapter file belongs to a model, down to its effect."""
 
 import re
-from typing import Any
 
 import numpy as np
 from keras import ops
@@ -26,7 +25,7 @@ from keras_svdtune.methods.replaced_base import ReplacesBase
 from keras_svdtune.model.targets import layers_by_path
 from keras_svdtune.runtime.keras_internals import layers_in
 from keras_svdtune.runtime.processes import to_numpy
-from keras_svdtune.runtime.types import Model
+from keras_svdtune.runtime.types import Json, Model
 
 # A number that Keras gave to a layer, and that of a path that occurs again.
 _NUMBER = re.compile(r"_\d+(?=[/#]|$)|#\d+$")
@@ -44,7 +43,7 @@ def methods_of(adapter: SavedAdapter) -> tuple[Method, dict[str, Method]]:
     }
 
 
-def _method(name: str, settings: dict[str, Any], source: str) -> Method:
+def _method(name: str, settings: Json, source: str) -> Method:
     if name not in METHODS:
         raise ValueError(
             f"{source} was saved with the method {name!r}, which this release "

@@ -4,7 +4,6 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from keras_svdtune.files.compatibility import array_key
 from keras_svdtune.files.format import EFFECTS, FINGERPRINTS, SavedAdapter
 from keras_svdtune.files.sums import Part, Sum, add, concatenate
 from keras_svdtune.methods.lora import LoRA
+from keras_svdtune.runtime.types import Json
 
 
 def compose(
@@ -87,7 +87,7 @@ def compose(
         sums[layer] = (
             add(layer, having) if linear else concatenate(layer, having, rank)
         )
-    composition: dict[str, Any] = {
+    composition: Json = {
         "parts": {
             pathlib.Path(path).name: part.weight
             for path, part in zip(adapters, parts, strict=True)
@@ -123,7 +123,7 @@ def _errors(sums: dict[str, Sum]) -> dict[str, float]:
 
 
 def _result(
-    parts: list[Part], sums: dict[str, Sum], composition: dict[str, Any]
+    parts: list[Part], sums: dict[str, Sum], composition: Json
 ) -> SavedAdapter:
     used = [x.method for x in sums.values()]
     method = used[0]

@@ -25,7 +25,6 @@ import dataclasses
 import json
 import os
 import pathlib
-from typing import Any
 
 import numpy as np
 import safetensors
@@ -33,6 +32,7 @@ import safetensors.numpy
 
 from keras_svdtune.files import hub_client
 from keras_svdtune.runtime.storage import digest_of, write_atomically
+from keras_svdtune.runtime.types import Json
 
 FORMAT_VERSION = 1
 FINGERPRINTS, EFFECTS = "base_fingerprints", "effects"
@@ -52,7 +52,7 @@ class SavedAdapter:
         source: str. What to call it in an error.
     """
 
-    about: dict[str, Any]
+    about: Json
     arrays: dict[str, np.ndarray]
     source: str
 
@@ -127,7 +127,7 @@ def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
 
 
 def _check_about(
-    about: dict[str, Any], arrays: dict[str, np.ndarray], source: str
+    about: Json, arrays: dict[str, np.ndarray], source: str
 ) -> None:
     expected = {"method": str, "settings": dict, "layers": dict}
     for key, kind in expected.items():
@@ -154,7 +154,7 @@ def _check_about(
             )
 
 
-def _text(about: dict[str, Any]) -> str:
+def _text(about: Json) -> str:
     return json.dumps(about, separators=(",", ":"))
 
 

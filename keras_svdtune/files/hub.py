@@ -6,7 +6,6 @@
 import pathlib
 import re
 import tempfile
-from typing import Any
 
 import keras_hub
 
@@ -16,7 +15,7 @@ from keras_svdtune.files.save_load import saved_adapter
 from keras_svdtune.methods.base import Method
 from keras_svdtune.model.state import adapted_part, require_adapted
 from keras_svdtune.reports.cost import cost_of
-from keras_svdtune.runtime.types import Model
+from keras_svdtune.runtime.types import Json, Model
 
 
 def push_adapter(
@@ -89,7 +88,7 @@ def _check_preset(preset: str, root: Model) -> None:
 def _card(
     place: Place,
     root: Model,
-    about: dict[str, Any],
+    about: Json,
     size: int,
     preset: str | None,
 ) -> str:

@@ -73,12 +73,12 @@ class Place:
     version: str | None  # None is the newest
 
 
-def is_uri(path: Any) -> bool:
+def is_uri(path: object) -> bool:
     """Whether `path` means something on a hub, and no file here."""
     return isinstance(path, str) and "://" in path
 
 
-def place_of(uri: Any) -> Place:
+def place_of(uri: object) -> Place:
     """What a URI says, or a ValueError that says how to write one."""
     for key, hub in _HUBS.items():
         if found := re.fullmatch(hub.pattern, str(uri)):
@@ -87,7 +87,7 @@ def place_of(uri: Any) -> Place:
     raise ValueError(f"An adapter on a hub is {forms}. Received: {uri!r}")
 
 
-def target_of(uri: Any, private: bool) -> Place:
+def target_of(uri: object, private: bool) -> Place:
     """The place to push to, if it is one."""
     place = place_of(uri)
     if place.version is not None:

@@ -5,7 +5,6 @@ model never loads. What a file holds is described in `adapter_file.py`.
 """
 
 import os
-from typing import Any
 
 import keras
 import keras_hub
@@ -46,7 +45,7 @@ from keras_svdtune.model.state import (
 )
 from keras_svdtune.model.targets import adapted_targets, matrices_in
 from keras_svdtune.runtime.processes import shared, to_numpy
-from keras_svdtune.runtime.types import Model
+from keras_svdtune.runtime.types import Json, Model
 
 
 def save_adapter(
@@ -82,7 +81,7 @@ def saved_adapter(model: Model, include_basis: bool = False) -> SavedAdapter:
     root = adapted_part(model)
     method = enabled_method(root)
     arrays: dict[str, np.ndarray] = {}
-    layers: dict[str, Any] = {}
+    layers: Json = {}
     fingerprints, effects = [], []
     for path, target in require_adapted(root).items():
         adapter = target.adapted
@@ -94,7 +93,7 @@ def saved_adapter(model: Model, include_basis: bool = False) -> SavedAdapter:
                 arrays[key] = np.ascontiguousarray(to_numpy(value))
         fingerprints.append(fingerprint_of(target))
         effects.append(effect(adapter.method, adapter, target.matrix()))
-        entry: dict[str, Any] = {
+        entry: Json = {
             "kernel_shape": list(target.view.kernel_shape),
             "dtype": target.base_dtype,
         }

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import os
-from typing import Any
 
 import numpy as np
 from keras import ops
@@ -15,12 +14,13 @@ from keras_svdtune.matrix.decompose import top_on_host
 from keras_svdtune.methods.base import Method, WeightValues
 from keras_svdtune.methods.lora import LoRA
 from keras_svdtune.methods.replaced_base import ReplacesBase
+from keras_svdtune.runtime.types import Json
 
 
 class Part:
     """One adapter file, its weight in the sum, and its layers' methods."""
 
-    def __init__(self, path: str | os.PathLike[str], weight: Any):
+    def __init__(self, path: str | os.PathLike[str], weight: object):
         if not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise ValueError(
                 "Each weight must be a finite number. Received: "
@@ -28,7 +28,7 @@ class Part:
             )
         self.weight = float(weight)
         self.file = read_adapter(path)
-        self.layers: dict[str, Any] = self.file.about["layers"]
+        self.layers: Json = self.file.about["layers"]
         self.method, self.methods = methods_of(self.file)
         self._rows = {layer: i for i, layer in enumerate(self.layers)}
 
@@ -60,7 +60,7 @@ class Sum:
 
     method: Method
     arrays: dict[str, np.ndarray]
-    effect: Any
+    effect: np.ndarray
     size: float = 0.0
     error: float = 0.0
 
@@ -79,7 +79,7 @@ def add(layer: str, parts: list[Part]) -> Sum:
             )
     size = math.prod(first.layers[layer]["kernel_shape"])
     trained = {w.name for w in method.weights((size, size)) if w.trainable}
-    total: dict[str, Any] = {}
+    total: Json = {}
     for part in parts:
         for name, value in part.arrays(layer).items():
             if name in trained:
@@ -92,8 +92,8 @@ def add(layer: str, parts: list[Part]) -> Sum:
                 )
     for name in trained:
         total[name] = total[name].astype("float32")
-    effect = sum(part.weight * part.row(EFFECTS, layer) for part in parts)
-    return Sum(method, total, effect)
+    effects = [part.weight * part.row(EFFECTS, layer) for part in parts]
+    return Sum(method, total, np.sum(effects, axis=0))
 
 
 def concatenate(layer: str, parts: list[Part], rank: int | None) -> Sum:

@@ -25,7 +25,6 @@ https://arxiv.org/abs/0909.4061 (the range finder).
 """
 
 import warnings
-from typing import Any
 
 import keras
 import numpy as np
@@ -42,13 +41,14 @@ from keras_svdtune.matrix.algorithms import (
 )
 from keras_svdtune.matrix.factors import Factors, Needs
 from keras_svdtune.runtime.precision import full_precision, on_host
+from keras_svdtune.runtime.types import Array
 
 # Of the algorithms: to be raised when one returns other numbers than it did,
 # or else `cache.py` returns the old ones.
 _VERSION = 2
 
 
-def decompose(matrix: Any, needs: Needs, name: str = "matrix") -> Factors:
+def decompose(matrix: Array, needs: Needs, name: str = "matrix") -> Factors:
     """Decomposes one matrix.
 
     Args:
@@ -74,7 +74,7 @@ def decompose(matrix: Any, needs: Needs, name: str = "matrix") -> Factors:
     return Factors(found.get("u"), found["s"], found.get("v"))
 
 
-def finite(matrix: Any, name: str) -> np.ndarray:
+def finite(matrix: Array, name: str) -> np.ndarray:
     """A matrix as a float32 array, or an error if it holds NaN or infinity."""
     if not isinstance(matrix, np.ndarray):  # it is on the host already
         matrix = ops.convert_to_numpy(ops.cast(matrix, "float32"))
@@ -111,7 +111,7 @@ def computed(w: np.ndarray, needs: Needs, name: str = "matrix") -> Factors:
 
 
 def singular_values(
-    matrix: Any, name: str = "matrix", keep: bool = True
+    matrix: Array, name: str = "matrix", keep: bool = True
 ) -> np.ndarray:
     """All singular values of a matrix, descending, (n,) float32.
 
@@ -136,7 +136,7 @@ def singular_values(
     return _run(finite(matrix, name), needs, _HOST).s
 
 
-def _run(w: Any, needs: Needs, xp: Any) -> Factors:
+def _run(w: Array, needs: Needs, xp: Array) -> Factors:
     if needs.part == "small_side":
         u, s, v = small_side(w, xp)
     elif needs.n_iter is None or isinstance(needs.rank, float):

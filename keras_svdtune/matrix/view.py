@@ -24,13 +24,16 @@ y = view.unflatten_outputs(h @ w, view.batch_dims(x))   # -> (2, 7, 640)
 
 import functools
 import math
-from typing import Any
 
 import numpy as np
 from keras import ops
 
+from keras_svdtune.runtime.types import Array, Tensor
+
 DENSE_EQUATION = "...i,io->...o"
 _Labels = tuple[str, ...]
+# Sizes of axes; a tensor for one that is known when the model runs only.
+Sizes = tuple[int | Tensor, ...]
 _Shape = tuple[int, ...]
 _ELLIPSIS = "."  # one label that stands for any number of batch axes
 
@@ -104,44 +107,44 @@ class MatrixView:
         """(count,) for a bank, () for one matrix: what comes before `shape`."""
         return () if self.count is None else (self.count,)
 
-    def to_matrix(self, kernel: Any) -> Any:
+    def to_matrix(self, kernel: Array) -> Array:
         """Kernel of `kernel_shape` -> W (in, out), or (count, in, out)."""
         labels = self._shared + self._contracted + self._produced
         kernel = _permute(kernel, self._kernel, labels)
         return _reshape(kernel, self.batch + self.shape)
 
-    def to_kernel(self, matrix: Any) -> Any:
+    def to_kernel(self, matrix: Array) -> Array:
         """W (in, out), or (count, in, out) -> kernel of `kernel_shape`."""
         labels = self._shared + self._contracted + self._produced
         dims = self._counts + self._in_dims + self._out_dims
         return _permute(ops.reshape(matrix, dims), labels, self._kernel)
 
-    def flatten_inputs(self, x: Any) -> Any:
+    def flatten_inputs(self, x: Array) -> Array:
         """Layer input of any rank -> (tokens, in)."""
         x = _permute(x, self._inputs, self._batch + self._contracted)
         return ops.reshape(x, (-1, self.shape[0]))
 
-    def unflatten_inputs(self, flat: Any, batch_dims: tuple[Any, ...]) -> Any:
+    def unflatten_inputs(self, flat: Array, batch_dims: Sizes) -> Array:
         """(tokens, in) -> a layer input with these batch axes."""
         x = ops.reshape(flat, batch_dims + self._in_dims)
         return _permute(x, self._batch + self._contracted, self._inputs)
 
-    def rows_as_inputs(self, rows: Any) -> Any:
+    def rows_as_inputs(self, rows: Array) -> Array:
         """(k, in) -> a layer input whose first batch axis is k, others 1."""
         ones = (1,) * (len(self._batch) - 1)
         return self.unflatten_inputs(rows, (ops.shape(rows)[0], *ones))
 
-    def flatten_outputs(self, y: Any) -> Any:
+    def flatten_outputs(self, y: Array) -> Array:
         """Layer output of any rank, without its bias -> (tokens, out)."""
         y = _permute(y, self._outputs, self._batch + self._produced)
         return ops.reshape(y, (-1, self.shape[1]))
 
-    def unflatten_outputs(self, flat: Any, batch_dims: tuple[Any, ...]) -> Any:
+    def unflatten_outputs(self, flat: Array, batch_dims: Sizes) -> Array:
         """(tokens, out) -> a layer output with these batch axes."""
         y = ops.reshape(flat, batch_dims + self._out_dims)
         return _permute(y, self._batch + self._produced, self._outputs)
 
-    def batch_dims(self, x: Any) -> tuple[Any, ...]:
+    def batch_dims(self, x: Array) -> Sizes:
         """Sizes of the batch axes of the layer input `x`, in output order."""
         order = _axes(
             self._inputs, self._batch + self._contracted, len(x.shape)
@@ -149,7 +152,7 @@ class MatrixView:
         shape = ops.shape(x)
         return tuple(shape[i] for i in order[: len(order) - len(self._in_dims)])
 
-    def batch_dims_of_output(self, y: Any) -> tuple[Any, ...]:
+    def batch_dims_of_output(self, y: Array) -> Sizes:
         """Sizes of the batch axes of the layer output `y`, in its order."""
         order = _axes(self._outputs, self._batch + self._produced, len(y.shape))
         shape = ops.shape(y)
@@ -178,7 +181,7 @@ class GroupedView(MatrixView):
         super().__init__(f"gt{labels},{labels}go->gto", self._split_shape, True)
         self.kernel_shape = tuple(kernel_shape)
 
-    def to_matrix(self, kernel: Any) -> Any:
+    def to_matrix(self, kernel: Array) -> Array:
         return super().to_matrix(_reshape(kernel, self._split_shape))
 
     def kernel_dims(self, part: str) -> tuple[int, ...]:
@@ -187,7 +190,7 @@ class GroupedView(MatrixView):
             return super().kernel_dims(part)
         return (last,) if part == "count" else ()
 
-    def to_kernel(self, matrix: Any) -> Any:
+    def to_kernel(self, matrix: Array) -> Array:
         return ops.reshape(super().to_kernel(matrix), self.kernel_shape)
 
 
@@ -224,7 +227,7 @@ def _split(equation: str, bank: bool) -> tuple[_Labels, _Labels, _Labels]:
     return inputs, kernel, out
 
 
-def _permute(x: Any, old: _Labels, new: _Labels) -> Any:
+def _permute(x: Array, old: _Labels, new: _Labels) -> Array:
     """Transposes the axes of `x`, labelled `old`, into the order `new`."""
     order = _axes(old, new, len(x.shape))
     # Most equations need no transposition; then no op is added to the graph.
@@ -235,7 +238,7 @@ def _permute(x: Any, old: _Labels, new: _Labels) -> Any:
     return x.transpose(order) if on_host else ops.transpose(x, order)
 
 
-def _reshape(x: Any, shape: _Shape) -> Any:
+def _reshape(x: Array, shape: _Shape) -> Array:
     on_host = isinstance(x, np.ndarray)
     return x.reshape(shape) if on_host else ops.reshape(x, shape)
 

@@ -210,7 +210,7 @@ class AdaLoRA(RankedMethod):
         }
         total = scores["p"].mean(axis=0) + scores["q"].mean(axis=1)
         mask = to_numpy(weights.mask.value)
-        return (total + scores["singular_values"]) * mask
+        return np.asarray((total + scores["singular_values"]) * mask)
 
     def _sensed(self, weights: Weights, name: str) -> Tensor:
         """The weight `name`, its importance updated in the backward pass.
@@ -223,7 +223,7 @@ class AdaLoRA(RankedMethod):
         """
         beta = self.smoothing
 
-        @ops.custom_gradient
+        @ops.custom_gradient  # type: ignore[untyped-decorator]
         def sensed(
             w: Tensor, sensitivity: Tensor, variation: Tensor, calls: Tensor
         ) -> Tensor:

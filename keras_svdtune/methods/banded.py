@@ -30,7 +30,7 @@ def banded_product(c: Tensor, entries: Tensor, width: int) -> Tensor:
         """Column i + by of a padded (tokens, n) at i, 0 beyond its ends."""
         return ops.cast(x[:, width + by : width + by + n], "float32")
 
-    @ops.custom_gradient
+    @ops.custom_gradient  # type: ignore[untyped-decorator]
     def product(c: Tensor, entries: Tensor) -> Tensor:
         def grad(*args: Tensor, upstream: Tensor = None) -> Tensor:
             g = padded(args[0] if upstream is None else upstream)

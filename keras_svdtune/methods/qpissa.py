@@ -54,7 +54,7 @@ class QPiSSA(ReplacesBase, PiSSA):
         # file is loaded.
         a0, b0 = (values[x].astype("float64") for x in ("a0", "b0"))
         rest = matrix.astype("float64") - self.scale * (a0 @ b0)
-        return rest.astype("float32")
+        return np.asarray(rest, "float32")
 
     def fitted(
         self,

@@ -140,7 +140,7 @@ class SVF(Method):
         return matrix + ops.transpose(change)
 
     def core(self, weights: Weights, s: np.ndarray) -> np.ndarray:
-        return s * ops.convert_to_numpy(weights.delta)
+        return np.asarray(s * ops.convert_to_numpy(weights.delta))
 
 
 def scaled_components(h: Tensor, basis: Tensor, delta: Tensor) -> Tensor:

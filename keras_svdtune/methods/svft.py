@@ -198,7 +198,7 @@ class SVFT(Method):
         entries = ops.convert_to_numpy(weights.m).astype("float64")
         alive = ops.convert_to_numpy(weights.inverse_s) > 0.0
         if self.pattern == "plain":
-            return entries * alive
+            return np.asarray(entries * alive)
         n = len(s)
         m = np.zeros((n, n))
         if self._pattern(weights.shape) in ("random", "top_k"):
@@ -211,7 +211,7 @@ class SVFT(Method):
                 ]
                 start += j - i
         by_rows = weights.shape[1] <= weights.shape[0]
-        return m * (alive[:, None] if by_rows else alive)
+        return np.asarray(m * (alive[:, None] if by_rows else alive))
 
     def _change(
         self,

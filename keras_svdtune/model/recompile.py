@@ -9,7 +9,6 @@ layers is found, and whatever it compiled is dropped.
 
 import gc
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import keras
 
@@ -20,7 +19,7 @@ from keras_svdtune.runtime.keras_internals import (
     optimizer_config,
 )
 from keras_svdtune.runtime.placement import follow, undistributed
-from keras_svdtune.runtime.types import Layer, Model
+from keras_svdtune.runtime.types import Layer, Model, Optimizer
 
 
 def prepare_reset(layers: Iterable[Layer]) -> Callable[[], None]:
@@ -37,7 +36,7 @@ def prepare_reset(layers: Iterable[Layer]) -> Callable[[], None]:
         ValueError: an optimizer cannot be made again from its config.
     """
     changed = {id(layer) for layer in layers}
-    found: list[tuple[Model, Any]] = []
+    found: list[tuple[Model, Optimizer | None]] = []
     for model in _live_models():
         try:
             inside = layers_in(model)
@@ -64,7 +63,7 @@ def prepare_reset(layers: Iterable[Layer]) -> Callable[[], None]:
     return reset
 
 
-def _fresh(optimizer: Any, model: Model) -> Any:
+def _fresh(optimizer: Optimizer, model: Model) -> Optimizer:
     """The optimizer as it was before it was built."""
     try:
         with undistributed():
@@ -84,7 +83,7 @@ def _fresh(optimizer: Any, model: Model) -> Any:
     return fresh
 
 
-def _again(optimizer: Any) -> Any:
+def _again(optimizer: Optimizer) -> Optimizer:
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         return type(optimizer)(
             _again(optimizer.inner_optimizer),

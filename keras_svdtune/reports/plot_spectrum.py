@@ -2,9 +2,13 @@
 
 import importlib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 from keras_svdtune.matrix.factors import rank_of_energy
 from keras_svdtune.methods.base import Method
@@ -24,7 +28,7 @@ def plot_spectrum(
     model: Model | Spectrum,
     methods: Iterable[Method] = (),
     target_layer_names: Iterable[str] | None = None,
-) -> Any:
+) -> "Figure":
     """Draws the singular values of a model, a panel for each kind of layer.
 
     The i-th largest singular value over i, on a logarithmic axis, one line
@@ -138,7 +142,9 @@ def _depth_colours(last: int) -> Any:
     )
 
 
-def _lines(axis: Any, layer: LayerSpectrum, shade: Any) -> None:
+def _lines(
+    axis: "Axes", layer: LayerSpectrum, shade: tuple[float, ...]
+) -> None:
     components = np.arange(1, len(layer.s) + 1)
     axis.plot(components, _positive(layer.s), color=shade, linewidth=0.9)
     if layer.adapted is not None:
@@ -152,7 +158,9 @@ def _positive(s: np.ndarray) -> np.ndarray:
     return np.where(s > 0, s, np.nan)
 
 
-def _set_limits(axis: Any, layers: Sequence[LayerSpectrum], bars: int) -> None:
+def _set_limits(
+    axis: "Axes", layers: Sequence[LayerSpectrum], bars: int
+) -> None:
     """Limits of the shared axis, with room below for the bars."""
     adapted = [x.adapted for x in layers if x.adapted is not None]
     values = np.concatenate([x.s for x in layers] + adapted)
@@ -193,7 +201,7 @@ def trained_span(layer: LayerSpectrum, method: Method) -> tuple[int, int]:
 
 
 def _bar(
-    axis: Any, layers: Sequence[LayerSpectrum], method: Method, row: int
+    axis: "Axes", layers: Sequence[LayerSpectrum], method: Method, row: int
 ) -> None:
     for first, last in {trained_span(layer, method) for layer in layers}:
         axis.plot(
@@ -206,7 +214,7 @@ def _bar(
         )
 
 
-def _legend(figure: Any, axis: Any, methods: Sequence[Method]) -> None:
+def _legend(figure: "Figure", axis: "Axes", methods: Sequence[Method]) -> None:
     if not methods:
         return
     lines = _matplotlib("lines")

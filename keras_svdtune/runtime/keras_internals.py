@@ -18,7 +18,13 @@ import keras
 from keras.src.backend import set_keras_mask
 from keras.src.backend.common import global_state
 
-from keras_svdtune.runtime.types import Layer, Model, Tensor, Variable
+from keras_svdtune.runtime.types import (
+    Layer,
+    Model,
+    Optimizer,
+    Tensor,
+    Variable,
+)
 
 # The functions that a model compiles and keeps, by attribute. KerasHub's
 # causal language models keep `generate_function`.
@@ -207,7 +213,7 @@ def float_kernel_shape(layer: Layer) -> tuple[int, ...] | None:
     return None if shape is None else tuple(shape)
 
 
-def optimizer_config(optimizer: Any) -> dict[str, Any]:
+def optimizer_config(optimizer: Optimizer) -> dict[str, Any]:
     """An optimizer's config, with a schedule or a function kept as it is.
 
     `_learning_rate` holds them; a config of them need not exist.
@@ -223,7 +229,7 @@ def optimizer_config(optimizer: Any) -> dict[str, Any]:
     return config | {"learning_rate": rate} if scheduled else config
 
 
-def copy_decay_exclusions(optimizer: Any, other: Any) -> None:
+def copy_decay_exclusions(optimizer: Optimizer, other: Optimizer) -> None:
     """What `exclude_from_weight_decay` was told, which no config holds."""
     for name in ("", "_pattern"):
         name = f"_exclude_from_weight_decay{name}"

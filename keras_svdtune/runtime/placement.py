@@ -11,11 +11,12 @@ whole, and what touches it is done by all of them together, in the same order.
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
+
+from keras_svdtune.runtime.types import Array, Mesh, Sharding, Tensor, Variable
 
 # The mesh axes of every dim of an array; () for a dim that is not split.
 Axes = tuple[str, ...]
@@ -31,7 +32,7 @@ class Placement:
         spec: the mesh axes of each of its dims.
     """
 
-    mesh: Any
+    mesh: Mesh
     spec: Spec
 
     @property
@@ -39,7 +40,7 @@ class Placement:
         """Devices along each mesh axis."""
         return dict(self.mesh.shape)
 
-    def sharding(self, spec: Spec) -> Any:
+    def sharding(self, spec: Spec) -> Sharding:
         """`jax.sharding.NamedSharding` on the same mesh."""
         import jax
 
@@ -48,7 +49,7 @@ class Placement:
         )
 
 
-def placement_of(variable: Any) -> Placement | None:
+def placement_of(variable: Variable) -> Placement | None:
     """How a variable is split; None where it is on one device.
 
     A variable that has no value yet is where its layout says, or where the
@@ -73,13 +74,13 @@ def placement_of(variable: Any) -> Placement | None:
     return Placement(layout.mesh, tuple(spec))
 
 
-def _names(entry: Any) -> tuple[str, ...]:
+def _names(entry: object) -> tuple[str, ...]:
     if isinstance(entry, str):
         return (entry,)
     return tuple(entry) if isinstance(entry, tuple) else ()
 
 
-def placed(value: Any, sharding: Any) -> Any:
+def placed(value: Array, sharding: Sharding | None) -> Tensor:
     """A tensor of `value`, split as `sharding` says; None: where it is made.
 
     From an array on the host each device gets its part, and no more.
@@ -100,7 +101,7 @@ def placed(value: Any, sharding: Any) -> Any:
     )
 
 
-def place_variable(variable: Any, sharding: Any) -> None:
+def place_variable(variable: Variable, sharding: Sharding | None) -> None:
     """Splits a variable as `sharding` says, and the optimizer's of it.
 
     Keras looks a layout up by the path of a variable when it makes it; so
@@ -114,7 +115,7 @@ def place_variable(variable: Any, sharding: Any) -> None:
         variable._value = placed(variable._value, sharding)
 
 
-def whole_rows(x: Any, weight: Any) -> Any:
+def whole_rows(x: Tensor, weight: Variable) -> Tensor:
     """x (tokens, n) with every row on one device, where `weight` is split.
 
     For what mixes neighbouring columns: a compiler that has columns on other
@@ -133,7 +134,7 @@ def whole_rows(x: Any, weight: Any) -> Any:
     )
 
 
-def follow(variable: Any, other: Any) -> None:
+def follow(variable: Variable, other: Variable) -> None:
     """Puts a variable where `other` is."""
     if getattr(other, "_layout", None) is not None:
         variable._layout = other._layout

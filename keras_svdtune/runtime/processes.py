@@ -2,16 +2,18 @@
 
 import pickle
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_svdtune.runtime.types import Array
+
 T = TypeVar("T")
 
 
-def to_numpy(x: Any) -> np.ndarray:
+def to_numpy(x: Array) -> np.ndarray:
     """A tensor as an array, whole; all processes call this together."""
     if keras.backend.backend() == "jax":
         import jax
@@ -71,7 +73,7 @@ def shared(owner: int, make: Callable[[], T]) -> T:
     return outcome
 
 
-def _pickled(outcome: Any, failure: Exception | None) -> bytes:
+def _pickled(outcome: object, failure: Exception | None) -> bytes:
     try:
         data = pickle.dumps((outcome, failure))
         pickle.loads(data)  # some errors are pickled but do not come back

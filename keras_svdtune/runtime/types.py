@@ -18,4 +18,11 @@ Model: TypeAlias = keras.Model
 # An open group of a weights file, as Keras hands it to a layer.
 Store: TypeAlias = Any
 
+# `jax.sharding.Mesh` and `jax.sharding.Sharding`, which exist on JAX only.
+Mesh: TypeAlias = Any
+Sharding: TypeAlias = Any
+Optimizer: TypeAlias = keras.optimizers.Optimizer
+# What JSON holds: settings of a method, the metadata of a file.
+Json: TypeAlias = dict[str, Any]
+
 Shape: TypeAlias = tuple[int, int]  # (in, out)
