@@ -23,11 +23,12 @@ The classes of the methods, `enable_<method>` and the layers (`SVFDense`) are
 made from the registry of methods, those included that other packages register.
 """
 
+import inspect as _inspect
 from typing import Any
 
 from keras_svdtune import keras_hub_methods as _keras_hub_methods
 from keras_svdtune import layers as _layers
-from keras_svdtune import methods as _methods  # noqa: F401  (registers them)
+from keras_svdtune import methods as _methods  # registers them
 from keras_svdtune.callbacks import RankAllocator, SpectralMonitor
 from keras_svdtune.convert.low_rank_change import LayerConversion
 from keras_svdtune.convert.peft import export_peft
@@ -63,39 +64,11 @@ from keras_svdtune.version import __version__ as __version__
 
 _keras_hub_methods.patch_keras_hub()
 
-_WRITTEN = (
-    METHODS,
-    Method,
-    RankAllocator,
-    SpectralMonitor,
-    LayerConversion,
-    export_peft,
-    Conversion,
-    to_lora,
-    compose,
-    SavedAdapter,
-    push_adapter,
-    load_adapter,
-    save_adapter,
-    svdtune_layout_map,
-    set_decomposition_cache,
-    adapter_disabled,
-    enable_adapter,
-    merge_adapter,
-    remove_adapter,
-    Cost,
-    LayerCost,
-    adapter_summary,
-    estimate,
-    plot_spectrum,
-    LayerQuantization,
-    QuantizationError,
-    quantization_error,
-    SpectralChange,
-    LayerSpectrum,
-    Spectrum,
-    spectrum,
-)
+_IMPORTED = [
+    name
+    for name, value in globals().items()
+    if not (name.startswith("_") or _inspect.ismodule(value) or value is Any)
+]
 
 
 def _from_registry() -> dict[str, Any]:
@@ -106,8 +79,7 @@ def _from_registry() -> dict[str, Any]:
 
 def __getattr__(name: str) -> Any:
     if name == "__all__":
-        written = [getattr(x, "__name__", "METHODS") for x in _WRITTEN]
-        return sorted({*written, *_from_registry()})
+        return sorted({*_IMPORTED, *_from_registry()})
     try:
         return _from_registry()[name]
     except KeyError:
