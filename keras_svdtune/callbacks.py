@@ -1,4 +1,4 @@
-"""Keras callbacks: AdaLoRA's ranks, and a watch on the singular values."""
+"""Keras callbacks: AdaLoRA's rank schedule, a singular value monitor."""
 
 import functools
 from typing import Any
@@ -25,7 +25,7 @@ Logs = dict[str, Any] | None
 
 
 class RankAllocator(keras.callbacks.Callback):
-    """Brings the ranks of AdaLoRA down to their budget during `fit`.
+    """Lowers the ranks of AdaLoRA to their budget during `fit`.
 
     With T steps in all, b₀ triplets at first and b_T at the end, the budget
     after step t is b₀ for the first `warmup`·T steps, b_T for the last
@@ -33,20 +33,18 @@ class RankAllocator(keras.callbacks.Callback):
 
         b(t) = b_T + (b₀ - b_T)·(1 - progress)³.
 
-    While it falls, λ of the triplets beyond it is set to zero every
-    `interval` steps; they may come back. Then the mask is fixed, and the
-    model has b_T = rank · layers triplets exactly.
+    While it falls, the λ of the triplets beyond it are zeroed every `interval`
+    steps; they may come back. Then the mask is fixed, and the model has
+    exactly b_T = rank · layers triplets.
 
-    Adds to the logs of each epoch, and so to the history: `orthogonality`,
-    the regulariser as it stands in the loss; `mean_rank`, the budget a
-    layer.
+    The logs of each epoch, and so the history, get `orthogonality`, the
+    regulariser as it stands in the loss, and `mean_rank`, the budget a layer.
 
     Args:
         warmup: float, the share of steps before the budget falls.
-        settle: float, the share of steps after it has.
+        settle: float, the share of steps after it has fallen.
         interval: int, steps between two allocations.
-        total_steps: int or None. All steps of the training; None takes them
-            from `fit`.
+        total_steps: int or None, all steps of the training; None: as in `fit`.
 
     Raises:
         ValueError: in `fit`, if the model has no AdaLoRA adapter, or the
@@ -59,8 +57,8 @@ class RankAllocator(keras.callbacks.Callback):
     gemma.fit(data, callbacks=[keras_svdtune.RankAllocator()])
     ```
 
-    A callback that restores weights at the end (`EarlyStopping`) stands before
-    it in the list.
+    In the list of callbacks, put one that restores weights at the end
+    (`EarlyStopping`) before this one.
     """
 
     def __init__(
@@ -107,12 +105,12 @@ class RankAllocator(keras.callbacks.Callback):
         self._budget = self._budgets(adapters)[0]
 
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
-        # A run that was interrupted goes on where it stopped, not at 0.
+        # After an interrupt, `fit` goes on where it stopped, not at step 0.
         steps = self.params.get("steps")
         self._start = epoch * steps if steps else self._step
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
-        # Not one more: with `steps_per_execution` this comes after several.
+        # Not `+= 1`: `steps_per_execution` calls this after several steps.
         before, self._step = self._step, self._start + batch + 1
         if self._fixed:
             return
@@ -141,8 +139,8 @@ class RankAllocator(keras.callbacks.Callback):
         logs["mean_rank"] = self._budget / len(adapters)
 
     def on_train_end(self, logs: Logs = None) -> None:
-        # Stopped early; or an earlier epoch's weights were restored, with the
-        # mask of that time.
+        # Training may have stopped early, or restored an earlier epoch's
+        # weights with the mask of that time.
         adapters = self._adapters()
         alive = sum(to_numpy(x.mask.value).sum() for x in adapters)
         if not self._fixed or alive > self._budgets(adapters)[1]:
@@ -187,7 +185,7 @@ def _values(adapter: Adapter) -> np.ndarray:
 
 
 class SpectralMonitor(keras.callbacks.Callback):
-    """Adds to the logs of each epoch what training does to singular values.
+    """Adds to the logs of each epoch how training changes singular values.
 
     With W the kernel of a layer as a matrix (in, out), dW what its adapter
     adds, and W' = W + dW, averaged over the matrices:
@@ -199,16 +197,14 @@ class SpectralMonitor(keras.callbacks.Callback):
     | `update_top_energy` | Σσ² of the `rank` largest / Σσ² |
     | `intruder_dimensions` | of the `top` largest singular vectors of W' |
 
-    An intruder dimension is a large singular vector of W' that W has nothing
-    like: |cos| is below `threshold` with every singular vector of W. Low-rank
-    methods make some, and they go with forgetting; SVF cannot, it scales the
-    vectors that are there. (They are looked for on the smaller side of W, whose
-    vectors are a whole basis. Values of W that are equal leave their vectors
-    free to turn.)
+    An intruder dimension is a large singular vector of W' that is unlike
+    any of W: |cos| is below `threshold` with every singular vector of W.
+    Low-rank methods make some, and they go with forgetting; SVF cannot, since
+    it only scales the components. (Only the smaller side of W is searched,
+    whose vectors are a whole basis. Equal values leave theirs free to turn.)
 
-    The keys are in the history, and in `CSVLogger`, `TensorBoard` and all
-    callbacks that come after this one in the list. `changes` has the numbers
-    of each matrix.
+    The keys are in the history and in all callbacks that come after this one
+    in the list, such as `CSVLogger`.
 
     An epoch costs nearly nothing for SVF, and one eigendecomposition of n²
     numbers a matrix for the others, n = min(in, out): hence `matrices`. At the
@@ -276,7 +272,7 @@ class SpectralMonitor(keras.callbacks.Callback):
         )
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
-        # On JAX, to ask for the model brings its weights up to date.
+        # On JAX, reading `self.model` brings its weights up to date.
         require_adapted(self.model)
         jobs = {
             path: functools.partial(
@@ -296,7 +292,8 @@ class SpectralMonitor(keras.callbacks.Callback):
         if self.matrices is None or self.matrices >= len(found):
             return found
         paths = list(found)
-        # At random, for all kinds of layers come in turn at equal distances.
+        # At random: kinds of layers alternate at equal distances, so every
+        # k-th matrix might be of one kind.
         chosen = np.random.RandomState(0).choice(
             len(paths), self.matrices, replace=False
         )
@@ -304,7 +301,7 @@ class SpectralMonitor(keras.callbacks.Callback):
 
 
 def _means(changes: tuple[SpectralChange, ...]) -> dict[str, float]:
-    """What goes into the logs."""
+    """Averages the measures over the matrices, for the logs."""
     keys = {
         "sigma_drift": "drift",
         "update_effective_rank": "effective_rank",

@@ -27,8 +27,8 @@ from keras_svdtune.reports.plot_spectrum import plot_spectrum
 from keras_svdtune.reports.quantization_error import quantization_error
 from keras_svdtune.reports.spectrum import spectrum
 
-# What a Backbone or Task can do, by name; `enable_svf` and the like come when
-# their method is registered.
+# The methods of Backbone and Task by name; `enable_svf` and the like are added
+# when their method is registered.
 ON_MODELS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
@@ -50,7 +50,7 @@ ON_MODELS: dict[str, Callable[..., Any]] = {
 
 
 def enable_function(cls: type[Method]) -> Callable[..., None]:
-    """`enable_<name>(model, <settings of cls>, target_layer_names=None)`."""
+    """Makes `enable_<name>(model, <settings>, target_layer_names=None)`."""
     model, _, targets = inspect.signature(enable_adapter).parameters.values()
     settings = list(inspect.signature(cls).parameters.values())
     by_name = [x for x in settings if x.kind is x.KEYWORD_ONLY]
@@ -75,7 +75,7 @@ def enable_function(cls: type[Method]) -> Callable[..., None]:
 
 
 def add_to_keras_hub(name: str, function: Callable[..., Any]) -> None:
-    """Adds a method to Backbone and Task; overwrites none of theirs."""
+    """Adds a method to Backbone and Task, unless they have one of that name."""
     for cls in (keras_hub.models.Backbone, keras_hub.models.Task):
         existing = getattr(cls, name, None)
         if existing is None or hasattr(existing, "_keras_svdtune"):

@@ -1,8 +1,8 @@
 """Adapted layers for hand-built models: `SVFDense`, `SVFEinsumDense`, ...
 
-One for each method and host, made when a method is registered. They are
-ordinary Keras layers: declared in a model, serialised with it, their base
-kernel and adapter kept apart in every file.
+One for each method and layer class, made when a method is registered. They are
+ordinary Keras layers: declared in a model and serialised with it. Every file
+keeps their base kernel and adapter apart.
 """
 
 import dataclasses
@@ -23,16 +23,16 @@ from keras_svdtune.model.freezing import freeze_own_variables
 from keras_svdtune.runtime.keras_internals import value_or_none
 from keras_svdtune.runtime.types import Json, Layer, Tensor
 
-# The classes by their names, `"SVFDense"`.
+# The classes of this module by name, such as `"SVFDense"`.
 LAYERS: dict[str, type] = {}
 
 
 class DeclaredLayer(AdapterHost):
     """Mixin of the layers that a user declares with their method.
 
-    The arguments of the plain layer and the settings of the method, by name.
-    The kernel and the bias are frozen, the adapter trains. The basis is
-    computed from the kernel when the layer is built.
+    They take the arguments of the plain layer and, by name, the settings of
+    the method. The kernel and the bias are frozen, the adapter trains. The
+    basis is computed from the kernel when the layer is built.
     """
 
     method_class: ClassVar[type[Method]]
@@ -67,12 +67,12 @@ class DeclaredLayer(AdapterHost):
             return plan_adapter(self.method, target.host_matrix(), target.path)
 
         if not isinstance(self.method.current_rank(None), int | None):
-            # The share of the energy becomes the rank that this kernel needs.
+            # `rank` was a share of the energy: take the rank of this kernel.
             self.method = plan().method
 
         def first_value(name: str) -> Tensor | None:
             # While `fit` only traces a model to build it, kernels have no
-            # value yet; the adapter gets its own after them.
+            # values yet; the adapter's are set after them.
             if value_or_none(target.kernel) is None:
                 return None
             return plan().values.get(name)
@@ -85,14 +85,11 @@ class DeclaredLayer(AdapterHost):
 
     @classmethod
     def from_layer(cls: Any, layer: Layer, **settings: Any) -> Any:
-        """A new layer with the kernel and bias of a plain one.
+        """Makes a built layer that computes what the plain `layer` computes.
 
         Args:
             layer: a built layer of the plain class. It is not changed.
             **settings: the settings of the method.
-
-        Returns:
-            A built layer that computes what `layer` computes.
 
         Raises:
             ValueError: `layer` is of another class, or not built.
@@ -116,11 +113,7 @@ class DeclaredLayer(AdapterHost):
 
 
 def make_layers(method: type[Method]) -> None:
-    """Makes the layer classes of `method`, one for each host of Keras.
-
-    Their names are the method's title and the plain class's name:
-    `SVFDense`, `LoRAXSEinsumDense`.
-    """
+    """Makes classes such as `SVFDense`, one for each adaptable Keras layer."""
     for plain in HOSTS:
         is_embedding = issubclass(plain, keras.layers.Embedding)
         if plain.__module__.startswith("keras.") and (

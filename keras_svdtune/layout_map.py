@@ -1,4 +1,4 @@
-"""A `LayoutMap` for any decoder, from how its matrices are wired.
+"""A `LayoutMap` for any decoder, found from how its matrices are wired.
 
 A block of a decoder reads a stream of vectors of the model's width and adds
 to it. The matrices that read the stream (query, key, value, the first of a
@@ -6,8 +6,8 @@ feed-forward block) make heads or hidden units: split along these
 (column-parallel), each device has its own, and nothing is sent. Those that
 write to the stream are split along the same units (row-parallel), and their
 products are summed over the devices once. The other dim of each is split along
-the batch axis of the mesh: where that has several devices it costs a gathering
-of the weights in each step, and saves as much memory.
+the batch axis of the mesh. If that axis has several devices, this gathers the
+weights in each step, and divides their memory.
 """
 
 import re
@@ -35,12 +35,12 @@ def svdtune_layout_map(
     model_parallel_dim_name: str = "model",
     data_parallel_dim_name: str = "batch",
 ) -> keras.distribution.LayoutMap:
-    """How to split a decoder over a mesh of devices.
+    """Returns a layout map that splits a decoder over a mesh of devices.
 
-    Like the `get_layout_map` that five of KerasHub's backbones have, and the
-    same as theirs where that works; for every decoder, and no dim is split by
-    a number that does not divide it (one key/value head, say): then another
-    dim is, or none.
+    It is like the `get_layout_map` that five of KerasHub's backbones have, and
+    equal to it where that works. It fits every decoder, and never splits a dim
+    by a number that does not divide it (one key/value head, say): it splits
+    another one or none.
 
     Args:
         backbone: the name or folder of a preset, of which only the config is
@@ -49,9 +49,6 @@ def svdtune_layout_map(
         model_parallel_dim_name: str, the mesh axis to split weights along.
         data_parallel_dim_name: str, the mesh axis of the batch. The weights
             are split along it too, as KerasHub does.
-
-    Returns:
-        `keras.distribution.LayoutMap`.
 
     Raises:
         ValueError: the mesh has no such axes, or the model no table of token
@@ -107,9 +104,9 @@ def svdtune_layout_map(
 def _split_dims(
     root: Model, parts: int
 ) -> Iterator[tuple[Variable, tuple[int, ...], tuple[int, ...]]]:
-    """Each variable to split, a dim to split for the model, and the others.
+    """Yields each variable to split, its dims to split first, and the others.
 
-    Where the first dim does not divide, another one may.
+    Where the first dim does not divide by `parts`, another one may.
     """
     tables = [
         layer
@@ -145,11 +142,9 @@ def _split_dims(
 
 
 def _kinds(group: list[Target], width: int) -> list[str | None]:
-    """Which matrices of one layer read the stream, and which write to it.
+    """Says which matrices of one layer read the stream, and which write to it.
 
-    Args:
-        group: in the order in which they are used.
-        width: of the stream.
+    `group` is in the order of use; `width` is that of the stream.
     """
     kinds: list[str | None] = []
     for i, target in enumerate(group):
@@ -171,10 +166,9 @@ def _kinds(group: list[Target], width: int) -> list[str | None]:
 
 
 def _by_pattern(layouts: dict[str, Layout | None]) -> dict[str, Layout]:
-    """Rules for paths with any numbers in them, where these are all alike.
+    """Merges equal layouts of paths that differ only in numbers into patterns.
 
-    Args:
-        layouts: of every variable of the model; None to leave it whole.
+    `layouts` has every variable of the model; None leaves one whole.
     """
     alike: dict[str, list[str]] = {}
     for path in layouts:

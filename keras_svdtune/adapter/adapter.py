@@ -1,4 +1,4 @@
-"""The weights that a method adds to one layer."""
+"""The sublayer that holds the weights which a method adds to one layer."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -19,23 +19,20 @@ from keras_svdtune.methods.base import LinearMap, Method, ReverseMap, Weight
 from keras_svdtune.runtime.placement import place_variable, undistributed
 from keras_svdtune.runtime.types import Shape, Store, Tensor, Variable
 
-# From the name of a weight to its first value; None for zeros.
+# Maps the name of a weight to its first value; None for zeros.
 FirstValue = Callable[[str], Tensor | None]
 
 
 class Holder(Protocol):
-    """What an adapter knows of the layer that it belongs to."""
+    """What an adapter uses of its layer's `Target`."""
 
     def matrix(self) -> Tensor:
-        """W (in, out), float32; (count, in, out) of a bank."""
+        """Returns W (in, out) in float32, or a bank (count, in, out)."""
 
     def finish_loading(self, has_adapter: bool) -> None:
-        """Called when the adapter's part of a weights file was reached.
+        """Restores the kernel or rebuilds the adapter, after loading a file.
 
         Keras reads the layer's own variables before those of its adapter.
-
-        Args:
-            has_adapter: whether the file holds an adapter for the layer.
         """
 
 
@@ -43,18 +40,18 @@ class Adapter(keras.layers.Layer):
     """Holds the weights of one method for one matrix, as a sublayer.
 
     A sublayer has a group of its own in Keras' weights files, which a plain
-    layer ignores: so a plain model loads the file of an adapted one.
+    layer ignores. So a plain model loads the file of an adapted one.
 
     Args:
         method: `Method`. Its weights become attributes: `adapter.delta`.
         view: `MatrixView` of the layer's kernel.
         holder: the layer's `Target`.
-        first_value: function from a weight's name to its first value, or
-            None for zeros. It is called when the variable is initialised.
+        first_value: function from a weight's name to its first value, or None
+            for zeros; called when the variable is initialised.
         dtype: the layer's dtype policy.
         self_contained: bool. Whether a weights file holds the frozen weights
-            too. Where the layer saves its merged kernel, it holds the
-            trainables and a fingerprint of the base.
+            too. If not, the layer saves its merged kernel, and the file holds
+            the trainables and a fingerprint of the base.
         shardings: how each weight is split over devices, by name.
     """
 
@@ -75,11 +72,11 @@ class Adapter(keras.layers.Layer):
         self.shape: Shape = view.shape
         self.target = holder
         self.self_contained = self_contained
-        # One part in how many adapters of the model, for regularisers.
+        # 1 / (adapters in the model): regularisers are averaged.
         self.share = 1.0
-        # What recognises the base kernel; unknown of a declared layer.
+        # Identifies the base kernel; None in a declared layer.
         self.base_fingerprint: np.ndarray | None = None
-        # Where another kernel than W was put into the layer for this adapter.
+        # Set if the layer got another kernel than W for this adapter.
         self.replaced: ReplacedBase | None = None
         self._first_value: FirstValue | None = first_value
         self._shardings = shardings or {}
@@ -122,19 +119,19 @@ class Adapter(keras.layers.Layer):
         penalty = weight.regularizer
         if penalty is None:
             return None
-        # `share` is known when all layers are adapted.
+        # Read when called: `share` is known once all layers are adapted.
         return lambda variable: penalty(variable) * self.share
 
     def call(self, base: LinearMap) -> Tensor:
-        """The adapted product (tokens, out), by the method."""
+        """Returns the adapted product (tokens, out)."""
         return self.method.call(self, base)
 
     def reverse(self, base: ReverseMap) -> Tensor:
-        """x·W'ᵀ (tokens, in) where a layer multiplies by Wᵀ too."""
+        """Returns x·W'ᵀ (tokens, in), for layers that multiply by Wᵀ too."""
         return self.method.reverse(self, base)
 
     def merged(self, matrix: Tensor) -> Tensor:
-        """W' (in, out) in float32 for W (in, out); or for each of a bank."""
+        """Returns W' in float32 for W (in, out) or a bank (count, in, out)."""
         matrix = ops.cast(matrix, "float32")
         if self.view.count is None:
             return self.method.merged(self, matrix)
@@ -207,7 +204,7 @@ class Adapter(keras.layers.Layer):
             )
 
     def _stored(self) -> dict[str, Variable]:
-        """The variables that a full save holds."""
+        """Returns the variables that a full save holds, by name."""
         return {
             f"{self.method.name}_{w.name}": getattr(self, w.name)
             for w in self.method.weights(self.shape)
@@ -217,7 +214,7 @@ class Adapter(keras.layers.Layer):
     def variables_by_name(
         self, trainable: bool | None = None
     ) -> dict[str, Variable]:
-        """The variables, by their full names (`svf_delta`)."""
+        """Returns the variables by full name (`svf_delta`)."""
         return {
             f"{self.method.name}_{w.name}": getattr(self, w.name)
             for w in self.method.weights(self.shape)

@@ -1,6 +1,6 @@
-"""One computation for every matrix of a bank, such as experts.
+"""Applies a method, which knows one matrix, to each matrix of a bank.
 
-The methods know one matrix W (in, out). Here they meet (count, in, out).
+A bank (count, in, out) holds the experts of a mixture, for example.
 """
 
 from collections.abc import Callable
@@ -18,14 +18,13 @@ def over_bank(
     weights: Weights,
     *arrays: Tensor,
 ) -> Tensor:
-    """`function(weights, *arrays)` for each matrix of a bank, stacked.
+    """Returns `function(weights, *arrays)` for each matrix, stacked.
 
     Args:
         function: takes the weights of one matrix, as attributes, and its part
             of each of `arrays`.
-        method: the method whose weights they are.
-        weights: the weights of the bank, as attributes, each stacked; and the
-            `shape` (in, out) of one matrix.
+        weights: the stacked weights of the bank, as attributes, and the `shape`
+            (in, out) of one matrix.
         *arrays: tensors whose first axis is that of the bank.
     """
     stacked = {
@@ -39,7 +38,7 @@ def over_bank(
 
     if keras.backend.backend() == "jax":
         return ops.vectorized_map(one, (stacked, list(arrays)))
-    # One by one: torch vectorizes no function with a gradient of its own.
+    # One by one: torch cannot vectorize a function with a custom gradient.
     matrices = [
         one(
             (

@@ -1,4 +1,4 @@
-"""Fingerprints, to recognise the base of an adapter, and its effect.
+"""Computes fingerprints that identify an adapter's base and its effect.
 
 With fixed vectors a_k, b_k of ±1 the numbers a_kᵀ·W·b_k are each about ‖W‖ in
 size and tell matrices apart:
@@ -6,12 +6,12 @@ size and tell matrices apart:
     base fingerprint:  (‖W‖, a₁ᵀWb₁, ..., a₄ᵀWb₄)
     effect:            (a₁ᵀΔWb₁, ..., a₈ᵀΔWb₈)
 
-where x·ΔW is what an adapter adds to x·W. Rounding W to bfloat16 moves a
-number by about 0.001·‖W‖; other weights by ‖W‖. So a base is recognised in
+where x·ΔW is what an adapter adds to x·W. Rounding W to bfloat16 moves a number
+by about 0.001·‖W‖; other weights move it by ‖W‖. So a base is recognised in
 either dtype, and one that was trained further is not. The effect tells whether
 the frozen weights that an adapter computes from W are those it was trained
-with: singular vectors of other signs, or turned among equal singular values,
-give another ΔW wherever that matters, and the same one where it does not.
+with: singular vectors with other signs, or rotated among equal singular values,
+give another ΔW only where that matters.
 """
 
 import functools
@@ -37,7 +37,7 @@ _EFFECT_TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 
 
 def fingerprint(matrix: np.ndarray) -> np.ndarray:
-    """(5,) float32 for a matrix W (in, out), or a bank (count, in, out)."""
+    """Returns the fingerprint (5,) float32 of W (in, out), or of a bank."""
     w = np.asarray(matrix).reshape(-1, matrix.shape[-1])
     a, b = _probes((w.shape[0], w.shape[1]), _BASE_PROBES)
     products, norm = float64.rows_and_norm(a, w)
@@ -45,10 +45,9 @@ def fingerprint(matrix: np.ndarray) -> np.ndarray:
 
 
 def matches(ours: np.ndarray, theirs: np.ndarray, *dtypes: str) -> bool:
-    """Whether two base fingerprints are of the same matrix.
+    """Returns whether two base fingerprints are of the same matrix.
 
     Args:
-        ours, theirs: fingerprints.
         dtypes: the dtypes in which the two matrices were held.
     """
     if ours.shape != theirs.shape or not np.isfinite(theirs).all():
@@ -59,15 +58,14 @@ def matches(ours: np.ndarray, theirs: np.ndarray, *dtypes: str) -> bool:
 
 
 def effect(method: Method, weights: Weights, matrix: Tensor) -> np.ndarray:
-    """(8,) float32 for the ΔW that `method` adds with these weights.
+    """Returns the effect (8,) float32 of the ΔW that `method` adds.
 
     Args:
-        method: a Method.
-        weights: what its `call` takes: an adapter, or an object with
+        weights: what the method's `call` takes: an adapter, or an object with
             the weights as attributes.
-        matrix: W (in, out), float32; or a bank, with its matrices one
-            below the other. Q for a method that quantizes its base: then the
-            effect is that of Q + ΔW.
+        matrix: W (in, out), float32; or a bank (count, in, out), which counts
+            as one matrix (count·in, out). Q for a method that quantizes its
+            base: then the effect is that of Q + ΔW.
     """
     rows, columns = weights.shape
     count = math.prod(matrix.shape[:-2])
@@ -86,7 +84,7 @@ def effect(method: Method, weights: Weights, matrix: Tensor) -> np.ndarray:
 
 
 def effect_of_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The effect of ΔW = a·b, of shapes (in, k) and (k, out)."""
+    """Returns the effect of ΔW = a·b, of shapes (in, k) and (k, out)."""
     left, right = _probes((a.shape[0], b.shape[1]), _EFFECT_PROBES)
     return np.asarray(np.sum(((left @ a) @ b) * right, axis=1), "float32")
 
@@ -94,10 +92,9 @@ def effect_of_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def same_effect(
     ours: np.ndarray, theirs: np.ndarray, norm: float, *dtypes: str
 ) -> bool:
-    """Whether two effects are of the same ΔW.
+    """Returns whether two effects are of the same ΔW.
 
     Args:
-        ours, theirs: effects.
         norm: ‖W‖; float32 computes x·W to about 1e-6 of it.
         dtypes: the dtypes in which the two bases were held.
     """
@@ -112,7 +109,7 @@ def same_effect(
 def _change(
     method: Method, weights: Weights, x: Tensor, matrix: Tensor
 ) -> Tensor:
-    """x·ΔW in float32; x·W' where the kernel is quantized for the adapter."""
+    """Returns x·ΔW in float32; x·W' if the adapter has a quantized base."""
     base = _Product(x, matrix)
     y = ops.cast(method.call(weights, base), "float32")
     if not isinstance(method, ReplacesBase):
@@ -127,7 +124,7 @@ def _change(
 
 
 class _Product:
-    """x·W in float32, as a method's `call` wants it."""
+    """The `LinearMap` of x·W for a given x and W, in float32."""
 
     dtype = "float32"
 
@@ -150,7 +147,7 @@ class _Product:
 def _probes(
     shape: tuple[int, int], count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The vectors a (count, in) and b (count, out)."""
+    """Returns the vectors a (count, in) and b (count, out) of ±1."""
     rows, columns = shape
     a = [_plus_minus(rows, 2 * i) for i in range(count)]
     b = [_plus_minus(columns, 2 * i + 1) for i in range(count)]
@@ -158,7 +155,7 @@ def _probes(
 
 
 def _plus_minus(n: int, seed: int) -> np.ndarray:
-    """n values of ±1 by the splitmix64 hash, the same everywhere for ever."""
+    """Returns n values of ±1 by splitmix64, the same everywhere for ever."""
     with np.errstate(over="ignore"):
         z = np.arange(1, n + 1, dtype=np.uint64) + np.uint64(seed << 40)
         z *= np.uint64(0x9E3779B97F4A7C15)

@@ -1,4 +1,4 @@
-"""An adapter for one matrix, computed before anything is touched."""
+"""Computes the adapter of one matrix before any layer is touched."""
 
 import dataclasses
 import zlib
@@ -20,12 +20,12 @@ Values = dict[str, Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class NewKernel:
-    """A kernel that is not yet in the layer it is for.
+    """A kernel for a layer that does not hold it yet.
 
     Attributes:
-        mode: `"int8"` or `"int4"`, as Keras quantizes it; None as it is.
-        variables: what the layer's variables are to hold, by attribute.
-        matrix: function that returns it as a matrix (in, out), float32.
+        mode: `"int8"` or `"int4"`, as Keras quantizes it; None if it is float.
+        variables: the new values of the layer's variables, by attribute.
+        matrix: function that returns the kernel as (in, out), float32.
     """
 
     mode: str | None
@@ -35,15 +35,14 @@ class NewKernel:
 
 @dataclasses.dataclass(frozen=True)
 class ReplacedBase:
-    """A kernel that is in the layer for its adapter, in place of W.
+    """A kernel that takes the place of W in a layer, for its adapter.
 
     Attributes:
-        kernel: what to put into the layer; None once it is there.
+        kernel: the kernel to put into the layer; None once it is there.
         float_fingerprint: the fingerprint of W.
-        norm: float, ‖W‖, the Frobenius norm. This and the rest where the
-            kernel is quantized.
+        norm: float, ‖W‖ (Frobenius); like the errors, 0 for a float kernel.
         plain_error: float, ‖W - quant(W)‖.
-        error: float, ‖W - W̃‖, W̃ what kernel and adapter are at first.
+        error: float, ‖W - W̃‖, where W̃ is the kernel with its first adapter.
     """
 
     kernel: NewKernel | None
@@ -59,9 +58,9 @@ class AdapterPlan:
 
     Attributes:
         method: the method, its settings resolved for this matrix.
-        values: the first values of its weights.
-        base_fingerprint: the fingerprint of W, or of what comes in its place.
-        replaced: what comes in its place, if anything.
+        values: the first values of its weights, by name.
+        base_fingerprint: the fingerprint of W, or of the kernel in its place.
+        replaced: the kernel in place of W, if there is one.
     """
 
     method: Method
@@ -70,9 +69,9 @@ class AdapterPlan:
     replaced: ReplacedBase | None = None
 
 
-# From a matrix to the kernel that it is in a layer.
+# Makes of a matrix (in, out) the kernel that holds it in a layer.
 KernelMaker = Callable[[Array], NewKernel]
-# From a method and its first values to tensors, each on its devices.
+# Turns the first values of a method into tensors, each on its devices.
 Placer = Callable[[Method, Values], Values]
 
 
@@ -83,16 +82,13 @@ def plan_adapter(
     make_kernel: KernelMaker | None = None,
     place: Placer | None = None,
 ) -> AdapterPlan:
-    """Plans the adapter of W = `matrix` (in, out), the kernel of `name`.
-
-    Or that of a bank (count, in, out), whose weights are stacked.
+    """Plans the adapter of W (in, out), or of a bank, with stacked weights.
 
     Args:
-        method: `Method`.
-        matrix: float32, a tensor or an array.
-        name: str. It seeds what is drawn, and names the matrix in errors.
+        matrix: W, or a bank (count, in, out); float32, a tensor or an array.
+        name: str, the path of the layer, for seeds and for errors.
         make_kernel: needed by a method that replaces W.
-        place: puts the values on their devices; None: on the default one.
+        place: puts the values on their devices; if None, on the default one.
     """
     method, values = first_values(method, matrix, name, make_kernel)
     return plan_from(method, matrix, values, make_kernel, place)
@@ -104,11 +100,7 @@ def first_values(
     name: str,
     make_kernel: KernelMaker | None = None,
 ) -> tuple[Method, Values]:
-    """The expensive part of `plan_adapter`: it decomposes W.
-
-    Returns:
-        The method, resolved for this matrix, and its first values.
-    """
+    """Returns the method resolved for W, and first values: the costly part."""
     start = _start_matrix if len(matrix.shape) == 2 else _start_bank
     method, values = start(method, matrix, name)
     if not isinstance(method, ReplacesBase) or make_kernel is None:
@@ -136,8 +128,8 @@ def plan_from(
 ) -> AdapterPlan:
     """Plans an adapter whose first values are known."""
     w = _on_host(matrix)
-    # Tensors already: while the next matrix is decomposed the memory of these
-    # arrays is free again. At the end it would be held twice.
+    # Tensors already, so that the memory of the arrays is free while the next
+    # matrix is decomposed. Converted at the end, all would be held twice.
     tensors = (place or _on_one_device)(method, values)
     if not isinstance(method, ReplacesBase):
         return AdapterPlan(method, tensors, fingerprint(w))
@@ -175,8 +167,8 @@ def _start_matrix(
     needs = method.needs((matrix.shape[0], matrix.shape[1]))
     factors = None if needs is None else decompose(matrix, needs, name)
     method = method.resolved(factors)
-    # RandomState, since NumPy promises that its stream never changes: what is
-    # drawn here is drawn again when an adapter file is loaded.
+    # RandomState, since NumPy promises that its stream never changes: loading
+    # an adapter file draws the same numbers again.
     seed = zlib.crc32(name.encode()) + getattr(method, "seed", 0)
     random = np.random.RandomState(seed % 2**32)
     return method, method.initial_values(matrix, factors, random)
@@ -193,7 +185,7 @@ def _start_bank(
 
     each = each_of(method)
     if len({resolved for resolved, _ in each}) > 1:
-        # By energy the matrices have several ranks; stacked they have one.
+        # A share of energy gives several ranks; stacking needs one.
         widest = max(
             (m for m, _ in each), key=lambda m: m.current_rank(None) or 0
         )

@@ -1,23 +1,22 @@
-"""Which devices hold which part of an adapter: derived from its kernel.
+"""Derives how an adapter is split over devices from how its kernel is split.
 
-A kernel of a model on several devices is split along axes of a mesh of
-devices. Every weight of its adapter is split to match, and no rule has to be
-written for it. A method says, for each dim of a weight, what it is of the
-matrix W (in, out):
+A kernel of a model on several devices is split along axes of a mesh of devices.
+Every weight of its adapter is split to match, without a rule for it: a method
+labels its dimensions with the axis of W (in, out) that they run along.
 
-| a dim that is | is split along |
+| label of the dimension | it is split along |
 |---|---|
 | `IN`, `OUT` | the mesh axes of W's in or out, if they split it into blocks |
-| `COMPONENTS`, of a full basis | the axes that its other dim does not take |
+| `COMPONENTS`, of a full basis | the axes that its other dimension leaves |
 | None: a rank, or tiny | nothing |
 
-So nothing of n² numbers is on every device. With V (out, n) of SVF under a W
+So nothing of size n² is whole on every device. With V (out, n) of SVF under a W
 that is split along out (column-parallel), V is split along out too: h·V is
-summed over the devices, and (..)·Vᵀ stays where it is. Under a W that is split
-along in (row-parallel), V is split along n: h·V stays, and (..)·Vᵀ is summed.
-Either is one collective more in the forward pass, and one in the backward pass.
+summed over the devices, and (..)·Vᵀ stays local. Under a W that is split along
+in (row-parallel), V is split along n: h·V stays local, and (..)·Vᵀ is summed.
+Either costs one more collective in the forward and one in the backward pass.
 
-Only names and numbers here; what a backend makes of them is in `devices.py`.
+Here are only names and numbers; `runtime/placement.py` tells JAX.
 """
 
 import math
@@ -27,7 +26,7 @@ from keras_svdtune.matrix.view import MatrixView
 from keras_svdtune.methods.base import COMPONENTS, IN, OUT, Weight
 from keras_svdtune.runtime.placement import Axes, Spec
 
-COUNT = "count"  # the matrices of a bank
+COUNT = "count"  # label of the axis of a bank
 
 
 def adapter_layouts(
@@ -36,17 +35,17 @@ def adapter_layouts(
     kernel: Spec,
     sizes: Mapping[str, int],
 ) -> dict[str, Spec]:
-    """How to split each weight of an adapter, by its name.
+    """Returns how to split each weight of an adapter, by its name.
 
     Args:
         weights: what the method asks for.
-        view: how the kernel is a matrix.
-        kernel: the mesh axes of each dim of the kernel.
+        view: reads the kernel as a matrix.
+        kernel: the mesh axes of each dimension of the kernel.
         sizes: devices along each mesh axis.
 
     Returns:
-        For each weight the mesh axes of each of its dims; of a bank, the dim
-        of its matrices first.
+        The mesh axes of each dimension of each weight; in a bank, those of its
+        number of matrices come first.
 
     Example:
 
@@ -67,7 +66,7 @@ def adapter_layouts(
         by_role[role] = (
             block_axes(dims, view.kernel_shape, kernel, sizes)
             if len(kernel) == len(view.kernel_shape)
-            else ()  # a packed kernel, whose dims are others
+            else ()  # a packed kernel has other dimensions
         )
     found: dict[str, Spec] = {}
     components: Axes | None = None
@@ -79,7 +78,7 @@ def adapter_layouts(
             for role, size in zip(names, shape, strict=True)
         ]
         if COMPONENTS in names:
-            if components is None:  # of the basis, which comes first
+            if components is None:  # it is the basis: it comes first
                 used = {a for axes in spec for a in axes}
                 components = tuple(a for a in every if a not in used)
             i = names.index(COMPONENTS)
@@ -94,15 +93,14 @@ def block_axes(
     spec: Spec,
     sizes: Mapping[str, int],
 ) -> Axes:
-    """The mesh axes that split `dims`, flattened in this order, into blocks.
+    """Returns the mesh axes that split flattened dimensions into blocks.
 
-    A block of the flattened dim is whole dims from some place on; so axes of a
-    dim count only where every dim before it is split to its last element.
+    A block is a contiguous part of the flattened dimension. So the axes of a
+    dimension count only if those before it are split to single elements.
 
     Args:
-        dims: dims of an array, in the order in which they are flattened.
-        shape: of the array.
-        spec: the mesh axes of each of its dims.
+        dims: dimensions of an array, in the order of flattening.
+        shape, spec: the array's shape, and the mesh axes of each dimension.
         sizes: devices along each mesh axis.
     """
     found: Axes = ()
@@ -119,22 +117,21 @@ def block_axes(
 def refitted(
     spec: Spec, shape: tuple[int, ...], sizes: Mapping[str, int]
 ) -> Spec:
-    """How to split an array that comes in place of one of another shape.
+    """Returns how to split an array that replaces one of another shape.
 
-    Like that one if it has as many dims; if not, along one of its own. For a
-    kernel that is packed when it is quantized, its scale and its zero point.
+    With as many dimensions it is split like the old one, otherwise along one of
+    its own: a kernel packed by quantization, its scale, its zero point.
 
     Args:
-        spec: the mesh axes of each dim of the first array.
-        shape: of the new one.
-        sizes: devices along each mesh axis.
+        spec: the mesh axes of each dimension of the old array.
+        shape: the shape of the new one.
     """
     if len(spec) == len(shape):
         pairs = zip(spec, shape, strict=True)
         return tuple(_dividing(axes, n, sizes) for axes, n in pairs)
     every = tuple(a for axes in spec for a in axes)
     found: list[Axes] = [()] * len(shape)
-    if len(shape) > 1:  # or it is tiny
+    if len(shape) > 1:  # a vector is tiny
         parts = [_dividing(every, n, sizes) for n in shape]
         best = max(range(len(shape)), key=lambda i: len(parts[i]))
         found[best] = parts[best]
@@ -146,7 +143,7 @@ def _axes_of(weight: Weight) -> tuple[str | None, ...]:
 
 
 def _dividing(axes: Axes, size: int, sizes: Mapping[str, int]) -> Axes:
-    """The leading ones of `axes` whose devices divide `size`."""
+    """Returns the leading `axes` whose devices divide `size`."""
     kept: Axes = ()
     for axis in axes:
         if size % math.prod(sizes[a] for a in (*kept, axis)):

@@ -1,4 +1,4 @@
-"""How transformers calls the layers of a KerasHub backbone."""
+"""The names that transformers gives to the layers of a KerasHub backbone."""
 
 import dataclasses
 import re
@@ -15,11 +15,11 @@ _ATTENTION = {
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How transformers calls the layers of a backbone.
+    """Backbones whose layers have the same names in transformers.
 
     Attributes:
         block: str, the name of a KerasHub block, before its number.
-        prefix: str, the name of theirs, before the same number.
+        prefix: str, the name of transformers' block, before the same number.
         modules: the name of a layer in a block -> the name of its module.
             Layers of one module stand side by side in it, in this order.
         transposed: bool, whether a module holds (out, in).
@@ -64,7 +64,7 @@ _GPT2 = Family(
     },
     transposed=False,
 )
-# By the name of the class itself: a subclass may compute something else.
+# By the exact name of the class: a subclass may compute something else.
 FAMILIES = {
     "GemmaBackbone": _GEMMA,
     "Gemma3Backbone": _GEMMA,
@@ -78,7 +78,7 @@ FAMILIES = {
 
 
 def family_of(root: Model) -> Family:
-    """The family of a backbone, or an error that lists those there are."""
+    """Returns the family of a backbone, or raises a ValueError."""
     kind = type(root).__name__
     if kind not in FAMILIES:
         raise ValueError(
@@ -88,13 +88,13 @@ def family_of(root: Model) -> Family:
         )
     family = FAMILIES[kind]
     if getattr(root, "vision_encoder", None) is not None:
-        # The text half of a model that sees.
+        # The text half of a vision-language model.
         return dataclasses.replace(family, prefix="model.language_model.layers")
     return family
 
 
 def place_of(path: str, family: Family) -> tuple[str, str]:
-    """The module that a layer is in, and the layer's own name."""
+    """Returns the module that a layer is in, and the layer's own name."""
     found = re.fullmatch(rf"(?:.*/)?{family.block}_(\d+)/(?:.*/)?(\w+)", path)
     if found is None or found[2] not in family.modules:
         raise ValueError(
@@ -107,7 +107,7 @@ def place_of(path: str, family: Family) -> tuple[str, str]:
 
 
 def paths_in(module: str, paths: dict[str, str], family: Family) -> list[str]:
-    """The paths of all layers of a module in order, adapted or not."""
+    """Returns the paths of all layers of a module in order, adapted or not."""
     block = next(iter(paths.values())).rsplit("/", 1)[0]
     return [
         f"{block}/{name}"

@@ -1,16 +1,9 @@
-"""What an adapter adds to a kernel, as a product of two thin matrices.
+"""The change dW = W' - W by an adapter, as a product of two thin matrices A·B.
 
-Every method changes W into some W'. What it adds, dW = W' - W, is a matrix
-like any other, and a product of two thin matrices A·B comes as near to it as
-its singular values allow:
-
-- the low-rank methods add a thin product already, and hand it over
-  (`Method.low_rank_factors`): PiSSA and MiLoRA at twice their rank,
-  A·B - A₀·B₀ = [A A₀]·[B; -B₀]; LoRA-XS and AdaLoRA at their own;
-- of any other dW, the truncated singular value decomposition is the best
-  approximation at a given rank (Eckart and Young).
-
-How near A·B comes is measured, layer by layer, in float64.
+Low-rank methods give A and B themselves (`Method.low_rank_factors`): PiSSA and
+MiLoRA at twice their rank, A·B - A₀·B₀ = [A A₀]·[B; -B₀]. For any other dW the
+truncated singular value decomposition is the best approximation at a given rank
+(Eckart and Young). The error is measured, layer by layer, in float64.
 """
 
 import dataclasses
@@ -30,7 +23,7 @@ from keras_svdtune.runtime.types import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class LayerConversion:
-    """How near the thin product A·B of one layer comes to its dW = W' - W.
+    """The error of the product A·B of one layer against its dW = W' - W.
 
     Attributes:
         path: str, the layer.
@@ -59,11 +52,9 @@ class ThinProduct:
 def thin_products(
     targets: dict[str, Target], rank: int | None
 ) -> dict[str, ThinProduct]:
-    """dW of every adapted matrix as A·B; changes nothing.
+    """Computes A·B for every adapted matrix; changes nothing.
 
-    Args:
-        targets: adapted matrices, by path.
-        rank: as for `to_lora`.
+    `targets` are adapted matrices by path; `rank` is as for `to_lora`.
     """
     if rank is not None:
         wanted = LoRA(rank=rank)
@@ -77,7 +68,7 @@ def thin_products(
 
 
 def thin_product(path: str, target: Target, rank: int | None) -> ThinProduct:
-    """dW of one adapted matrix as A·B, by `to_lora`'s rules."""
+    """Computes A·B for one adapted matrix, by `to_lora`'s rules."""
     adapter = target.adapted
     method = adapter.method
     matrix, change = change_of(path, target)
@@ -92,13 +83,13 @@ def thin_product(path: str, target: Target, rank: int | None) -> ThinProduct:
         a, b = (to_numpy(x) for x in factors)
         if 1 <= a.shape[1] <= min(change.shape):
             return _thin(path, change, a, b)
-        # PiSSA's 2r may exceed what a matrix can have; AdaLoRA may have 0.
+        # PiSSA's 2r may exceed min(in, out); AdaLoRA's rank may be 0.
         rank = min(max(a.shape[1], 1), *change.shape)
     assert rank is not None
     top = top_on_host(change, rank)
     assert top.u is not None and top.v is not None
-    # All of s in B, as LoRA starts: A of full size, so that B trains even
-    # where dW is zero.
+    # B holds all of s, as B holds LoRA's zeros at first: A has its full
+    # size, so that B trains even where dW is zero.
     return _thin(path, change, top.u, top.s[:, None] * top.v.T)
 
 
@@ -110,7 +101,7 @@ def _thin(
 
 
 def change_of(path: str, target: Target) -> tuple[Tensor, np.ndarray]:
-    """W of an adapted matrix, and its dW = W' - W in float64."""
+    """Returns W of an adapted matrix, and its dW = W' - W in float64."""
     adapter = target.adapted
     if adapter.replaced is not None:
         raise ValueError(
@@ -145,7 +136,7 @@ def change_of(path: str, target: Target) -> tuple[Tensor, np.ndarray]:
 def measure(
     path: str, change: np.ndarray, found: np.ndarray, rank: int
 ) -> LayerConversion:
-    """How near `found` comes to `change`, both (in, out) in float64."""
+    """Measures the error of `found`; both matrices (in, out), float64."""
     norm = float(np.linalg.norm(change))
     error = float(np.linalg.norm(change - found)) / norm if norm else 0.0
     return LayerConversion(path, change.shape, rank, norm, error)

@@ -1,17 +1,15 @@
-"""From an adapter to a folder that Hugging Face's PEFT loads.
+"""Writes an adapter as a folder that Hugging Face's PEFT loads.
 
-The folder holds `adapter_config.json` and `adapter_model.safetensors`, and
-goes onto the model in `transformers` that the KerasHub model is a twin of:
-the same weights, other names. Both ways of holding a matrix are simple ones:
+The folder is for the model in `transformers` that has the same weights as the
+KerasHub model under other names. Two things differ:
 
-- KerasHub's kernels, read as matrices (`matrix.py`), are (in, out), heads
+- KerasHub's kernels, read as matrices (`matrix/view.py`), are (in, out), heads
   before the numbers of a head; `torch.nn.Linear` has the transpose of that.
   Both turn the first half of a head against the second in their rotary
   embeddings, so nothing is permuted.
 - GPT-2 in transformers holds query, key and value side by side in one matrix,
-  (in, 3·in), not transposed. Three thin products side by side are one:
-
-      [A₁·B₁  A₂·B₂  A₃·B₃] = [A₁ A₂ A₃]·diag(B₁, B₂, B₃)
+  (in, 3·in), not transposed. Three products side by side are one:
+  [A₁·B₁ A₂·B₂ A₃·B₃] = [A₁ A₂ A₃]·diag(B₁, B₂, B₃).
 
 PEFT keeps A (in, r) as `lora_A` (r, in) and B (r, out) as `lora_B` (out, r).
 Neither `peft` nor `transformers` is imported.
@@ -50,7 +48,7 @@ from keras_svdtune.runtime.types import Json, Model
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """What one layer adds: a (in, k), b (k, out); for DoRA m (out,) too."""
+    """Factors of one layer: a (in, k), b (k, out); for DoRA m (out,) too."""
 
     a: np.ndarray
     b: np.ndarray
@@ -65,18 +63,18 @@ def export_peft(
 ) -> Conversion:
     """Writes the enabled adapter as a folder that PEFT loads.
 
-    As a LoRA by the rules of `to_lora`: exact for LoRA, PiSSA, MiLoRA,
-    LoRA-XS and AdaLoRA; the best approximation at `rank` for SVF and SVFT.
-    DoRA is written as DoRA, exactly, unless `rank` is given. The model stays
-    as it is. The backbones of Gemma 1 to 3, Llama, Mistral, Qwen 2 to 3
+    It is written as a LoRA by the rules of `to_lora`: exact for LoRA, PiSSA,
+    MiLoRA, LoRA-XS and AdaLoRA; the best approximation at `rank` for SVF and
+    SVFT. DoRA is written as DoRA, exactly, unless `rank` is given. The model
+    is not changed. The backbones of Gemma 1 to 3, Llama, Mistral, Qwen 2 to 3
     (the dense ones) and GPT-2 are known.
 
     Args:
         model: a KerasHub Backbone or Task of one of these, with an adapter.
         folder: where to write; made if it is not there. What it holds of an
             earlier export is replaced.
-        base_model_name_or_path: str or None. What the config says of the
-            base model: its name on the Hugging Face hub, or a path.
+        base_model_name_or_path: str or None. The base model in the config: its
+            name on the Hugging Face hub, or a path.
         rank: as for `to_lora`.
 
     Returns:
@@ -143,7 +141,7 @@ def export_peft(
 def _parts(
     targets: dict[str, Target], rank: int | None
 ) -> tuple[dict[str, _Part], tuple[LayerConversion, ...]]:
-    """What each layer adds, and how near that is."""
+    """Returns the factors of each layer, and how near they come to dW."""
     if rank is None and all(_dora_factors(x) for x in targets.values()):
         jobs = {p: functools.partial(_dora, p, x) for p, x in targets.items()}
         found = run_all("DoRA: exporting", jobs)
@@ -159,7 +157,7 @@ def _parts(
 
 
 def _dora_factors(target: Target) -> tuple[np.ndarray, ...] | None:
-    """DoRA's a, b, m; None for other methods, or where W has a zero column."""
+    """Returns DoRA's a, b, m; None for other methods or zero columns in W."""
     method = target.adapted.method
     if not isinstance(method, DoRA):
         return None
@@ -179,7 +177,7 @@ def _dora(path: str, target: Target) -> tuple[_Part, LayerConversion]:
 
 
 def _nothing(target: Target, others: dict[str, _Part]) -> _Part:
-    """What a layer without an adapter adds, beside `others`."""
+    """Returns factors of a change of zero, with m if `others` have one."""
     rows, columns = target.view.shape
     a, b = np.zeros((rows, 0), "float32"), np.zeros((0, columns), "float32")
     if next(iter(others.values())).m is None:
@@ -189,7 +187,7 @@ def _nothing(target: Target, others: dict[str, _Part]) -> _Part:
 
 
 def _side_by_side(parts: list[_Part]) -> _Part:
-    """The parts of one module: [A₁ A₂ ...], diag(B₁, B₂, ...), [m₁ m₂ ...]."""
+    """Joins the parts of a module: [A₁ A₂ ..], diag(B₁, B₂, ..), [m₁ m₂ ..]."""
     a = np.concatenate([x.a for x in parts], axis=1)
     b = np.zeros((a.shape[1], sum(x.b.shape[1] for x in parts)), "float32")
     row = column = 0
@@ -204,7 +202,7 @@ def _side_by_side(parts: list[_Part]) -> _Part:
 def _config(
     ranks: dict[str, int], family: Family, dora: bool, base: str | None
 ) -> Json:
-    """`adapter_config.json`. alpha equals the rank everywhere: a scale of 1."""
+    """Makes `adapter_config.json`, with alpha = rank for a scale of 1."""
     largest = max(ranks.values())
     others = {module: r for module, r in ranks.items() if r != largest}
     return {

@@ -1,4 +1,4 @@
-"""From any adapter to a LoRA, in place, and how far that is from it."""
+"""Converts any adapter to a LoRA, in place, and measures the error."""
 
 import dataclasses
 import math
@@ -28,10 +28,10 @@ from keras_svdtune.runtime.types import Model
 
 @dataclasses.dataclass(frozen=True)
 class Conversion(PrintsTable):
-    """How near a conversion came. `print()` shows it as a table.
+    """The error of a conversion. `print()` shows it as a table.
 
     Attributes:
-        method: `Method`, what was converted.
+        method: `Method`, the method that was converted.
         layers: one `LayerConversion` for each adapted layer.
     """
 
@@ -40,11 +40,11 @@ class Conversion(PrintsTable):
 
     @property
     def error(self) -> float:
-        """‖dW - A·B‖ / ‖dW‖ over all layers."""
+        """The relative error ‖dW - A·B‖ / ‖dW‖ over all layers."""
         return _error_of(self.layers)
 
     def table(self) -> rich.table.Table:
-        """The table, for `rich`."""
+        """Returns the table, for `rich`."""
         return grouped_table(
             title=f"{self.method}, as LoRA",
             caption=(
@@ -96,10 +96,9 @@ def to_lora(model: Model, rank: int | None = None) -> Conversion:
 
     Args:
         model: a model with an adapter.
-        rank: int, the rank of every layer's A·B, the best approximation
-            of dW there is at that rank: the r largest components of
-            dW = U diag(s) Vᵀ, A = U_r and B = diag(s_r)·V_rᵀ, decomposed by
-            LAPACK in float64. None for the exact form.
+        rank: int, the rank of every layer's A·B: the best approximation of
+            dW = U diag(s) Vᵀ at that rank, A = U_r and B = diag(s_r)·V_rᵀ,
+            decomposed by LAPACK in float64. None for the exact form.
 
     Returns:
         `Conversion`: the relative error of each layer and in all.

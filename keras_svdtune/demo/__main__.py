@@ -5,11 +5,14 @@ import functools
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+from keras_hub.models import CausalLM
 
 from keras_svdtune.demo import optional, show, train
 from keras_svdtune.demo import results as results_file
+from keras_svdtune.demo.result import Result
 from keras_svdtune.demo.weights import weights
 from keras_svdtune.methods.base import METHODS
 
@@ -116,7 +119,7 @@ def demo(options: argparse.Namespace) -> None:
     """Runs one method, or all of them, and shows what came out."""
     name, load = loader(options)
     names = list(METHODS) if options.method == "all" else [options.method]
-    results: list[train.Result] = []
+    results: list[Result] = []
     for method in names:
         result = train.run(
             load,
@@ -144,7 +147,7 @@ def demo(options: argparse.Namespace) -> None:
     show.step(f"Done. Adapter files and loss curves are in {options.out}")
 
 
-def loader(options: argparse.Namespace) -> tuple[str, Any]:
+def loader(options: argparse.Namespace) -> tuple[str, Callable[[], CausalLM]]:
     """The name of the model, and a function that loads it."""
     if options.preset is None:
         source = weights.MODELS[options.model]
@@ -153,12 +156,8 @@ def loader(options: argparse.Namespace) -> tuple[str, Any]:
             weights.load_model, options.model, options.cache
         )
         return options.model, load
-    import keras_hub
-
     show.step(f"KerasHub preset {options.preset}")
-    load = functools.partial(
-        keras_hub.models.CausalLM.from_preset, options.preset
-    )
+    load = functools.partial(CausalLM.from_preset, options.preset)
     return Path(options.preset).name, load
 
 

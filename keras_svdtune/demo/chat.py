@@ -1,9 +1,10 @@
 """Chats as text, and as the arrays that a `CausalLM` trains on."""
 
 import dataclasses
-from typing import Any
 
 import numpy as np
+from keras_hub.models import CausalLM
+from keras_hub.tokenizers import Tokenizer
 
 from keras_svdtune.demo.pirate import Pair
 
@@ -41,7 +42,7 @@ GEMMA = ChatFormat(
 PLAIN = ChatFormat("Question: ", "\nAnswer:", lead=" ", ends_with="\n")
 
 
-def format_for(task: Any, name: str) -> ChatFormat:
+def format_for(task: CausalLM, name: str) -> ChatFormat:
     """The format of a model, told from its name and its vocabulary."""
     vocabulary = task.preprocessor.tokenizer.get_vocabulary()
     if "<|im_start|>" in vocabulary:
@@ -77,7 +78,7 @@ class Arrays:
 
 
 def encode(
-    task: Any, chat: ChatFormat, pairs: list[Pair], length: int
+    task: CausalLM, chat: ChatFormat, pairs: list[Pair], length: int
 ) -> Arrays:
     """Tokenizes pairs. Those longer than `length` tokens are left out."""
     tokenizer = task.preprocessor.tokenizer
@@ -112,12 +113,14 @@ def encode(
     )
 
 
-def ids(tokenizer: Any, text: str) -> list[int]:
+def ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """The token ids of a text."""
     return [int(i) for i in np.asarray(tokenizer(text))]
 
 
-def answers(task: Any, chat: ChatFormat, questions: list[str]) -> list[str]:
+def answers(
+    task: CausalLM, chat: ChatFormat, questions: list[str]
+) -> list[str]:
     """What the model answers, always the likeliest token next (greedy)."""
     prompts = [chat.prompt(question) for question in questions]
     tokenizer = task.preprocessor.tokenizer

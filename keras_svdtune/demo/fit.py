@@ -3,10 +3,10 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import keras
 import numpy as np
+from keras_hub.models import CausalLM
 
 from keras_svdtune.callbacks import RankAllocator
 from keras_svdtune.demo import show
@@ -17,7 +17,7 @@ from keras_svdtune.model.targets import adapted_targets
 BATCH = 4
 
 
-def prepare(task: Any, learning_rate: float, steps: int) -> None:
+def prepare(task: CausalLM, learning_rate: float, steps: int) -> None:
     """Compiles for training and for greedy answers."""
     warm_up = max(1, steps // 10)
     schedule = keras.optimizers.schedules.CosineDecay(
@@ -37,7 +37,7 @@ def prepare(task: Any, learning_rate: float, steps: int) -> None:
     )
 
 
-def evaluate(task: Any, data: Arrays) -> float:
+def evaluate(task: CausalLM, data: Arrays) -> float:
     """The mean loss of a token of an answer."""
     with raw_tokens(task):
         loss = task.evaluate(
@@ -50,12 +50,12 @@ def evaluate(task: Any, data: Arrays) -> float:
     return float(loss) - penalty(task)
 
 
-def penalty(task: Any) -> float:
+def penalty(task: CausalLM) -> float:
     """What regularisers (AdaLoRA's) add to every loss."""
     return sum(float(keras.ops.convert_to_numpy(x)) for x in task.losses)
 
 
-def rank_allocators(task: Any) -> list[keras.callbacks.Callback]:
+def rank_allocators(task: CausalLM) -> list[RankAllocator]:
     """The callback that AdaLoRA needs, if it is enabled."""
     adapters = adapted_targets(task.backbone).values()
     if any(isinstance(x.adapted.method, AdaLoRA) for x in adapters):
@@ -64,7 +64,7 @@ def rank_allocators(task: Any) -> list[keras.callbacks.Callback]:
 
 
 def train(
-    task: Any, data: Arrays, steps: int, seed: int
+    task: CausalLM, data: Arrays, steps: int, seed: int
 ) -> tuple[list[float], float]:
     """Runs `fit`.
 
@@ -101,11 +101,11 @@ class Watch(keras.callbacks.Callback):
         self.times: list[float] = []
         self._mean = 0.0
 
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         self._bar = show.training_bar(self.steps)
 
     def on_train_batch_end(
-        self, batch: int, logs: dict[str, Any] | None = None
+        self, batch: int, logs: dict[str, float] | None = None
     ) -> None:
         mean = float((logs or {})["loss"])
         # Keras reports the mean of all steps so far; take this step out of it.
@@ -115,7 +115,7 @@ class Watch(keras.callbacks.Callback):
         self.times.append(time.perf_counter())
         self._bar.advance(loss)
 
-    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+    def on_train_end(self, logs: dict[str, float] | None = None) -> None:
         self._bar.stop()
 
     @property
@@ -124,7 +124,7 @@ class Watch(keras.callbacks.Callback):
 
 
 @contextmanager
-def raw_tokens(task: Any) -> Iterator[None]:
+def raw_tokens(task: CausalLM) -> Iterator[None]:
     """Lets `fit` and `evaluate` take token ids instead of strings."""
     preprocessor = task.preprocessor
     # While a layer is not built, Keras traces the model anew in every `fit` and

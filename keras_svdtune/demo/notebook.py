@@ -5,12 +5,14 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras_hub.models import CausalLM
 
 from keras_svdtune.demo import chat, pirate
 from keras_svdtune.demo.optional import require
 from keras_svdtune.demo.weights import weights
 
 SMALL_MODEL = "smollm2_135m"
+Cell = str | int | float | None
 
 
 def small() -> bool:
@@ -46,7 +48,7 @@ def _why_small() -> str:
     return ""
 
 
-def load(preset: str, small: bool, **settings: Any) -> tuple[Any, str]:
+def load(preset: str, small: bool, **settings: Any) -> tuple[CausalLM, str]:
     """The model of a notebook, and its name.
 
     Args:
@@ -59,14 +61,12 @@ def load(preset: str, small: bool, **settings: Any) -> tuple[Any, str]:
     """
     if small:
         return weights.load_model(SMALL_MODEL), SMALL_MODEL
-    import keras_hub
-
     settings = {"dtype": "bfloat16", **settings}
-    return keras_hub.models.CausalLM.from_preset(preset, **settings), preset
+    return CausalLM.from_preset(preset, **settings), preset
 
 
 def data(
-    task: Any,
+    task: CausalLM,
     name: str,
     pairs: list[pirate.Pair],
     length: int,
@@ -93,7 +93,7 @@ def data(
     )
 
 
-def table(rows: list[dict[str, Any]]) -> Any:
+def table(rows: list[dict[str, Cell]]) -> object:
     """Rows of equal keys as a table, whose numbers stand to the right."""
     names = list(rows[0])
     right = [isinstance(x, (int, float)) for x in rows[-1].values()]
@@ -103,7 +103,7 @@ def table(rows: list[dict[str, Any]]) -> Any:
     return display.Markdown("\n".join(f"| {' | '.join(x)} |" for x in lines))
 
 
-def _text(value: Any) -> str:
+def _text(value: Cell) -> str:
     if value is None:
         return ""
     if isinstance(value, int):

@@ -11,26 +11,26 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from keras_svdtune.demo.optional import require
-from keras_svdtune.methods.base import METHODS
+from keras_svdtune.demo.result import Result
+from keras_svdtune.demo.train import make_method
+from keras_svdtune.methods.base import IN, METHODS, OUT
+from keras_svdtune.runtime.types import Json
 
 if TYPE_CHECKING:
-    from keras_svdtune.demo.train import Result
+    from matplotlib.axes import Axes
 
-# Of Okabe and Ito, distinct to every kind of colour vision: what keeps W's
-# singular vectors, what starts from them, what does not know them.
+# The colours are Okabe and Ito's, distinct to every kind of colour vision.
 _COLOURS = {
-    "singular vectors kept": ("#D55E00", ("svf", "svft", "lora_xs")),
-    "starts from singular vectors": ("#0072B2", ("pissa", "milora")),
-    "starts from noise and zero": ("#777777", ()),
+    "singular vectors kept": "#D55E00",
+    "starts from singular vectors": "#0072B2",
+    "without singular vectors": "#777777",
 }
 
 
-def measured(
-    results: list["Result"], options: argparse.Namespace
-) -> dict[str, Any]:
+def measured(results: list[Result], options: argparse.Namespace) -> Json:
     """What a comparison found, as plain values.
 
     Args:
@@ -65,7 +65,7 @@ def measured(
 
 
 def write(
-    results: list["Result"], file: Path, options: argparse.Namespace
+    results: list[Result], file: Path, options: argparse.Namespace
 ) -> None:
     """Writes it as JSON."""
     found = measured(results, options)
@@ -77,7 +77,20 @@ def _agree(said: list[str], expected: list[str]) -> int:
     return sum(a == b for a, b in zip(said, expected, strict=True))
 
 
-def picture(found: dict[str, Any], file: Path) -> None:
+def kind(name: str) -> str:
+    """What a method does with W's singular vectors: a key of `_COLOURS`."""
+    method, shape = make_method(name), (1024, 256)
+    if method.needs(shape) is None:
+        return "without singular vectors"
+    # A and B are as long as W is, and start as singular vectors do; what
+    # trains between the vectors knows only their number.
+    trained = [w for w in method.weights(shape) if w.trainable]
+    if any(axis in (IN, OUT) for w in trained for axis in w.axes):
+        return "starts from singular vectors"
+    return "singular vectors kept"
+
+
+def picture(found: Json, file: Path) -> None:
     """Draws trained numbers against held-out loss.
 
     Args:
@@ -99,16 +112,13 @@ def picture(found: dict[str, Any], file: Path) -> None:
         textcoords="offset points",
         color="#555555",
     )
-    for label, (colour, members) in _COLOURS.items():
-        others = [m for _, names in _COLOURS.values() for m in names]
-        chosen = {
-            k: x
-            for k, x in found["methods"].items()
-            if k in members or (not members and k not in others)
-        }
+    for label, colour in _COLOURS.items():
+        chosen = [
+            x for name, x in found["methods"].items() if kind(name) == label
+        ]
         axes.plot(
-            [x["trainable"] for x in chosen.values()],
-            [x["loss"] for x in chosen.values()],
+            [x["trainable"] for x in chosen],
+            [x["loss"] for x in chosen],
             "o",
             color=colour,
             markersize=9,
@@ -129,7 +139,7 @@ def picture(found: dict[str, Any], file: Path) -> None:
     plt.close(figure)
 
 
-def _name_points(axes: Any, found: dict[str, Any]) -> None:
+def _name_points(axes: "Axes", found: Json) -> None:
     """The name of each method to the right of it, above those below it."""
     methods = found["methods"]
     losses = [found["base"]["loss"], *(x["loss"] for x in methods.values())]

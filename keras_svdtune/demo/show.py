@@ -2,7 +2,6 @@
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import keras
 from rich.console import Console
@@ -19,9 +18,7 @@ from rich.text import Text
 
 from keras_svdtune.demo import pirate
 from keras_svdtune.demo.optional import require
-
-if TYPE_CHECKING:
-    from keras_svdtune.demo.train import Result
+from keras_svdtune.demo.result import Result
 
 console = Console()
 _start = time.perf_counter()
@@ -62,7 +59,7 @@ class training_bar:
         self._bar.stop()
 
 
-def answers(result: "Result", prompts: tuple[str, ...]) -> None:
+def answers(result: Result, prompts: tuple[str, ...]) -> None:
     """The answers before and after, side by side, pirate speech in colour."""
     table = Table(title="Before and after", title_style="bold", show_lines=True)
     for column in ("question", "base model", f"with {result.method}"):
@@ -89,7 +86,7 @@ def coloured(text: str) -> Text:
     return shown
 
 
-def scores(result: "Result") -> None:
+def scores(result: Result) -> None:
     """The measurements before and after."""
     before, after = result.before, result.after
     table = Table(title="Held-out questions", title_style="bold")
@@ -109,7 +106,7 @@ def scores(result: "Result") -> None:
     console.print(table)
 
 
-def checks(result: "Result") -> None:
+def checks(result: Result) -> None:
     """Whether the file and the merged model give the same answers."""
     count = len(result.after.answers)
     console.print(
@@ -129,7 +126,7 @@ def checks(result: "Result") -> None:
         )
 
 
-def comparison(results: list["Result"]) -> None:
+def comparison(results: list[Result]) -> None:
     """One row for each method."""
     base = results[0].before
     table = Table(title=f"All methods on {results[0].model}")
@@ -165,7 +162,7 @@ def comparison(results: list["Result"]) -> None:
     console.print(table)
 
 
-def plot(results: list["Result"], file: Path) -> None:
+def plot(results: list[Result], file: Path) -> None:
     """The loss curves, as a PNG."""
     require("matplotlib").use("Agg")
     plt = require("matplotlib.pyplot")
@@ -173,7 +170,7 @@ def plot(results: list["Result"], file: Path) -> None:
     for result in results:
         steps = range(1, len(result.losses) + 1)
         # The loss that AdaLoRA minimises holds one, the held-out loss does not.
-        penalty = " (line: + penalty)" if result.method == "adalora" else ""
+        penalty = " (line: + penalty)" if result.penalty else ""
         (line,) = axes.plot(
             steps,
             smooth(result.losses),

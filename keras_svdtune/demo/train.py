@@ -4,9 +4,11 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+from keras_hub.models import CausalLM
 
 from keras_svdtune.demo import chat, fit, pirate, show
+from keras_svdtune.demo.result import Measured, Result
 from keras_svdtune.methods.base import METHODS, Method
 
 # Not in the corpus.
@@ -31,35 +33,7 @@ class Data:
     ceiling: float  # dialect score of the held-out answers themselves
 
 
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """How a model does: on held-out pairs, and in its own words."""
-
-    loss: float
-    dialect: float
-    answers: list[str]  # to PROMPTS, then to held-out questions
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What came out of one run."""
-
-    model: str
-    method: str
-    learning_rate: float
-    trainable: int
-    file: Path
-    file_bytes: int
-    seconds_per_step: float
-    losses: list[float]  # of each step
-    ceiling: float  # dialect score of the data
-    before: Measured
-    after: Measured
-    reloaded: list[str]
-    merged: list[str]
-
-
-def make_data(task: Any, name: str, pairs: int, seed: int) -> Data:
+def make_data(task: CausalLM, name: str, pairs: int, seed: int) -> Data:
     """Makes the data of a run for one model.
 
     Args:
@@ -94,14 +68,14 @@ def make_data(task: Any, name: str, pairs: int, seed: int) -> Data:
 def make_method(name: str, rank: int = 8) -> Method:
     """A method by its short name, with `rank` where it has no default."""
     cls = METHODS[name]
-    settings = inspect.signature(cls).parameters
-    if "rank" in settings and settings["rank"].default is inspect._empty:
+    setting = inspect.signature(cls).parameters.get("rank")
+    if setting is not None and setting.default is setting.empty:
         return cls(rank=rank)
     return cls()
 
 
 def run(
-    load: Callable[[], Any],
+    load: Callable[[], CausalLM],
     name: str,
     method: Method,
     *,
@@ -147,6 +121,7 @@ def run(
         f"learning rate {rate:g}"
     )
     losses, seconds = fit.train(task, data.train, steps, seed)
+    penalty = fit.penalty(task)
     show.step("Measuring the trained model")
     after = measure(task, data)
 
@@ -171,6 +146,7 @@ def run(
         file_bytes=file.stat().st_size,
         seconds_per_step=seconds,
         losses=losses,
+        penalty=penalty,
         ceiling=data.ceiling,
         before=before,
         after=after,
@@ -179,7 +155,7 @@ def run(
     )
 
 
-def measure(task: Any, data: Data) -> Measured:
+def measure(task: CausalLM, data: Data) -> Measured:
     """The held-out loss, and the dialect of the model's own answers."""
     loss = fit.evaluate(task, data.test)
     said = chat.answers(task, data.style, data.questions)

@@ -1,4 +1,4 @@
-"""Whether an adapter file belongs to a model, down to its effect."""
+"""Checks that an adapter file belongs to a model, down to its effect."""
 
 import re
 
@@ -27,12 +27,12 @@ from keras_svdtune.runtime.keras_internals import layers_in
 from keras_svdtune.runtime.processes import to_numpy
 from keras_svdtune.runtime.types import Json, Model
 
-# A number that Keras gave to a layer, and that of a path that occurs again.
+# The numbers that Keras appends to layer names, and ours to equal paths.
 _NUMBER = re.compile(r"_\d+(?=[/#]|$)|#\d+$")
 
 
 def methods_of(adapter: SavedAdapter) -> tuple[Method, dict[str, Method]]:
-    """The file's method, and that of each layer by its path."""
+    """Returns the file's method, and the method of each layer by its path."""
     about, source = adapter.about, adapter.source
     method = _method(about["method"], about["settings"], source)
     return method, {
@@ -61,12 +61,10 @@ def _method(name: str, settings: Json, source: str) -> Method:
 def find_targets_of(
     adapter: SavedAdapter, ours: dict[str, Target], root: Model
 ) -> dict[str, Target]:
-    """The model's targets for the file's layers, each of its kernel's shape.
+    """Finds the model's target for each layer of the file, by path.
 
-    Args:
-        adapter: the file.
-        ours: the targets of the model, by path.
-        root: the model, for error messages.
+    `ours` holds the model's targets by path; `root`, the model, is for error
+    messages. Raises a ValueError unless path and kernel shape agree.
     """
     targets = {}
     for row, (path, entry) in enumerate(adapter.about["layers"].items()):
@@ -100,16 +98,13 @@ def find_targets_of(
 def _renumbered(
     adapter: SavedAdapter, row: int, ours: dict[str, Target]
 ) -> Target | None:
-    """The target of this model that is the `row`-th layer of a file.
+    """Finds the model's target for the `row`-th layer of a file by its kernel.
 
-    Keras numbers what has no name of its own by the order in which a process
-    makes it: `conv2d_8` is `conv2d_21` in the second model. Such paths are
-    equal without their numbers; which of the layers it is, the fingerprint of
-    its kernel tells.
-
-    Returns:
-        The only target with such a path, shape and kernel; None if there is
-        none, or more than one.
+    Keras numbers layers without a name in the order in which a process makes
+    them: `conv2d_8` is `conv2d_21` in the second model. Such paths are equal
+    without their numbers; the fingerprint of the kernel tells the layers
+    apart. Returns None unless exactly one target agrees in path, shape and
+    kernel.
     """
     path, entry = list(adapter.about["layers"].items())[row]
     theirs = adapter.arrays[FINGERPRINTS][row]
@@ -131,7 +126,7 @@ def values_for(
     targets: dict[str, Target],
     methods: dict[str, Method],
 ) -> dict[str, Values]:
-    """The file's arrays for each layer, by weight name."""
+    """Returns the file's arrays for each layer, by weight name, all checked."""
     values: dict[str, Values] = {}
     arrays = adapter.arrays
     known = {FINGERPRINTS, EFFECTS, *adapter.statistics}
@@ -183,7 +178,7 @@ def check_bases(
     methods: dict[str, Method],
     ours: dict[str, Target],
 ) -> None:
-    """Checks the kernels of `targets`; corrects those with another number."""
+    """Checks that the kernels are the file's; renumbers targets by kernel."""
     for row, (path, target) in enumerate(targets.items()):
         entry = adapter.about["layers"][path]
         theirs = adapter.arrays[FINGERPRINTS][row]
@@ -221,7 +216,7 @@ def check_bases(
 def check_effect(
     adapter: SavedAdapter, row: int, target: Target, plan: AdapterPlan
 ) -> None:
-    """Whether the weights to load do here what they did in training."""
+    """Checks that the weights to load have the effect they had in training."""
     base, method = plan.replaced, plan.method
     if base is not None and base.kernel is not None:
         matrix = base.kernel.matrix()
@@ -262,7 +257,7 @@ def check_effect(
 def check_start(
     adapter: SavedAdapter, path: str, target: Target, values: Values
 ) -> None:
-    """Whether a kernel that was made here fits the file's frozen weights."""
+    """Checks that a replaced kernel fits the frozen weights of the file."""
     if not target.replaced:
         return
     ours = target.adapted
@@ -280,7 +275,7 @@ def check_start(
 
 
 def fingerprint_of(target: Target) -> np.ndarray:
-    """The fingerprint of the W that an adapter file belongs to."""
+    """Returns the fingerprint of the W that an adapter file belongs to."""
     adapter = target.adapter
     if adapter is not None and adapter.replaced is not None:
         return adapter.replaced.float_fingerprint
@@ -290,10 +285,10 @@ def fingerprint_of(target: Target) -> np.ndarray:
 
 
 def array_key(path: str, method: Method, weight: str) -> str:
-    """The key of one array in an adapter file."""
+    """Returns the key of one array in an adapter file."""
     return f"{path}/{method.name}_{weight}"
 
 
 def dtype_in_file(weight: Weight) -> str:
-    """The dtype of a weight in an adapter file, whatever the model's."""
+    """Returns the dtype of a weight in adapter files, whatever the model's."""
     return "int32" if weight.dtype == "int32" else "float32"

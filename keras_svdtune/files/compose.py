@@ -1,4 +1,4 @@
-"""Adds adapters up: files in, an adapter out. No model is needed."""
+"""The sum of adapter files, as an adapter. No model is needed."""
 
 import math
 import os
@@ -18,15 +18,15 @@ from keras_svdtune.runtime.types import Json
 def compose(
     adapters: Mapping[str | os.PathLike[str], float], rank: int | None = None
 ) -> SavedAdapter:
-    """The weighted sum of adapters: ΔW = Σ weight · ΔW of each file.
+    """Computes the weighted sum of adapters: ΔW = Σ weight · ΔW of each file.
 
-    SVF, SVFT and LoRA-XS are linear in what they train, so that is added up,
-    and the result is an adapter of the same method and size. PiSSA, MiLoRA,
-    LoRA and AdaLoRA become one LoRA, exactly: with ΔW_i = A_i·B_i
+    SVF, SVFT and LoRA-XS are linear in their trainable weights: these are
+    added up, and the result is an adapter of the same method and size. PiSSA,
+    MiLoRA, LoRA and AdaLoRA become one LoRA, exactly: with ΔW_i = A_i·B_i
 
         ΔW = [w₁·A₁ w₂·A₂ ...]·[B₁; B₂; ...]
 
-    of the sum of the ranks (2r for PiSSA and MiLoRA), or the best
+    whose rank is the sum of the ranks (2r for PiSSA and MiLoRA), or the best
     approximation of a given rank. A layer that a file does not have counts as
     unchanged there.
 
@@ -115,7 +115,7 @@ def _check_same_base(layer: str, parts: list[Part]) -> None:
 
 
 def _errors(sums: dict[str, Sum]) -> dict[str, float]:
-    """The relative error in all, and of each layer."""
+    """Computes the relative error in all and of each layer."""
     size = math.hypot(*(x.size for x in sums.values()))
     error = math.hypot(*(x.error for x in sums.values()))
     by_layer = {k: x.error / x.size if x.size else 0.0 for k, x in sums.items()}

@@ -1,11 +1,11 @@
 """Adapter files: one `.safetensors` file of kilobytes.
 
-The file holds one array for each trainable, under the key
+The file holds one array for each trainable weight, under the key
 `<layer path>/<method>_<weight>`, e.g.
 `decoder_block_0/attention/query/svf_delta`; and two arrays with a row for
-each layer, in the order of the metadata: `base_fingerprints` recognises the
-base kernels, `effects` what the adapter does to them (`fingerprint.py`). Its
-metadata is one JSON text under `keras_svdtune`:
+each layer, in the order of the metadata: `base_fingerprints` identifies the
+base kernels, `effects` what the adapter does to them
+(`adapter/fingerprint.py`). The metadata is one JSON text under `keras_svdtune`:
 
     {"format_version": 1, "method": "svf", "settings": {},
      "model_class": "Gemma3Backbone",
@@ -14,10 +14,10 @@ metadata is one JSON text under `keras_svdtune`:
                 {"kernel_shape": [4, 640, 256], "dtype": "float32"}, ...},
      "sha256": "..."}
 
-The digest is of that text without it, and of all arrays. A layer's entry has
-`settings` of its own where they were decided for it. Frozen weights that
-cannot be computed again, or were asked for, are in the file too; and so are the
-moving statistics of BatchNormalization that training has changed, under
+The digest is of all arrays and of that text without the digest. A layer's entry
+has `settings` of its own where they were decided for it. The file also holds
+frozen weights that cannot be computed again, or were asked for. Files of
+release 0.1 may hold moving statistics of BatchNormalization too, under
 `<layer path>/moving_mean`: `statistics` lists these keys.
 """
 
@@ -42,14 +42,12 @@ _KEY, _DIGEST = "keras_svdtune", "sha256"
 
 @dataclasses.dataclass
 class SavedAdapter:
-    """What an adapter file holds, in memory.
-
-    `load_adapter` takes it in place of a path.
+    """The contents of an adapter file; `load_adapter` takes it like a path.
 
     Attributes:
         about: dict, the metadata.
         arrays: dict from key to NumPy array.
-        source: str. What to call it in an error.
+        source: str, the name of the file in errors.
     """
 
     about: Json
@@ -58,7 +56,7 @@ class SavedAdapter:
 
     @property
     def statistics(self) -> list[str]:
-        """Keys of the moving statistics that changed in training."""
+        """Keys of the moving statistics that the file holds."""
         return self.about.get(STATISTICS, [])
 
     def __repr__(self) -> str:
@@ -69,13 +67,10 @@ class SavedAdapter:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes it to a file, as `save_adapter` does.
-
-        Args:
-            path: where to write, ending in `.safetensors`.
+        """Writes the adapter to a file, as `save_adapter` does.
 
         Raises:
-            ValueError: `path` has another ending.
+            ValueError: `path` does not end in `.safetensors`.
         """
         path = checked_path(path)
         digest = digest_of(_text(self.about), self.arrays)
@@ -86,9 +81,8 @@ class SavedAdapter:
 def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
     """Reads an adapter file, from a hub if `path` is a URI.
 
-    Raises:
-        ValueError: it is no adapter file, is damaged, or of another format;
-            or it could not be fetched.
+    Raises a ValueError if the file is no adapter file, is damaged, has
+    another format, or could not be fetched.
     """
     source = f"'{path}'"
     path = checked_path(
@@ -159,7 +153,7 @@ def _text(about: Json) -> str:
 
 
 def checked_path(path: str | os.PathLike[str]) -> pathlib.Path:
-    """`path`, or a ValueError if it is not the name of an adapter file."""
+    """Returns `path`; raises a ValueError if it cannot name an adapter file."""
     if hub_client.is_uri(path):
         raise ValueError(
             "A file is saved here; `push_adapter` uploads one to a hub. "

@@ -1,6 +1,6 @@
-"""Pushing an adapter to a model hub, with a card that says what is known of it.
+"""Uploads an adapter to a model hub, with a model card.
 
-`hub_client.py` says where that is, and does it; `load_adapter` loads it.
+`hub_client.py` talks to the hubs; `load_adapter` loads what is there.
 """
 
 import pathlib
@@ -16,6 +16,7 @@ from keras_svdtune.methods.base import Method
 from keras_svdtune.model.state import adapted_part, require_adapted
 from keras_svdtune.reports.cost import cost_of
 from keras_svdtune.runtime.types import Json, Model
+from keras_svdtune.version import __version__
 
 
 def push_adapter(
@@ -27,11 +28,11 @@ def push_adapter(
 ) -> None:
     """Uploads the enabled adapter to a model hub, for `load_adapter`.
 
-    What goes there is the file that `save_adapter` writes, as
-    `adapter.safetensors`, and a model card about it. A repository is made if
-    there is none; in one that is there, both files are replaced by one commit
-    (a version, on Kaggle). A card on Hugging Face that you wrote, or from
-    which you deleted the line that says so, stays.
+    The repository gets the file that `save_adapter` writes, as
+    `adapter.safetensors`, and a model card about it. It is made if it does not
+    exist; otherwise both files are replaced by one commit (a version, on
+    Kaggle). A card on Hugging Face that you wrote, or from which you deleted
+    the line that says so, stays.
 
     Args:
         model: a model with an adapter.
@@ -92,17 +93,10 @@ def _card(
     size: int,
     preset: str | None,
 ) -> str:
-    """The model card: what is known of an adapter, and no more.
+    """Writes the model card of an adapter at `place`: only what is known.
 
-    Args:
-        place: where it will be.
-        root: the adapted model.
-        about: the metadata of the file.
-        size: bytes of the file.
-        preset: str or None, the preset that the base was loaded from.
+    `about` is the metadata of its file, `size` the bytes of that.
     """
-    from keras_svdtune import __version__
-
     cost = cost_of(root)
     method, base, trainable = cost.method, cost.model_parameters, cost.trainable
     dtypes = sorted({x["dtype"] for x in about["layers"].values()})
@@ -145,6 +139,6 @@ def _card(
 
 
 def _papers(method: Method) -> list[str]:
-    """The papers that the docstring of a method refers to."""
+    """Finds the URLs of the papers in the docstring of a method."""
     _, _, references = (type(method).__doc__ or "").partition("Reference")
     return re.findall("https://arxiv[.]org/abs/[0-9.]*[0-9]", references)

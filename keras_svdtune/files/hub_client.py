@@ -1,4 +1,4 @@
-"""Places on model hubs: their URIs, fetching from them, uploading to them.
+"""Reads and writes adapters on model hubs, and parses their URIs.
 
 On either hub an adapter is the file `adapter.safetensors` and a model card,
 `README.md`. The URIs are KerasHub's, with a revision:
@@ -8,7 +8,7 @@ On either hub an adapter is the file `adapter.safetensors` and a model card,
     kaggle://user/model/keras/variation     Kaggle, the newest version
     kaggle://user/model/keras/variation/3   one version of it
 
-The client of a hub is imported when a URI of it is used, and not before.
+A hub's client is imported only when a URI of that hub is used.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from typing import Any
 
 FILE, CARD = "adapter.safetensors", "README.md"
-# With this line in it, a card on Hugging Face is ours to replace.
+# Only a card with this line in it is replaced on Hugging Face.
 MARK = (
     "<!-- Written by keras_svdtune: each push_adapter replaces this card. "
     "Delete this line to keep what you write here. -->"
@@ -30,7 +30,7 @@ MARK = (
 
 @dataclasses.dataclass(frozen=True)
 class _Hub:
-    """A hub: how its URIs read, and what its users are told."""
+    """A hub: the form of its URIs, its client, and texts for error messages."""
 
     form: str
     version: str
@@ -50,8 +50,8 @@ _HUBS = {
         "`hf auth login`",
         "no such repository or revision",
     ),
-    # Of Kaggle's frameworks it is `keras`: with a name that Kaggle does not
-    # know, an upload would fail half way.
+    # The framework must be `keras`: an upload under a name that Kaggle does
+    # not know would fail half way.
     "kaggle": _Hub(
         "kaggle://user/model/keras/variation",
         "/version",
@@ -65,7 +65,7 @@ _HUBS = {
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where an adapter is: a repository on a hub, and which version of it."""
+    """The place of an adapter: a version of a repository on a hub."""
 
     uri: str
     hub: str
@@ -74,12 +74,12 @@ class Place:
 
 
 def is_uri(path: object) -> bool:
-    """Whether `path` means something on a hub, and no file here."""
+    """Says whether `path` is a URI on a hub and not a local file."""
     return isinstance(path, str) and "://" in path
 
 
 def place_of(uri: object) -> Place:
-    """What a URI says, or a ValueError that says how to write one."""
+    """Parses a URI; raises a ValueError that shows the valid forms."""
     for key, hub in _HUBS.items():
         if found := re.fullmatch(hub.pattern, str(uri)):
             return Place(str(uri), key, *found.groups())
@@ -88,7 +88,7 @@ def place_of(uri: object) -> Place:
 
 
 def target_of(uri: object, private: bool) -> Place:
-    """The place to push to, if it is one."""
+    """Returns the place to push to; raises an error if `uri` cannot be one."""
     place = place_of(uri)
     if place.version is not None:
         raise ValueError(
@@ -105,11 +105,10 @@ def target_of(uri: object, private: bool) -> Place:
 
 
 def fetch(uri: str) -> str:
-    """The path of an adapter's file in its hub's cache.
+    """Downloads an adapter's file, and returns its path in the hub's cache.
 
-    Raises:
-        ImportError: the hub's client is not installed.
-        ValueError: it is no URI of an adapter, or there is none to be had.
+    Raises an ImportError if the hub's client is not installed, and a
+    ValueError if `uri` is no URI of an adapter or there is no such one.
     """
     place = place_of(uri)
     client = _client(place)
@@ -129,7 +128,7 @@ def upload(place: Place, folder: pathlib.Path, private: bool) -> None:
         return
     api = client.HfApi()
     with _explained(place, "written"):
-        # None is the default of the account, which may be private.
+        # None takes the account's default, which may be private.
         api.create_repo(place.name, private=private or None, exist_ok=True)
         exposed = private and not api.model_info(place.name).private
     if exposed:
@@ -173,12 +172,12 @@ def _client(place: Place) -> Any:
 
 @contextlib.contextmanager
 def _explained(place: Place, done: str) -> Iterator[None]:
-    """Makes one kind of error of whatever the client of a hub raises."""
+    """Turns any error of a hub's client into one kind of ValueError."""
     try:
         yield
     except Exception as error:
         hub = _HUBS[place.hub]
-        # Of a refusal the client may say "check your connection".
+        # The client's message for a refusal may blame the connection.
         refused = hasattr(error, "response")
         cause = error if refused else error.__cause__ or error
         response = getattr(cause, "response", None)

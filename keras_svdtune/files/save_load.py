@@ -1,7 +1,7 @@
-"""Saving the adapter of a model, and loading it into its base again.
+"""Saves the adapter of a model, and loads it into its base again.
 
-All is checked before anything is touched: a file that does not belong to this
-model never loads. What a file holds is described in `adapter_file.py`.
+Loading checks everything before it changes anything: a file that does not
+belong to this model never loads. `format.py` describes the file.
 """
 
 import os
@@ -53,20 +53,23 @@ def save_adapter(
     path: str | os.PathLike[str],
     include_basis: bool = False,
 ) -> None:
-    """Writes the trainables of the enabled adapter to one file.
+    """Writes the trainable weights of the enabled adapter to one file.
 
     The file is written under a temporary name and renamed, so that `path`
     holds the old file or the new one, never half of one. With several
     processes all call this, and the first one writes.
 
+    Moving statistics of BatchNormalization are not in the file: an enable
+    freezes these layers. If you thaw one (`layer.trainable = True`), save its
+    statistics yourself.
+
     Args:
         model: a model with an adapter.
         path: where to write, ending in `.safetensors`.
-        include_basis: whether to write the frozen weights too. The singular
-            vectors are computed from W again on loading, and the file
-            knows whether they came out the same; with them in it, loading
-            computes nothing and cannot differ. They make it larger: n² numbers
-            a matrix for SVF and SVFT.
+        include_basis: whether to write the frozen weights too (n² numbers a
+            matrix for SVF and SVFT). Without them, loading computes the
+            singular vectors from W again and checks that they came out the
+            same; with them, it computes nothing and cannot differ.
 
     Raises:
         ValueError: the model has no adapter, or `path` another ending.
@@ -77,7 +80,7 @@ def save_adapter(
 
 
 def saved_adapter(model: Model, include_basis: bool = False) -> SavedAdapter:
-    """What `save_adapter` writes, in memory."""
+    """Returns what `save_adapter` writes, in memory."""
     root = adapted_part(model)
     method = enabled_method(root)
     arrays: dict[str, np.ndarray] = {}
@@ -138,11 +141,10 @@ def load_adapter(
 
     Raises:
         ImportError: a URI needs `pip install keras_svdtune[hub]`.
-        ValueError: the file is no adapter file, or does not belong to this
-            model: other layers, shapes, method or base weights, or
-            singular vectors that come out otherwise here than where it was
-            trained. Or the hub has none, or does not answer. The model is as
-            it was.
+        ValueError: the file is no adapter file; or it does not belong to this
+            model, by its layers, shapes, method, base weights, or singular
+            vectors that come out otherwise here; or the hub does not have
+            it or does not answer. The model stays as it was.
     """
     if not isinstance(adapter, SavedAdapter):
         file = adapter

@@ -1,8 +1,8 @@
-"""Moving statistics in the adapter files of release 0.1.
+"""Loads moving statistics from the adapter files of release 0.1.
 
-There BatchNormalization went on computing by the batch under an adapter, and
-files hold the moving statistics that had moved. Now it is frozen, and no new
-file has any; but such a file is complete only with them.
+There BatchNormalization still computed by the batch under an adapter, and
+files hold the moving statistics that changed. Now an enable freezes it, and
+new files hold none, but an old file is complete only with them.
 """
 
 import keras
@@ -15,15 +15,14 @@ from keras_svdtune.runtime.keras_internals import layers_in
 from keras_svdtune.runtime.processes import to_numpy
 from keras_svdtune.runtime.types import Model, Variable
 
-# A variable, and what it is to hold, by `<layer path>/moving_mean`.
+# By `<layer path>/moving_mean`: the variable, and the value to assign.
 Statistics = dict[str, tuple[Variable, np.ndarray]]
 
 
 def statistics_for(root: Model, adapter: SavedAdapter) -> Statistics:
-    """The moving statistics that a file holds, for this model's variables.
+    """Returns a file's moving statistics, with this model's variables for them.
 
-    Raises:
-        ValueError: they are not those of this model.
+    Raises a ValueError if they do not fit this model.
     """
     if not adapter.statistics:
         return {}
@@ -49,7 +48,7 @@ def statistics_for(root: Model, adapter: SavedAdapter) -> Statistics:
 
 
 def set_statistics(root: Model, new: Statistics) -> None:
-    """Sets moving statistics under an adapter; earlier ones are the base's."""
+    """Assigns moving statistics; those of an earlier file are undone first."""
     kept = statistics_of(root)
     for variable, base in kept.values():
         variable.assign(base)

@@ -1,4 +1,4 @@
-"""The weighted sum of several adapters of one layer, ΔW = Σ weight·ΔW_i."""
+"""Sums the adapters of several files for one layer: ΔW = Σ weight·ΔW_i."""
 
 import dataclasses
 import math
@@ -33,11 +33,11 @@ class Part:
         self._rows = {layer: i for i, layer in enumerate(self.layers)}
 
     def row(self, table: str, layer: str) -> np.ndarray:
-        """The layer's row of `base_fingerprints` or `effects`."""
+        """Returns the layer's row of `base_fingerprints` or `effects`."""
         return self.file.arrays[table][self._rows[layer]]
 
     def arrays(self, layer: str) -> dict[str, np.ndarray]:
-        """The arrays of one layer, by weight name."""
+        """Returns the arrays of one layer, by weight name."""
         start = array_key(layer, self.methods[layer], "")
         return {
             key.removeprefix(start): value
@@ -48,13 +48,13 @@ class Part:
 
 @dataclasses.dataclass
 class Sum:
-    """An adapter for one layer.
+    """The sum of adapters for one layer.
 
     Attributes:
         method: `Method`.
         arrays: what a file holds of it, by weight name.
-        effect: (8,), see `fingerprint.py`.
-        size: float, ‖ΔW‖, if it was approximated; else 0.
+        effect: (8,), see `adapter/fingerprint.py`.
+        size: float, ‖ΔW‖ for low-rank methods; else 0.
         error: float, ‖ΔW - A·B‖.
     """
 
@@ -66,7 +66,7 @@ class Sum:
 
 
 def add(layer: str, parts: list[Part]) -> Sum:
-    """For methods that are linear in their trainables."""
+    """Adds up adapters of a method that is linear in its trainable weights."""
     first = parts[0]
     method = first.methods[layer]
     for part in parts[1:]:
@@ -97,7 +97,7 @@ def add(layer: str, parts: list[Part]) -> Sum:
 
 
 def concatenate(layer: str, parts: list[Part], rank: int | None) -> Sum:
-    """For low-rank methods: one LoRA, exact or of a given rank."""
+    """Adds up adapters of low-rank methods: one LoRA, exact or of `rank`."""
     products = [_product(layer, part) for part in parts]
     if any(a.ndim > 2 for a, _ in products):
         raise ValueError(
@@ -127,12 +127,12 @@ def concatenate(layer: str, parts: list[Part], rank: int | None) -> Sum:
 
 
 def _norm_of_product(a: np.ndarray, b: np.ndarray) -> float:
-    """‖a·b‖ (Frobenius), without the product."""
+    """Computes the Frobenius norm ‖a·b‖ without the product."""
     return float(np.sqrt(max(np.vdot(a.T @ a, b @ b.T), 0.0)))
 
 
 def _product(layer: str, part: Part) -> tuple[np.ndarray, np.ndarray]:
-    """weight·ΔW of one part as a·b, float64."""
+    """Returns weight·ΔW of one part as factors (a, b), float64."""
     method = part.methods[layer]
     if isinstance(method, ReplacesBase) and method.quantization:
         raise ValueError(

@@ -1,9 +1,8 @@
-"""Converts a built layer in place, and back again, exactly.
+"""Converts a built layer to an adapted one in place, and back exactly.
 
-A layer changes its class, and gets its adapter as a sublayer, built in the
-layer's own name scope so that its variables get full paths. Variables and
-paths stay where they are. A layer that gets another kernel for its adapter
-(`replace_base.py`) has it before that.
+The layer changes its class and gets its adapter as a sublayer, built in the
+layer's own name scope so that its variables get full paths. Its own variables
+and paths stay. A kernel that replaces W is put in first (`replace_base.py`).
 """
 
 import dataclasses
@@ -32,10 +31,10 @@ from keras_svdtune.runtime.types import Layer
 
 
 def plain_targets(layer: Layer) -> list[Target]:
-    """The matrices of one built layer that has no adapter.
+    """Returns the matrices of a built layer that have no adapter.
 
     Raises:
-        ValueError: its kernel is no matrix, and why.
+        ValueError: the kernel is no matrix, and why.
     """
     host = HOSTS.get(type(layer))
     if host is None:
@@ -45,7 +44,7 @@ def plain_targets(layer: Layer) -> list[Target]:
 
 
 def adapted_targets_of(layer: Layer) -> list[Target]:
-    """The matrices of one layer that have an adapter."""
+    """Returns the matrices of one layer that have an adapter."""
     if isinstance(layer, AdapterHost):
         return [layer.target]
     return adapted_directly(layer)
@@ -61,11 +60,9 @@ def attach(
 
     Args:
         target: the kernel, in a built layer without an adapter.
-        method: `Method`.
-        first_value: function from a weight's name to its first value, None
-            for zeros.
-        host_class: the class to swap in, for a layer that was declared with
-            it; None for the one that saves like a plain layer.
+        first_value: maps a weight's name to its first value, None for zeros.
+        host_class: the class of a layer that is declared with its method; None
+            for the class that saves like a plain layer.
     """
     owner = target.owner
     adapter = Adapter(
@@ -73,7 +70,7 @@ def attach(
         target.view,
         target,
         first_value,
-        # What an adapter adds to a quantized kernel is of the float policy.
+        # Beside a quantized kernel an adapter computes by the float policy.
         dtype=float_policy(owner),
         self_contained=host_class is not None,
         shardings=shardings_of(target, method),
@@ -87,7 +84,7 @@ def attach(
 
 
 def attach_plan(target: Target, plan: AdapterPlan) -> Adapter:
-    """Gives a layer the adapter that was planned for it; uses the plan up."""
+    """Gives a layer its planned adapter, and empties `plan.values`."""
     adapter = attach(
         target, plan.method, lambda name: plan.values.pop(name, None)
     )
@@ -107,10 +104,7 @@ def _converted_class(target: Target) -> type:
 
 
 def shardings_of(target: Target, method: Method) -> dict[str, object]:
-    """How each weight of an adapter is split, as its kernel is; by name.
-
-    Empty where the kernel is on one device.
-    """
+    """Returns how to split each weight like its kernel; {} if on one device."""
     kernel = placement_of(target.kernel)
     if kernel is None:
         return {}
@@ -124,7 +118,7 @@ def shardings_of(target: Target, method: Method) -> dict[str, object]:
 
 
 def place_values(target: Target, method: Method, values: Values) -> Values:
-    """The tensors of an adapter's first values, each on its devices."""
+    """Returns the first values of an adapter as tensors on their devices."""
     shardings = shardings_of(target, method)
     return {
         name: placed(value, shardings.get(name))
@@ -133,7 +127,7 @@ def place_values(target: Target, method: Method, values: Values) -> Values:
 
 
 def detach(target: Target) -> None:
-    """Takes the adapter away; the layer is a plain Keras layer again."""
+    """Removes the adapter; the layer is a plain Keras layer again."""
     owner = target.owner
     drop_sublayer(owner, target.slot)
     if isinstance(owner, AdapterHost) or (
@@ -143,11 +137,9 @@ def detach(target: Target) -> None:
 
 
 def put_back(target: Target, adapter: Adapter, host_class: type) -> None:
-    """Undoes `detach`, and what was attached since: as it was before.
+    """Undoes `detach`: gives a target its former adapter and owner's class.
 
-    Args:
-        target: a target that was adapted; plain, adapted, or in between.
-        adapter, host_class: the adapter, and the class that its owner had.
+    The target may be plain, in between, or adapted again since.
     """
     owner = target.owner
     if target.adapter not in (None, adapter):
@@ -158,7 +150,7 @@ def put_back(target: Target, adapter: Adapter, host_class: type) -> None:
 
 
 def merge(target: Target) -> None:
-    """Folds the adapter into the kernel and takes it away."""
+    """Merges the adapter into the kernel and removes it."""
     merged = target.merged_variables()
     for name, variable in target.kernel_variables().items():
         variable.assign(merged[name])
@@ -166,10 +158,10 @@ def merge(target: Target) -> None:
 
 
 def take_away(target: Target) -> None:
-    """Takes the adapter away, with what it learned.
+    """Removes the adapter and what it learned.
 
-    A kernel that was put into the layer for it is not W without the adapter's
-    first weights; so these are folded into it.
+    A kernel that was put in place of W needs the first weights of the adapter
+    to compute what W did, so these are merged into it.
     """
     if target.replaced:
         target.adapted.reset()

@@ -1,18 +1,18 @@
-"""Kernels that a layer reads without a Dense or a convolution of their own.
+"""Adapts kernels that a layer reads without a Dense or a convolution.
 
-The experts of a mixture are one weight (experts, in, out) that its parent
-reads by einsum; a transposed or a separable convolution has a kernel that no
-product x·W of its input describes. Their layers cannot be made to compute a
-branch. But they read an attribute, and that can give the merged kernel:
+The experts of a mixture are one weight (experts, in, out) that its parent reads
+by einsum; a transposed or a separable convolution has a kernel that no product
+x·W of its input describes. Such layers cannot be made to compute a branch. But
+they read an attribute, and that can return the merged kernel:
 
     W' = W + ΔW, formed in each step, one ΔW for each expert
 
-What it costs: a second kernel of the same size while the step runs, and for
-SVF 2n multiplications for each number in it. KerasHub's experts each compute
-every token, one multiplication for each number and token: with n = 2,048
-and 4,096 tokens a step, forming W' costs as much as their forward pass.
+This costs a second kernel of the same size while the step runs, and for SVF 2n
+multiplications for each number in it. KerasHub's experts each compute every
+token, one multiplication for each number and token: with n = 2,048 and 4,096
+tokens a step, forming W' costs as much as their forward pass.
 
-To add one, enter it in `DIRECT_KERNELS`.
+To add a kernel, enter it in `DIRECT_KERNELS`.
 """
 
 import functools
@@ -27,7 +27,7 @@ _TRANSPOSED = {1: "ti,xoi->txo", 2: "ti,xyoi->txyo", 3: "ti,xyzoi->txyzo"}
 _POINTWISE = {1: "txi,xio->to", 2: "txyi,xyio->to"}
 _QWEN = ("_expert_feedforward_gate_dense", "_expert_feedforward_output_dense")
 
-# Class of the parent -> attribute -> how it is a matrix, or a bank of them.
+# Class of the parent -> attribute -> equation that makes it a matrix or bank.
 DIRECT_KERNELS: dict[str, dict[str, str]] = {
     "MixtralMoeExperts": {
         "_expert_feedforward_gate_dense": _BANK,
@@ -54,17 +54,13 @@ DIRECT_KERNELS: dict[str, dict[str, str]] = {
 
 
 class ReadsMerged:
-    """Mixin of a layer whose direct kernels may have adapters.
-
-    Attributes:
-        plain: the class without an adapter.
-    """
+    """Mixin for layers of class `plain` with adapters on direct kernels."""
 
     plain: type
 
 
 def direct_targets(layer: Layer) -> list[Target]:
-    """The direct kernels of a layer that it has built; none of most layers."""
+    """Returns the direct kernels that a layer has built; most have none."""
     return [
         _target(layer, attribute, equation)
         for attribute, equation in _table(type(layer)).items()
@@ -73,7 +69,7 @@ def direct_targets(layer: Layer) -> list[Target]:
 
 
 def adapted_directly(layer: Layer) -> list[Target]:
-    """Those of them that have an adapter."""
+    """Returns the direct kernels of a layer that have an adapter."""
     if not isinstance(layer, ReadsMerged):
         return []
     slots = (_slot(attribute) for attribute in _table(type(layer)))
@@ -100,7 +96,7 @@ def _table(cls: type) -> dict[str, str]:
 
 @functools.cache
 def reading_merged(plain: type, mixin: type) -> type:
-    """A class like `plain` that reads W' wherever a kernel has an adapter."""
+    """Makes a class like `plain` that reads W' where a kernel is adapted."""
     properties = {name: _merged_or_own(name) for name in _table(plain)}
     namespace = {"plain": plain, "__module__": plain.__module__, **properties}
     return type(plain.__name__, (mixin, ReadsMerged, plain), namespace)

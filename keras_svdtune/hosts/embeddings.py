@@ -1,11 +1,10 @@
-"""Embeddings as hosts: a table of vectors, looked up and multiplied by.
+"""Adapts embeddings: tables that are looked up and multiplied by.
 
-The table is the matrix W (vocabulary, dim). To look up is to multiply by it
-from the left with x of one 1 in each row, so every method works as in a Dense
-layer: only x is never formed. A tied head multiplies by Wᵀ, for which a
-method has a formula of its own (`reverse`).
+The table is the matrix W (vocabulary, dim). A lookup is x·W with one-hot rows
+in x, which is never formed, so every method works as in a Dense layer. A tied
+head multiplies by Wᵀ, for which a method has a formula of its own (`reverse`).
 
-They are adapted only where a target names them. Few trainables of LoRA get a
+Embeddings are adapted only if a target names them. Few trainables of LoRA get a
 gradient there (the rows of tokens in the batch), all of SVF's do.
 """
 
@@ -53,8 +52,8 @@ class AdaptedReversibleEmbedding(
 ):
     """A ReversibleEmbedding layer with an adapter, for both directions.
 
-    Where the weights are not tied the reverse projection is another matrix,
-    and stays as it is.
+    If the weights are not tied, the reverse projection is another matrix, and
+    stays as it is.
     """
 
     plain = keras.layers.ReversibleEmbedding
@@ -92,7 +91,7 @@ HOSTS[keras_hub.layers.ReversibleEmbedding] = AdaptedHubReversibleEmbedding
 
 
 def problem_of(layer: Layer) -> str | None:
-    """Why an embedding cannot be adapted; None if it can."""
+    """Returns why an embedding cannot be adapted, or None if it can."""
     if is_reversible(layer) and layer.quantization_mode is not None:
         return (
             "is a quantized ReversibleEmbedding, whose reverse product rounds "
@@ -102,10 +101,10 @@ def problem_of(layer: Layer) -> str | None:
 
 
 def is_reversible(layer: Layer) -> bool:
-    """Whether a layer may be called to multiply by its table backwards."""
+    """Returns whether a layer may be called to multiply by Wᵀ too."""
     return isinstance(layer, keras.layers.ReversibleEmbedding)
 
 
 def untied(layer: Layer) -> bool:
-    """Whether a layer's reverse projection is a matrix of its own."""
+    """Returns whether a layer's reverse projection is another matrix."""
     return is_reversible(layer) and not layer.tie_weights

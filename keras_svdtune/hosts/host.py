@@ -1,9 +1,9 @@
 """Layers that an adapter can live in: Dense, EinsumDense, convolutions.
 
-`AdapterHost` turns a layer's `call` into: let the adapter compute, with the
-layer's own product as the frozen map, and shape the result back. Bias and
-activation follow as ever. Embeddings are in `embeddings.py`, kernels that a
-layer reads without a layer of their own in `raw_kernels.py`.
+`AdapterHost.call` lets the adapter compute, with the layer's own product as the
+frozen map, and shapes the result back; bias and activation follow. Embeddings
+are in `embeddings.py`, kernels that a layer reads without a layer of their own
+in `direct_kernels.py`.
 
 To add a kind of layer, subclass it here, say how its kernel is a matrix
 (`matrix_view`) and how its input is reached (`map_class`), and enter it in
@@ -29,7 +29,7 @@ class AdapterHost:
     Attributes:
         plain: the class without an adapter.
         kernel_name: str, the attribute that holds the kernel.
-        map_class: what gives a method the frozen product.
+        map_class: the class that computes the frozen product.
     """
 
     plain: ClassVar[type]
@@ -39,28 +39,28 @@ class AdapterHost:
 
     @staticmethod
     def matrix_view(layer: Layer) -> MatrixView:
-        """How the kernel of `layer` reads as a matrix.
+        """Returns how the kernel of `layer` reads as a matrix.
 
         Raises:
-            ValueError: it is no matrix, and why.
+            ValueError: the kernel is no matrix, and why.
         """
         raise NotImplementedError
 
     @property
     def target(self) -> Target:
-        """The kernel that the adapter is for."""
+        """The adapted kernel, as a `Target`."""
         target: Target = self.adapter.target  # type: ignore[assignment]
         return target
 
     def merged_kernel(self) -> Tensor:
-        """The kernel of the plain layer that computes the same."""
+        """Returns the kernel of the plain layer that computes the same."""
         return self.target.merged_kernel()
 
     def linear(self, inputs: Tensor, kernel: Tensor | None = None) -> Tensor:
-        """The layer's own product of `inputs` and its kernel, or another.
+        """Returns the product of `inputs` and the layer's, or another, kernel.
 
-        The very op of the plain layer, on tensors of the same shape: this is
-        what makes the first step bit-identical.
+        It is the op of the plain layer, on tensors of the same shape: this
+        makes the first step bit-identical.
         """
         kernels = {} if kernel is None else {self.kernel_name: kernel}
         layer = plain_layer(self, bias=None, activation=None, **kernels)
@@ -81,7 +81,7 @@ class AdapterHost:
             y = layer.activation(y)
         return y
 
-    # What Keras calls instead where the kernel is quantized.
+    # Keras calls these instead if the kernel is quantized.
     _int8_call = _int4_call = call
 
     def _bias(self) -> Tensor:
@@ -112,7 +112,7 @@ class AdaptedEinsumDense(AdapterHost, keras.layers.EinsumDense):
 class AdaptedConvolution(AdapterHost):
     """A convolution with an adapter.
 
-    The kernel (*window, in, out) is the matrix (window·in, out) that takes a
+    The kernel (*window, in, out) is the matrix (window·in, out) that maps a
     patch of the input to a pixel of the output. A convolution in groups is a
     bank of such matrices; it computes with the merged kernel.
     """
@@ -175,6 +175,6 @@ HOSTS: dict[type, type[AdapterHost]] = {
 
 
 def kernel_shape(layer: Layer, attribute: str) -> tuple[int, ...]:
-    """The shape of a layer's kernel; that of the float one if packed."""
+    """Returns the shape of a layer's kernel; of the float one if packed."""
     shape = float_kernel_shape(layer)
     return tuple(getattr(layer, attribute).shape) if shape is None else shape

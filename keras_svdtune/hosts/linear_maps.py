@@ -1,7 +1,7 @@
-"""The frozen product x·W of a layer, for a method to add to.
+"""The frozen products x·W of layers, to which methods add.
 
-A method sees x as (tokens, in). What that is differs between layers: flattened
-activations, or the patches of an image, which are never formed.
+A method sees x as (tokens, in): flattened activations, or the patches of an
+image, which are never formed.
 """
 
 import keras
@@ -12,12 +12,7 @@ from keras_svdtune.runtime.types import Layer, Tensor
 
 
 class FrozenMap:
-    """x·W of a Dense or EinsumDense layer.
-
-    Args:
-        layer: an adapted layer.
-        inputs: what the layer was called with.
-    """
+    """Computes x·W of a Dense or EinsumDense layer called with `inputs`."""
 
     def __init__(self, layer: Layer, inputs: Tensor):
         self._layer, self._inputs = layer, inputs
@@ -40,7 +35,7 @@ class FrozenMap:
         return self._product(self._view.rows_as_inputs(r))
 
     def to_output(self, y: Tensor) -> Tensor:
-        """(tokens, out) -> the layer's output, before bias and activation."""
+        """Reshapes (tokens, out) to the output before bias and activation."""
         return self._view.unflatten_outputs(y, self._batch_dims)
 
     def _product(self, inputs: Tensor) -> Tensor:
@@ -48,7 +43,7 @@ class FrozenMap:
 
 
 class ConvolutionMap:
-    """x·W of a convolution: x holds the patches of the input.
+    """Computes x·W of a convolution, x being the patches of the input.
 
     They are never formed: x·A is the convolution with A's columns as filters.
     """
@@ -70,8 +65,8 @@ class ConvolutionMap:
         return MatrixView(self._view.equation, shape).flatten_outputs(y)
 
     def moved(self, change: Tensor) -> Tensor:
-        # The change of the patches of one image is no change of an image:
-        # they overlap. So its product is added.
+        # Patches overlap, so no change of the image gives this change of the
+        # patches. Its product is added instead.
         return self() + self.rows(change)
 
     def rows(self, r: Tensor) -> Tensor:
@@ -83,12 +78,7 @@ class ConvolutionMap:
 
 
 class LookupMap:
-    """x·W of an embedding: x has a single 1 in each row, and is never formed.
-
-    Args:
-        layer: an adapted embedding.
-        inputs: the indices.
-    """
+    """Computes x·W of an embedding: x is one-hot, and never formed."""
 
     def __init__(self, layer: Layer, inputs: Tensor):
         self._layer, self._inputs = layer, inputs
@@ -113,12 +103,7 @@ class LookupMap:
 
 
 class ReverseMap:
-    """x·Wᵀ of an embedding that is called in reverse, before its soft cap.
-
-    Args:
-        layer: an adapted, tied ReversibleEmbedding.
-        inputs: (..., dim).
-    """
+    """Computes x·Wᵀ of a tied embedding, x (..., dim), before its soft cap."""
 
     def __init__(self, layer: Layer, inputs: Tensor):
         self._layer = layer

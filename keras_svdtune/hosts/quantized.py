@@ -1,8 +1,8 @@
-"""Bases whose kernels are quantized: W read, and W' written.
+"""Reads W from quantized kernels, and quantizes W'.
 
-Keras keeps an int8 or int4 kernel scaled, packed and reshaped, each kind of
-layer in its own way. Nothing of that is repeated here: W is what the layer
-makes of the rows of an identity, and W' is quantized by a fresh layer.
+Keras scales, packs and reshapes an int8 or int4 kernel, each kind of layer in
+its own way. None of that is repeated here: W is what the layer computes from
+the rows of an identity, and W' is quantized by a fresh layer.
 """
 
 from collections.abc import Callable
@@ -23,12 +23,9 @@ _ROWS = 1024  # of the identity at a time: an identity of 16,384 fills 1 GiB
 def identity_rows(
     product: Callable[[Tensor], Tensor], view: MatrixView, dtype: str
 ) -> Tensor:
-    """W (in, out), float32, from the product x -> x·W of a layer.
+    """Returns W (in, out), float32, from the product x -> x·W of a layer.
 
-    Args:
-        product: the layer's product, without quantization of its inputs.
-        view: how its kernel is a matrix.
-        dtype: the layer's compute dtype.
+    It must not quantize its inputs. `dtype` is the layer's compute dtype.
     """
     n, parts = view.shape[0], []
     for start in range(0, n, _ROWS):
@@ -39,19 +36,13 @@ def identity_rows(
 
 
 def variable_names(layer: Layer) -> tuple[str, str, str]:
-    """The attributes of a kernel, and of its scale and zero point."""
+    """Returns the attributes of a kernel, its scale and its zero point."""
     stem = "embeddings" if isinstance(layer, Embedding) else "kernel"
     return f"_{stem}", f"{stem}_scale", f"{stem}_zero"
 
 
 def requantized(layer: Layer, kernel: Tensor) -> dict[str, Tensor]:
-    """The variables of a quantized layer for another kernel, by attribute.
-
-    Args:
-        layer: a plain Dense, EinsumDense or Embedding, quantized to int8 or
-            int4.
-        kernel: a float kernel.
-    """
+    """Returns a quantized layer's variables for a float kernel, by name."""
     fresh = quantized_copy(
         layer, kernel, layer.quantization_mode, layer.quantization_config
     )
@@ -65,14 +56,12 @@ def requantized(layer: Layer, kernel: Tensor) -> dict[str, Tensor]:
 def quantized_copy(
     layer: Layer, kernel: Tensor, mode: str, quantization_config: object = None
 ) -> Layer:
-    """A fresh layer like `layer`, with another kernel, quantized by Keras.
+    """Makes a layer like `layer` with a float kernel that Keras quantizes.
 
     Args:
         layer: a plain Dense, EinsumDense or Embedding, quantized or not.
-        kernel: a float kernel.
         mode: `"int8"` or `"int4"`.
-        quantization_config: Keras' settings of the mode; None for its
-            defaults.
+        quantization_config: Keras' settings of the mode; None for defaults.
     """
     config = layer.get_config()
     config["dtype"] = float_policy(layer)
@@ -86,10 +75,10 @@ def quantized_copy(
 
 
 def float_policy(layer: Layer) -> str:
-    """The name of a layer's dtype policy, or of the one before quantization.
+    """Returns the name of a layer's dtype policy before any quantization.
 
-    Not by `dtype_policy.name`: once a backbone was saved, Keras has cleared
-    that of every quantized layer.
+    `dtype_policy.name` does not tell: once a backbone was saved, Keras has
+    cleared it in every quantized layer.
     """
     compute, variable = layer.compute_dtype, layer.variable_dtype
     return compute if compute == variable else f"mixed_{compute}"
@@ -98,10 +87,10 @@ def float_policy(layer: Layer) -> str:
 def quantize(
     layer: Layer, kernel: Tensor, mode: str, quantization_config: object = None
 ) -> None:
-    """Keras' `layer.quantize`, with `kernel` instead of the layer's own.
+    """Calls `layer.quantize` with `kernel` in place of the layer's own.
 
-    Keras collects garbage whenever a layer deletes a variable, a quarter of a
-    second each time. So the float kernel is a tensor when it does.
+    The float kernel is made a tensor before: whenever a layer deletes a
+    variable, Keras collects garbage, for a quarter of a second.
     """
     name, *_ = variable_names(layer)
     variable = getattr(layer, name)

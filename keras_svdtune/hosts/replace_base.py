@@ -1,11 +1,10 @@
-"""Another kernel for a layer, prepared before and put in its place.
+"""Prepares another kernel for a layer, and puts it in place of W.
 
 QPiSSA's base is not W but what its low-rank start leaves of it, in int8 or
-int4. All of these kernels are made before the first layer is touched, each in
-a layer beside the real one, by Keras' own quantization. Then each layer is
-quantized, and gets the prepared values instead of its own. Until the last one
-is done, every layer can be put back as it was: its float kernel is kept. SVF's
-`replace_kernel` goes the same way, without the quantization.
+int4. All such kernels are made before the first layer is touched, by Keras' own
+quantization, each in a copy of its layer. Then each layer is quantized and gets
+the prepared values. Until the last one is done every layer can be restored: its
+float kernel is kept. SVF's `replace_kernel` does the same in float.
 """
 
 import dataclasses
@@ -33,10 +32,10 @@ from keras_svdtune.runtime.types import Array, Tensor
 
 
 def kernel_maker(target: Target, method: Method) -> KernelMaker | None:
-    """A function that makes a matrix (in, out) the kernel of `target`.
+    """Returns a function that makes a matrix (in, out) a kernel of `target`.
 
-    None where the method leaves W as it is. The layer, a Dense or EinsumDense
-    that is not quantized, is not touched.
+    Returns None if the method leaves W as it is. The layer, a Dense or
+    EinsumDense that is not quantized, is not touched.
     """
     if not isinstance(method, ReplacesBase):
         return None
@@ -66,7 +65,7 @@ def kernel_maker(target: Target, method: Method) -> KernelMaker | None:
 
 
 def put_in_place(target: Target, kernel: NewKernel) -> None:
-    """Gives a layer this kernel; makes it a quantized one if the kernel is."""
+    """Gives a layer this kernel, quantizing the layer if the kernel is."""
     layer = target.owner
     if kernel.mode is not None:
         before = placement_of(target.kernel)
@@ -83,15 +82,10 @@ def put_in_place(target: Target, kernel: NewKernel) -> None:
 
 
 def remember(target: Target, kernel: NewKernel) -> Callable[[], None]:
-    """How a layer is now, to undo what `put_in_place` does, also half done.
+    """Returns a function that undoes `put_in_place`, even half done.
 
-    Args:
-        target: the layer's kernel, as it is.
-        kernel: what will be put in place.
-
-    Returns:
-        A function that puts attributes, variables and their order back, and
-        the kernel's value. The variables are the very same.
+    It restores attributes, variables and their order, as the same objects, and
+    the value of the kernel.
     """
     variable = target.kernel
     # Quantization gives the layer another variable; else this one is assigned.

@@ -4,8 +4,8 @@ A full save (`.keras`, `.weights.h5`, a preset) holds the merged kernel where
 the plain layer has its kernel, and the adapter in a group of its own, which a
 plain layer ignores. So files of plain and adapted models fit each other.
 
-Weights files name the layers of a list by their class. So the classes here
-carry the name of the plain one.
+Weights files name the layers of a list by class, so the classes here carry the
+name of the plain one.
 """
 
 from keras_svdtune.hosts.direct_kernels import ReadsMerged, adapted_directly
@@ -21,12 +21,12 @@ class SavesMerged(AdapterHost):
 
     @property
     def kernel(self) -> Tensor:
-        # What reads the kernel rather than call the layer, as Gemma 4's
-        # feed-forward block does, gets the adapted one.
+        # Code that reads the kernel rather than call the layer, such as Gemma
+        # 4's feed-forward block, gets the merged one.
         return self.target.merged_in_compute_dtype()
 
     def _get_kernel_with_merged_lora(self) -> tuple[Tensor, ...]:
-        # Keras asks for (kernel, scale, zero point) to save here.
+        # Keras calls this for the (kernel, scale, zero point) to save.
         merged = self.target.merged_variables()
         return tuple(merged.get(name) for name in variable_names(self))
 
@@ -72,7 +72,7 @@ class OwnerSavesMerged(ReadsMerged):
 
 
 def _in_place(host: type[AdapterHost]) -> type:
-    """The class to swap in, which saves like the plain one."""
+    """Returns the class to swap in, which saves like the plain one."""
     mixin: type[SavesMerged] = SavesMerged
     if issubclass(host, AdaptedConvolution):
         mixin = SavesMergedConvolution

@@ -1,4 +1,4 @@
-"""One matrix of a model, and where it lives.
+"""One matrix of a model, and the layer that holds it.
 
 A `Target` is made once, when a model is searched (`model/targets.py`), and
 handed down: nothing asks a layer a second time how its kernel is a matrix.
@@ -25,18 +25,18 @@ _ONE_AT_A_TIME = threading.Lock()
 
 @dataclasses.dataclass(eq=False)
 class Target:
-    """One matrix of a model, or a bank of them, and where it lives.
+    """One matrix of a model, or a bank of them, and the layer that holds it.
 
     Attributes:
         path: str, unique in the model that was searched:
             `"decoder_block_0/attention/query"`.
         owner: the built layer that holds the kernel.
         attribute: str, the owner's attribute that holds it: `"_kernel"`.
-        view: how the kernel is a matrix W (in, out).
+        view: `MatrixView` of the kernel.
         slot: str, the owner's attribute for the adapter.
-        direct: bool. Whether the owner reads the kernel itself, in a
-            computation of its own, so that only a merged kernel reaches it;
-            not a layer whose call is the product with W.
+        direct: bool. Whether the owner reads the kernel in a computation of its
+            own, so that only a merged kernel reaches it, and is not a layer
+            whose call is the product with W.
         index: int or None. Which matrix of a bank a report is about.
     """
 
@@ -54,7 +54,7 @@ class Target:
 
     @property
     def name(self) -> str:
-        """What a user calls it: `"query"`."""
+        """The name that a user selects it by: `"query"`."""
         if self.direct:
             return self.attribute.strip("_")
         name: str = self.owner.name
@@ -63,12 +63,12 @@ class Target:
     @property
     def kernel(self) -> Variable:
         """The variable that holds the kernel."""
-        # Not getattr: an adapted owner gives its merged kernel there.
+        # Not getattr: an adapted owner returns its merged kernel there.
         return self.owner.__dict__[self.attribute]
 
     @property
     def adapter(self) -> Adapter | None:
-        """The adapter, if there is one."""
+        """The adapter, or None."""
         return getattr(self.owner, self.slot, None)
 
     @property
@@ -85,7 +85,7 @@ class Target:
 
     @property
     def quantization_mode(self) -> str | None:
-        """`"int8"`, say, where Keras has quantized the kernel."""
+        """`"int8"`, say, if Keras has quantized the kernel, else None."""
         return None if self.direct else self.owner.quantization_mode
 
     @property
@@ -107,25 +107,21 @@ class Target:
 
     @property
     def base_dtype(self) -> str:
-        """The dtype of W, as the model was made."""
+        """The dtype of W when the model was built."""
         dtype: str = (
             self.owner.variable_dtype if self.replaced else self.kernel.dtype
         )
         return dtype
 
     def plain_layer(self, **replaced: Any) -> Layer:
-        """A layer of the plain class that shares the owner's variables.
-
-        Args:
-            **replaced: attributes that it has instead of the owner's.
-        """
+        """Returns a plain layer with the owner's variables, and `replaced`."""
         return plain_layer(self.owner, **replaced)
 
     def matrix(self) -> Tensor:
-        """The kernel as W (in, out), a float32 tensor.
+        """Returns the kernel as W (in, out), a float32 tensor.
 
-        A quantized kernel is read through the layer's own product, as it is
-        scaled and packed in ways that only Keras knows.
+        A quantized kernel is read through the layer's own product, since only
+        Keras knows how it is scaled and packed.
         """
         if self.quantization_mode is None:
             kernel = ops.cast(self.kernel.value, "float32")
@@ -142,10 +138,10 @@ class Target:
         )
 
     def host_matrix(self) -> Array:
-        """`matrix`, for a decomposition.
+        """Returns `matrix()` for a decomposition.
 
-        A kernel on many devices comes to the host in its parts, as an array.
-        As a tensor it would first be put together on every device.
+        A kernel on many devices comes to the host in its parts, as an array. As
+        a tensor it would first be put together on every device.
 
         Raises:
             ValueError: the kernel has no values.
@@ -169,9 +165,9 @@ class Target:
         return self.view.to_matrix(whole.astype("float32"))
 
     def merged_kernel(self) -> Tensor:
-        """The kernel of the plain layer that computes what this one does.
+        """Returns the kernel of the plain layer that computes the same.
 
-        In the dtype of the kernel; float32 if that is quantized.
+        It has the dtype of the kernel, or float32 if that is quantized.
         """
         merged = self.view.to_kernel(self.adapted.merged(self.matrix()))
         if self.quantization_mode is not None:
@@ -179,11 +175,11 @@ class Target:
         return ops.cast(merged, self.kernel.dtype)
 
     def merged_in_compute_dtype(self) -> Tensor:
-        """The same, as the plain layer would read it."""
+        """Returns `merged_kernel()` as the plain layer would read it."""
         return ops.cast(self.merged_kernel(), self.owner.compute_dtype)
 
     def kernel_variables(self) -> dict[str, Variable]:
-        """The variables that hold the kernel: several if it is quantized."""
+        """Returns the kernel's variables by attribute; several if quantized."""
         if self.quantization_mode is None:
             return {self.attribute: self.kernel}
         names = quantized.variable_names(self.owner)
@@ -191,19 +187,19 @@ class Target:
         return {name: x for name, x in found.items() if x is not None}
 
     def merged_variables(self) -> dict[str, Tensor]:
-        """What they are for the merged kernel."""
+        """Returns the values of `kernel_variables` for the merged kernel."""
         merged = self.merged_kernel()
         if self.quantization_mode is None:
             return {self.attribute: merged}
         return quantized.requantized(self.plain_layer(), merged)
 
     def begin_loading(self) -> None:
-        """Keeps the kernel, before a weights file is read into the owner."""
+        """Copies the kernel before a weights file is read into the owner."""
         variables = self.kernel_variables()
         self._before = {k: ops.copy(x.value) for k, x in variables.items()}
 
     def finish_loading(self, has_adapter: bool) -> None:
-        """Settles the kernel, once a weights file was read into the owner.
+        """Restores the kernel or rebuilds the adapter, after loading a file.
 
         Args:
             has_adapter: whether the file was saved from an adapted layer.
@@ -237,7 +233,7 @@ class Target:
             self._rebuild_adapter()
 
     def _rebuild_adapter(self) -> None:
-        """Computes the adapter's weights anew, for a kernel that was read."""
+        """Computes the adapter's weights anew from the kernel that was read."""
         adapter = self.adapted
         new = plan_adapter(adapter.method, self.host_matrix(), self.path)
         for name, value in new.values.items():
@@ -247,22 +243,20 @@ class Target:
 
 
 def plain_layer(layer: Layer, **replaced: Any) -> Layer:
-    """A layer of the plain class that shares the variables of `layer`.
+    """Returns a plain layer that shares the variables of `layer`.
 
-    Args:
-        layer: an adapted or a plain layer.
-        **replaced: attributes that it has instead of the layer's.
+    It has the attributes `replaced` in place of the layer's.
     """
     plain = object.__new__(getattr(layer, "plain", type(layer)))
     plain.__dict__.update(layer.__dict__)
     if replaced.get("bias", layer) is None:
-        replaced["use_bias"] = False  # which convolutions ask
+        replaced["use_bias"] = False  # convolutions read this instead
     plain.__dict__.update(replaced)
     return plain
 
 
 def host_value_of(variable: Variable) -> Array:
-    """A variable's tensor; an array where it is split over devices."""
+    """Returns a variable as a tensor, or as an array if it is split."""
     if placement_of(variable) is None:
         return ops.convert_to_tensor(variable)
     with _ONE_AT_A_TIME:

@@ -1,44 +1,47 @@
 """The algorithms that decompose a matrix, on the host or on a device."""
 
-import types
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 from keras import ops
 
 from keras_svdtune.matrix import float64, lanczos, lapack
 from keras_svdtune.matrix.factors import Needs, rank_of_energy
+from keras_svdtune.runtime.types import Array
 
-# NumPy in float64 under the names of keras.ops, so that the same algorithms
-# run on both; and what `keras.ops` has no name for.
-_HOST = types.SimpleNamespace(
-    **{
-        name: getattr(np.linalg, name, None) or getattr(np, name)
-        for name in (
-            *("eigh", "qr", "absolute", "argmax", "expand_dims", "flip"),
-            *("maximum", "sqrt", "take_along_axis", "transpose", "where"),
-        )
-    },
-    matmul=float64.matmul,
-    gram=float64.gram,
-    svd=lambda w, **how: np.linalg.svd(w.astype("float64"), **how),
-)
+
+class _Host:
+    """NumPy in float64 under the names of `keras.ops`."""
+
+    matmul = staticmethod(float64.matmul)
+    gram = staticmethod(float64.gram)
+
+    @staticmethod
+    def svd(w: Array, full_matrices: bool) -> tuple[Array, Array, Array]:
+        """The singular value decomposition (u, s, vᵀ) of w."""
+        return np.linalg.svd(w.astype("float64"), full_matrices)
+
+    def __getattr__(self, name: str) -> Array:
+        return getattr(np.linalg, name, None) or getattr(np, name)
 
 
 class _Device:
-    """`keras.ops`, and one more."""
+    """`keras.ops`, and the Gram matrix."""
 
-    def gram(self, w: Any) -> Any:
+    def gram(self, w: Array) -> Array:
+        """Computes wᵀ·w."""
         return ops.matmul(ops.transpose(w), w)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Array:
         return getattr(ops, name)
 
 
-_DEVICE = _Device()
+# The same algorithms run on both.
+Numbers: TypeAlias = _Host | _Device
+HOST, DEVICE = _Host(), _Device()
 
 
-def small_side(w: Any, xp: Any) -> tuple[Any, Any, Any]:
+def small_side(w: Array, xp: Numbers) -> tuple[Array, Array, Array]:
     """An orthonormal basis of the smaller side, by the Gram matrix.
 
     With G = WᵀW = V diag(s²) Vᵀ where out <= in, else G = WWᵀ. The basis is
@@ -47,7 +50,7 @@ def small_side(w: Any, xp: Any) -> tuple[Any, Any, Any]:
 
     Args:
         w: (in, out).
-        xp: `_DEVICE` or `_HOST`.
+        xp: `DEVICE` or `HOST`.
 
     Returns:
         (u, s, v): one of u and v is (n, n), the other is None.
@@ -60,7 +63,9 @@ def small_side(w: Any, xp: Any) -> tuple[Any, Any, Any]:
     return (None, s, basis) if tall else (basis, s, None)
 
 
-def components(w: Any, needs: Needs, xp: Any) -> tuple[Any, Any, Any]:
+def components(
+    w: Array, needs: Needs, xp: Numbers
+) -> tuple[Array, Array, Array]:
     """The largest or smallest components, to full accuracy.
 
     In float64 the Gram matrix gives them too, and the other side follows
@@ -70,27 +75,25 @@ def components(w: Any, needs: Needs, xp: Any) -> tuple[Any, Any, Any]:
     Args:
         w: (in, out).
         needs: part `"top"` or `"bottom"`, and how many.
-        xp: `_DEVICE` or `_HOST`.
+        xp: `DEVICE` or `HOST`.
 
     Returns:
         (u, s, v) of shapes (in, k), (k,), (out, k), s descending.
     """
-    if xp is _HOST:
-        if needs.part == "top" and isinstance(needs.rank, int):
-            found = lanczos.top(w, needs.rank)
-            if found is not None:
-                return _signed(*found, xp)
+    if xp is HOST:
         tall = w.shape[1] <= w.shape[0]
         limit, s, basis = _part_of_small_side(w if tall else w.T, needs)
         if s[-1] > 1e-4 * limit:
             other = float64.matmul(w if tall else w.T, basis) / s
             return (other, s, basis) if tall else (basis, s, other)
     u, s, vt = xp.svd(w, full_matrices=False)
-    part = _wanted(_to_float32(s), needs)
+    part = _wanted(to_float32(s), needs)
     return _signed(u[:, part], s[part], xp.transpose(vt)[:, part], xp)
 
 
-def _part_of_small_side(w: np.ndarray, needs: Needs) -> tuple[Any, Any, Any]:
+def _part_of_small_side(
+    w: np.ndarray, needs: Needs
+) -> tuple[Array, Array, Array]:
     """(limit, s, v) in float64: s₁ or more, and the wanted components.
 
     Args:
@@ -101,20 +104,27 @@ def _part_of_small_side(w: np.ndarray, needs: Needs) -> tuple[Any, Any, Any]:
     if needs.few_of(n):
         gram = float64.gram(w)
         part = _wanted(np.arange(n), needs)
-        found = lapack.eigh_part(gram, n - (part.stop or n), n - part.start)
+        found = None
+        if needs.part == "top":
+            found = lanczos.largest(gram, part.stop)
+        if found is None:
+            last = n - part.start
+            found = lapack.eigh_part(gram, n - (part.stop or n), last)
         if found is not None:
             values, v = (np.flip(x, axis=-1) for x in found)
             s = np.sqrt(np.maximum(values, 0.0))
             # ‖G‖ is no less than its largest eigenvalue.
-            return np.sqrt(np.linalg.norm(gram)), s, v * signs(v, _HOST)
-    _, s, v = small_side(w, _HOST)
+            return np.sqrt(np.linalg.norm(gram)), s, v * signs(v, HOST)
+    _, s, v = small_side(w, HOST)
     # From these values in float32, as `estimate` has them: where they are
     # equal, rounding decides, and it must decide the same.
-    part = _wanted(_to_float32(s), needs)
+    part = _wanted(to_float32(s), needs)
     return s[0], s[part], v[:, part]
 
 
-def randomised_top(w: Any, needs: Needs, xp: Any) -> tuple[Any, Any, Any]:
+def randomised_top(
+    w: Array, needs: Needs, xp: Numbers
+) -> tuple[Array, Array, Array]:
     """The largest components by a seeded randomised range finder.
 
     Ten extra directions and `needs.n_iter` power iterations, each
@@ -138,7 +148,7 @@ def randomised_top(w: Any, needs: Needs, xp: Any) -> tuple[Any, Any, Any]:
     return _signed(u, s[: needs.rank], v, xp)
 
 
-def _wanted(s: Any, needs: Needs) -> slice:
+def _wanted(s: Array, needs: Needs) -> slice:
     rank = needs.rank
     if isinstance(rank, float):
         rank = rank_of_energy(s, rank, needs.part)
@@ -146,22 +156,24 @@ def _wanted(s: Any, needs: Needs) -> slice:
     return slice(0, rank) if needs.part == "top" else slice(len(s) - rank, None)
 
 
-def _like(array: np.ndarray, xp: Any) -> Any:
-    return array if xp is _HOST else ops.convert_to_tensor(array, "float32")
+def _like(array: np.ndarray, xp: Numbers) -> Array:
+    return array if xp is HOST else ops.convert_to_tensor(array, "float32")
 
 
-def _signed(u: Any, s: Any, v: Any, xp: Any) -> tuple[Any, Any, Any]:
+def _signed(
+    u: Array, s: Array, v: Array, xp: Numbers
+) -> tuple[Array, Array, Array]:
     sign = signs(v if v.shape[0] <= u.shape[0] else u, xp)
     return u * sign, s, v * sign
 
 
-def signs(u: Any, xp: Any) -> Any:
+def signs(u: Array, xp: Numbers) -> Array:
     """(k,) of ±1 that make each column's entry of largest magnitude > 0."""
     rows = xp.expand_dims(xp.argmax(xp.absolute(u), axis=0), 0)
     return xp.where(xp.take_along_axis(u, rows, axis=0)[0] < 0, -1.0, 1.0)
 
 
-def _to_float32(x: Any) -> Any:
+def to_float32(x: Array) -> Array:
     if x is None:
         return None
     return ops.convert_to_numpy(x).astype("float32", order="C")

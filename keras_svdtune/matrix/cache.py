@@ -1,19 +1,19 @@
-"""Decompositions on disk, so that the same matrix is decomposed once.
+"""Keeps decompositions on disk, so that each matrix is decomposed once.
 
-The second time that a model is enabled, by whatever method needs the same of
-its matrices, they are read: a fraction of the time, the same bits. An entry is
+Enabling a model again, by any method that needs the same part of the
+decomposition, reads them: a fraction of the time, the same bits. An entry is
 one file,
 
     <folder>/<key>.safetensors
 
-whose key is the SHA-256 of W and of what was asked about it. Its metadata hold
-the key again and a digest of key and arrays, so that a damaged file, or one
-under another's name, is noticed; it is then written anew. (The digest is no
-signature: who may write to the folder may change what you compute.) Files are
-written under a temporary name and renamed: processes may share a folder. What
-was not used for longest is removed first.
+whose key is the SHA-256 of W and of the request. Its metadata repeat the key
+and hold a digest of key and arrays, so that a damaged or renamed file is
+noticed and written anew. (The digest is no signature: whoever may write to the
+folder may change what you compute.) Files are written under a temporary name
+and renamed, so processes may share a folder. The least recently used entries
+are removed first.
 
-Nothing that goes wrong here is an error. At worst the work is done again.
+Nothing that goes wrong here is an error: at worst the work is done again.
 """
 
 import contextlib
@@ -35,23 +35,22 @@ Arrays = dict[str, np.ndarray]
 
 _KEY, _DIGEST = "key", "sha256"
 _MAX_BYTES = 4 * 2**30
-# Below, LAPACK is about as fast as a file (1 ms where min(in, out) is 100).
+# The smallest min(in, out) to keep: below, LAPACK is as fast as a file (1 ms).
 SMALLEST = 100
 
 
 def set_decomposition_cache(
     folder: str | os.PathLike[str] | bool = True, max_bytes: int = _MAX_BYTES
 ) -> None:
-    """Says where decompositions are kept between runs, or that they are not.
+    """Sets the folder that keeps decompositions between runs, or none.
 
-    They are kept by default, in `keras_svdtune/decompositions` in
-    `$KERAS_HOME` (`~/.keras`), up to 4 GiB. The environment variable
-    `KERAS_SVDTUNE_CACHE` is the `folder` to begin with; `0` is off.
+    By default it is `keras_svdtune/decompositions` in `$KERAS_HOME`
+    (`~/.keras`), up to 4 GiB. The environment variable `KERAS_SVDTUNE_CACHE`
+    sets the first `folder`, or `0` for none.
 
     Args:
-        folder: where; False for nowhere, True for the default folder.
-        max_bytes: int. What was not used for longest is removed to stay
-            within.
+        folder: a path; False for none, True for the default folder.
+        max_bytes: int. Beyond it the least recently used entries are removed.
 
     Example:
 
@@ -69,7 +68,7 @@ def set_decomposition_cache(
 
 
 def home_folder() -> pathlib.Path:
-    """The folder of this package in `$KERAS_HOME`, else in `~/.keras`."""
+    """Returns this package's folder in `$KERAS_HOME`, or else in `~/.keras`."""
     home = os.environ.get("KERAS_HOME") or "~/.keras"
     return pathlib.Path(home).expanduser() / "keras_svdtune"
 
@@ -80,13 +79,13 @@ def recalled(
     compute: Callable[[], Arrays],
     fits: Callable[[Arrays], bool],
 ) -> Arrays:
-    """What `compute` returns, from the cache if it is there.
+    """Returns what `compute` returns, from the cache if it is there.
 
     Args:
-        w: (in, out) float32, finite. What it is computed from.
-        request: str. What is computed, and by what version of what.
-        compute: the work.
-        fits: whether arrays are of the keys and shapes that it returns.
+        w: (in, out) float32, finite: the matrix that it is computed from.
+        request: str. What is computed, and the version of the algorithm.
+        compute: function that does the work.
+        fits: function that checks the keys and shapes of cached arrays.
     """
     store = _store
     if store is None or min(w.shape) < SMALLEST:
@@ -100,11 +99,7 @@ def recalled(
 
 
 class _Store:
-    """A folder of entries.
-
-    Attributes:
-        size: bytes in the folder as far as this process knows, or None.
-    """
+    """A folder of entries; `size`, if known, is what they take in bytes."""
 
     def __init__(self, folder: pathlib.Path, max_bytes: int):
         self.folder = folder
@@ -127,7 +122,7 @@ class _Store:
         ):
             return None
         with contextlib.suppress(OSError):
-            os.utime(path)  # used now
+            os.utime(path)  # it was used just now
         return arrays
 
     def write(self, key: str, arrays: Arrays) -> None:
@@ -153,15 +148,15 @@ class _Store:
         return self.folder / f"{key}.safetensors"
 
     def _make_room(self, new: int) -> None:
-        """Counts `new` bytes, and removes entries if they are too many."""
+        """Adds `new` to `size`, and removes entries if that is too much."""
         with self._lock:
             if self.size is None or self.size + new > self.max_bytes:
-                # Counted anew: other processes write and remove too.
+                # Measured again: other processes write and remove too.
                 self.size = self._remove(self.max_bytes - new)
             self.size += new
 
     def _remove(self, limit: int) -> int:
-        """Removes what was used least recently; returns the bytes left."""
+        """Removes least recently used entries; returns the bytes left."""
         entries, total = [], 0
         for path in self.folder.iterdir():
             with contextlib.suppress(OSError):  # removed by another process
@@ -175,7 +170,7 @@ class _Store:
                 ):
                     path.unlink()  # left by a process that was killed
         if total > limit:
-            limit -= self.max_bytes // 10  # not again for every entry
+            limit -= self.max_bytes // 10  # so that the next entries fit
         for _, size, path in sorted(entries):
             if total <= limit:
                 break

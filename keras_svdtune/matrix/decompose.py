@@ -1,24 +1,21 @@
-"""The decomposition behind a method.
+"""Decomposes a matrix W (in, out), or as much of it as a method needs.
 
-One place turns a matrix W (in, out) into W = U diag(s) Vᵀ, or into as much
-of it as a method needs, and decides how:
+W = U diag(s) Vᵀ is computed only here, which decides:
 
-- **Where.** On a GPU the work stays there, in float32 at full matmul
-  precision through `keras.ops`. On a CPU, and for a TPU (whose compiler
-  needs minutes for one full decomposition of one shape), it is done on the
-  host in float64 by LAPACK, large products block by block (`blocks.py`). There
-  all backends get the same basis to the last bit, so that an adapter trained
-  with one loads into another.
+- **Where.** On a GPU the work stays there, in float32 at full matmul precision
+  through `keras.ops`. On a CPU, and for a TPU (whose compiler needs minutes for
+  one full decomposition of one shape), LAPACK does it on the host in float64,
+  large products block by block (`float64.py`). There all backends get the same
+  basis to the last bit, so that an adapter trained with one loads into another.
 - **How.** An orthonormal basis of the smaller side comes from the Gram matrix
-  (`eigh`), 3-5 times faster than `svd`. A few components come from some of
-  its eigenvectors (on the host: `leading.py`, `lapack.py`), or from a seeded
-  randomised range finder where the method asks for it; those that are too
-  small for that from a true SVD.
+  (`eigh`), 3-5 times faster than `svd`. A few components come from some of its
+  eigenvectors (on the host: `lanczos.py`, `lapack.py`), or from a seeded
+  randomised range finder if the method asks for it; components too small for
+  that come from a true SVD.
 
 Signs are canonical: the entry of largest magnitude of each singular vector of
-the smaller side (v where out <= in, else u) is positive.
-Nothing here is ever differentiated: gradients of an SVD are NaN where
-singular values are equal.
+the smaller side (v where out <= in, else u) is positive. Nothing here is ever
+differentiated: gradients of an SVD are NaN where singular values are equal.
 
 Reference: Halko, Martinsson, Tropp, "Finding structure with randomness",
 https://arxiv.org/abs/0909.4061 (the range finder).
@@ -32,20 +29,21 @@ from keras import ops
 
 from keras_svdtune.matrix import cache
 from keras_svdtune.matrix.algorithms import (
-    _DEVICE,
-    _HOST,
-    _to_float32,
+    DEVICE,
+    HOST,
+    Numbers,
     components,
     randomised_top,
     small_side,
+    to_float32,
 )
 from keras_svdtune.matrix.factors import Factors, Needs
 from keras_svdtune.runtime.precision import full_precision, on_host
 from keras_svdtune.runtime.types import Array
 
-# Of the algorithms: to be raised when one returns other numbers than it did,
-# or else `cache.py` returns the old ones.
-_VERSION = 2
+# The version of the algorithms. Raise it when one of them returns other
+# numbers than before, or `cache.py` returns the old ones.
+_VERSION = 3
 
 
 def decompose(matrix: Array, needs: Needs, name: str = "matrix") -> Factors:
@@ -60,8 +58,7 @@ def decompose(matrix: Array, needs: Needs, name: str = "matrix") -> Factors:
         `Factors`, finite, with canonical signs.
 
     Raises:
-        ValueError: the matrix holds NaN or infinity, or its rank does not
-            fit.
+        ValueError: the matrix holds NaN or infinity, or its rank does not fit.
     """
     w = finite(matrix, name)
     where = "host" if on_host() else f"device {keras.backend.backend()}"
@@ -75,8 +72,8 @@ def decompose(matrix: Array, needs: Needs, name: str = "matrix") -> Factors:
 
 
 def finite(matrix: Array, name: str) -> np.ndarray:
-    """A matrix as a float32 array, or an error if it holds NaN or infinity."""
-    if not isinstance(matrix, np.ndarray):  # it is on the host already
+    """Returns a matrix as float32; raises if it holds NaN or infinity."""
+    if not isinstance(matrix, np.ndarray):  # that is on the host
         matrix = ops.convert_to_numpy(ops.cast(matrix, "float32"))
     w = np.ascontiguousarray(matrix, "float32")
     if not np.isfinite(w).all():
@@ -89,13 +86,13 @@ def finite(matrix: Array, name: str) -> np.ndarray:
 
 
 def computed(w: np.ndarray, needs: Needs, name: str = "matrix") -> Factors:
-    """What `decompose` returns for a finite w, without the cache on disk."""
+    """Returns what `decompose` does for a finite w, without the disk cache."""
     if not on_host():
         try:
             with full_precision():
-                factors = _run(ops.convert_to_tensor(w), needs, _DEVICE)
+                factors = _run(ops.convert_to_tensor(w), needs, DEVICE)
         except Exception as error:
-            # A solver that did not converge, or no memory left for it.
+            # The solver did not converge, or ran out of memory.
             reason = f"{type(error).__name__}: {error}"
         else:
             if _finite(factors):
@@ -107,24 +104,21 @@ def computed(w: np.ndarray, needs: Needs, name: str = "matrix") -> Factors:
             "the host instead.",
             stacklevel=2,
         )
-    return _run(w, needs, _HOST)
+    return _run(w, needs, HOST)
 
 
 def singular_values(
     matrix: Array, name: str = "matrix", keep: bool = True
 ) -> np.ndarray:
-    """All singular values of a matrix, descending, (n,) float32.
+    """Returns all singular values of a matrix, descending, (n,) float32.
 
-    Those of the decomposition that SVF uses, so that it is kept for it, and
-    read if it is there. On a GPU that is of the float32 Gram matrix, whose
-    small values are rounded: if there are any, LAPACK does it in float64.
+    They come from the decomposition that SVF uses, so both share the cache. On
+    a GPU that is of the float32 Gram matrix, which rounds small values; if
+    there are any, LAPACK computes all of them in float64.
 
     Args:
-        matrix, name: as for `decompose`.
-        keep: bool. Whether the cache on disk is used.
-
-    Raises:
-        ValueError: as `decompose`.
+        matrix, name: as for `decompose`, with the same errors.
+        keep: bool. Whether to use the cache on disk.
     """
     needs = Needs("small_side")
     if keep:
@@ -133,22 +127,22 @@ def singular_values(
         s = computed(finite(matrix, name), needs, name).s
     if on_host() or s[-1] > 1e-2 * s[0]:
         return s
-    return _run(finite(matrix, name), needs, _HOST).s
+    return _run(finite(matrix, name), needs, HOST).s
 
 
-def _run(w: Array, needs: Needs, xp: Array) -> Factors:
+def _run(w: Array, needs: Needs, xp: Numbers) -> Factors:
     if needs.part == "small_side":
         u, s, v = small_side(w, xp)
     elif needs.n_iter is None or isinstance(needs.rank, float):
         u, s, v = components(w, needs, xp)
     else:
         u, s, v = randomised_top(w, needs, xp)
-    return Factors(_to_float32(u), _to_float32(s), _to_float32(v))
+    return Factors(to_float32(u), to_float32(s), to_float32(v))
 
 
 def top_on_host(w: np.ndarray, rank: int) -> Factors:
-    """The `rank` largest components of w (in, out), by LAPACK in float64."""
-    return _run(w, Needs("top", rank), _HOST)
+    """Returns the `rank` largest components of w (in, out), by LAPACK."""
+    return _run(w, Needs("top", rank), HOST)
 
 
 def _finite(factors: Factors) -> bool:
@@ -163,7 +157,7 @@ def _arrays(factors: Factors) -> dict[str, np.ndarray]:
 def _fit(
     arrays: dict[str, np.ndarray], shape: tuple[int, int], needs: Needs
 ) -> bool:
-    """Whether arrays have the names, dtypes and shapes of these factors."""
+    """Returns whether arrays have the names, dtypes and shapes needed."""
     rows, columns = shape
     n = min(shape)
     if needs.part == "small_side":

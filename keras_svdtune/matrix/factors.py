@@ -1,4 +1,4 @@
-"""What a method asks of W = U diag(s) Vᵀ, and what it gets."""
+"""What a method needs of W = U diag(s) Vᵀ, and the factors that it gets."""
 
 import dataclasses
 from typing import Literal
@@ -8,17 +8,17 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """What a method needs to know of W = U diag(s) Vᵀ, n = min(in, out).
+    """The part of W = U diag(s) Vᵀ that a method needs, n = min(in, out).
 
     Attributes:
-        part: `"small_side"`, an orthonormal basis of the smaller side: V
-            (n, n) where out <= in, else U (n, n). `"top"` or `"bottom"`,
-            the `rank` largest or smallest components of both sides.
-        rank: int, how many components; or float in (0, 1], the smallest
+        part: `"small_side"`, an orthonormal basis of the smaller side: V (n, n)
+            where out <= in, else U (n, n). `"top"` or `"bottom"`, the `rank`
+            largest or smallest components of both sides.
+        rank: int, the number of components; or float in (0, 1], the smallest
             number that holds that share of the sum of s². None for
             `"small_side"`.
-        n_iter: int or None. Power iterations of the randomised algorithm for
-            `"top"`; None is exact.
+        n_iter: int, the power iterations of the randomised algorithm for
+            `"top"`; None for the exact one.
         seed: int. Seed of the randomised algorithm.
     """
 
@@ -28,7 +28,7 @@ class Needs:
     seed: int = 0
 
     def few_of(self, n: int) -> bool:
-        """Whether so few of n components are wanted that all cost more."""
+        """Returns whether it is cheaper to compute `rank` of n components."""
         return isinstance(self.rank, int) and 4 * self.rank <= n
 
 
@@ -37,7 +37,7 @@ class Factors:
     """Components of W = U diag(s) Vᵀ as float32 NumPy arrays, s descending.
 
     Attributes:
-        u: (in, k), or None where the method has no need of it.
+        u: (in, k), or None if the method does not need it.
         s: (k,).
         v: (out, k), or None.
     """
@@ -48,16 +48,15 @@ class Factors:
 
 
 def rank_of_energy(s: np.ndarray, energy: float, part: str) -> int:
-    """The smallest number of components with that share of the sum of s².
+    """Returns the smallest number of components that holds a share of Σs².
 
     Args:
         s: (n,) singular values, descending.
-        energy: float in (0, 1].
-        part: `"top"`, counted from the largest; `"bottom"`, from the
-            smallest.
+        energy: float in (0, 1], the share.
+        part: `"top"` counts from the largest, `"bottom"` from the smallest.
     """
     squares = np.asarray(s, "float64") ** 2
     total = np.cumsum(squares if part == "top" else squares[::-1])
-    # A hair below: the last of n rounded sums may fall short of itself.
+    # With a tolerance for the rounding of the n sums.
     enough = total >= energy * total[-1] * (1 - 1e-12)
     return int(np.argmax(enough)) + 1

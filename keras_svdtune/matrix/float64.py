@@ -1,7 +1,7 @@
-"""Float64 products of float32 matrices, without a float64 copy of them.
+"""Computes float64 products of float32 matrices without a float64 copy.
 
 The table of an embedding has hundreds of millions of numbers: in float64 it
-alone would take twice the memory of the model. It is converted by blocks.
+alone would take twice the memory of the model. So it is converted by blocks.
 """
 
 from collections.abc import Iterator
@@ -12,18 +12,18 @@ _NUMBERS = 2**23  # in a block: 64 MiB in float64
 
 
 def gram(w: np.ndarray) -> np.ndarray:
-    """wᵀ·w in float64, w (rows, columns) of any floating dtype."""
+    """Returns wᵀ·w in float64 for w (rows, columns) of any floating dtype."""
     total = np.zeros((w.shape[1], w.shape[1]))
     for rows in _blocks(*w.shape):
         block = w[rows].astype("float64", copy=False)
-        total += block.T @ block  # of the same array: half the work
+        total += block.T @ block  # BLAS halves the work: it is one array
     return total
 
 
 def rows_and_norm(a: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, float]:
-    """a·w and ‖w‖ (Frobenius) in float64, a (k, rows) float64 with few rows.
+    """Returns a·w and ‖w‖ (Frobenius) in float64; a (k, rows) has few rows.
 
-    Of w (rows, columns) each block is converted once for both.
+    Each block of w (rows, columns) is converted once for both.
     """
     total, squares = np.zeros((len(a), w.shape[1])), 0.0
     for rows in _blocks(*w.shape):
@@ -34,7 +34,7 @@ def rows_and_norm(a: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a·b in float64, for 2-D operands of any floating dtype."""
+    """Returns a·b in float64 for 2-D operands of any floating dtype."""
     if a.size < b.size:
         return matmul(b.T, a.T).T
     b = b.astype("float64", copy=False)

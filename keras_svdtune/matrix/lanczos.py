@@ -1,9 +1,10 @@
 """The largest eigenvalues of a Gram matrix, without the others.
 
 SciPy's `eigsh` (ARPACK: Lanczos with implicit restarts) finds them from
-products with vectors alone. On the kernels of Gemma 3 270M and ranks up to 64
-that takes a third to two thirds of the time of all eigenvalues, and at 2048
-rows a quarter to a half (`tests/benchmarks/largest_components.py`).
+products with vectors alone. At ranks 8 and 16 that takes 0.4 to 0.6 of the CPU
+time of all eigenvalues on those kernels of Gemma 3 270M that have 640 rows and
+columns or more, and 0.2 to 0.6 on matrices of 2048
+(`tests/benchmarks/largest_components.py`).
 
 Lanczos may miss an eigenvector, or stop too early. So the result is proved:
 
@@ -25,7 +26,6 @@ https://doi.org/10.1137/0707001 (the bound).
 """
 
 import numpy as np
-from scipy.sparse.linalg import ArpackError, eigsh
 
 # The largest sine of the angle between the span found and the true one.
 TOLERANCE = 1e-7
@@ -48,11 +48,14 @@ def largest(
         same to the bit each time. None where they are too many for this to be
         fast, or are not certain to be the largest.
     """
+    # Not imported with the package: it takes a fifth of a second.
+    from scipy.sparse import linalg
+
     n = len(gram)
     if count > min(n // _FEW, _MOST):
         return None
     try:
-        values, vectors = eigsh(
+        values, vectors = linalg.eigsh(
             gram,
             count,
             which="LA",
@@ -62,7 +65,7 @@ def largest(
             tol=1e-12,
             rng=0,
         )
-    except ArpackError:  # It did not converge, or the matrix is zero.
+    except linalg.ArpackError:  # It did not converge, or the matrix is zero.
         return None
     residual = np.linalg.norm(gram @ vectors - vectors * values)
     # No less than what rounding does to the factorisation.

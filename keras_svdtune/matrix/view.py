@@ -1,10 +1,8 @@
-"""The matrix behind a kernel.
+"""Converts kernels, inputs and outputs of layers to matrices and back.
 
-Every linear Keras layer multiplies its input by a matrix W of shape
-(in, out), but few of them store it as one: an `EinsumDense` kernel of shape
-(heads, head_dim, model_dim) with equation `btnh,nhd->btd` is the matrix
-(heads * head_dim, model_dim). `MatrixView` reads an einsum equation and tells
-how kernel, input and output look as matrices, and how to come back.
+Every linear Keras layer multiplies its input by a matrix W (in, out), but few
+store it as one: an `EinsumDense` kernel (heads, head_dim, model_dim) with
+equation `btnh,nhd->btd` is the matrix (heads * head_dim, model_dim).
 
 Nothing else in the package knows einsum. A `Dense` layer is the equation
 `...i,io->...o`, a 2-D convolution `nhwxyi,xyio->nhwo` on the patches of an
@@ -32,35 +30,33 @@ from keras_svdtune.runtime.types import Array, Tensor
 
 DENSE_EQUATION = "...i,io->...o"
 _Labels = tuple[str, ...]
-# Sizes of axes; a tensor for one that is known when the model runs only.
+# Sizes of axes; a tensor for a size that is known only when the model runs.
 Sizes = tuple[int | Tensor, ...]
 _Shape = tuple[int, ...]
 _ELLIPSIS = "."  # one label that stands for any number of batch axes
 
 
 class MatrixView:
-    """How the kernel of an einsum equation reads as a matrix W (in, out).
+    """Reads the kernel of an einsum equation as a matrix W (in, out).
 
-    in is the product of the kernel axes that the equation contracts with
-    the input, in the input's order; out is the product of those that it
-    hands on to the output, in the output's order.
+    in is the product of the kernel axes that the equation contracts with the
+    input, in the input's order; out is the product of those that it passes on
+    to the output, in the output's order.
 
     Attributes:
         shape: (in, out).
-        count: int or None. How many matrices a bank holds; None where the
-            kernel is one matrix.
+        count: int, the number of matrices in a bank; None for one matrix.
 
     Args:
-        equation: str. `"input,kernel->output"`, e.g. `"btd,ndh->btnh"`.
-            An ellipsis may stand for batch axes in input and output.
+        equation: str. `"input,kernel->output"`, e.g. `"btd,ndh->btnh"`. An
+            ellipsis may stand for batch axes in input and output.
         kernel_shape: tuple of int. The shape of the kernel.
         bank: bool. Whether the kernel may be a bank of matrices.
 
     Raises:
-        ValueError: the kernel is not one matrix: an axis that input, kernel
-            and output share (a bank) where that is not expected, a label that
-            only one of the three has, or a label that occurs twice in one of
-            them.
+        ValueError: the kernel is not one matrix: input, kernel and output share
+            an axis (a bank) though `bank` is False, only one of the three has a
+            label, or a label occurs twice in one of them.
     """
 
     def __init__(
@@ -91,10 +87,7 @@ class MatrixView:
         self.count = math.prod(self._counts) if self._shared else None
 
     def kernel_dims(self, part: str) -> tuple[int, ...]:
-        """The dims of the kernel that are `"in"`, `"out"` or `"count"`.
-
-        In the order in which `to_matrix` flattens them.
-        """
+        """Returns the dims of "in", "out" or "count" in flattening order."""
         labels = {
             "in": self._contracted,
             "out": self._produced,
@@ -104,48 +97,48 @@ class MatrixView:
 
     @property
     def batch(self) -> tuple[int, ...]:
-        """(count,) for a bank, () for one matrix: what comes before `shape`."""
+        """The shape in front of `shape`: (count,) for a bank, else ()."""
         return () if self.count is None else (self.count,)
 
     def to_matrix(self, kernel: Array) -> Array:
-        """Kernel of `kernel_shape` -> W (in, out), or (count, in, out)."""
+        """Reshapes a kernel to W (in, out), or (count, in, out) of a bank."""
         labels = self._shared + self._contracted + self._produced
         kernel = _permute(kernel, self._kernel, labels)
         return _reshape(kernel, self.batch + self.shape)
 
     def to_kernel(self, matrix: Array) -> Array:
-        """W (in, out), or (count, in, out) -> kernel of `kernel_shape`."""
+        """Reshapes W (in, out), or (count, in, out), to `kernel_shape`."""
         labels = self._shared + self._contracted + self._produced
         dims = self._counts + self._in_dims + self._out_dims
         return _permute(ops.reshape(matrix, dims), labels, self._kernel)
 
     def flatten_inputs(self, x: Array) -> Array:
-        """Layer input of any rank -> (tokens, in)."""
+        """Reshapes a layer input of any rank to (tokens, in)."""
         x = _permute(x, self._inputs, self._batch + self._contracted)
         return ops.reshape(x, (-1, self.shape[0]))
 
     def unflatten_inputs(self, flat: Array, batch_dims: Sizes) -> Array:
-        """(tokens, in) -> a layer input with these batch axes."""
+        """Reshapes (tokens, in) to a layer input with these batch axes."""
         x = ops.reshape(flat, batch_dims + self._in_dims)
         return _permute(x, self._batch + self._contracted, self._inputs)
 
     def rows_as_inputs(self, rows: Array) -> Array:
-        """(k, in) -> a layer input whose first batch axis is k, others 1."""
+        """Reshapes (k, in) to a layer input with batch axes (k, 1, 1, ...)."""
         ones = (1,) * (len(self._batch) - 1)
         return self.unflatten_inputs(rows, (ops.shape(rows)[0], *ones))
 
     def flatten_outputs(self, y: Array) -> Array:
-        """Layer output of any rank, without its bias -> (tokens, out)."""
+        """Reshapes a layer output, without its bias, to (tokens, out)."""
         y = _permute(y, self._outputs, self._batch + self._produced)
         return ops.reshape(y, (-1, self.shape[1]))
 
     def unflatten_outputs(self, flat: Array, batch_dims: Sizes) -> Array:
-        """(tokens, out) -> a layer output with these batch axes."""
+        """Reshapes (tokens, out) to a layer output with these batch axes."""
         y = ops.reshape(flat, batch_dims + self._out_dims)
         return _permute(y, self._batch + self._produced, self._outputs)
 
     def batch_dims(self, x: Array) -> Sizes:
-        """Sizes of the batch axes of the layer input `x`, in output order."""
+        """Returns the sizes of the input's batch axes, in output order."""
         order = _axes(
             self._inputs, self._batch + self._contracted, len(x.shape)
         )
@@ -153,7 +146,7 @@ class MatrixView:
         return tuple(shape[i] for i in order[: len(order) - len(self._in_dims)])
 
     def batch_dims_of_output(self, y: Array) -> Sizes:
-        """Sizes of the batch axes of the layer output `y`, in its order."""
+        """Returns the sizes of the output's batch axes, in its order."""
         order = _axes(self._outputs, self._batch + self._produced, len(y.shape))
         shape = ops.shape(y)
         return tuple(
@@ -167,7 +160,7 @@ class MatrixView:
 
 
 class GroupedView(MatrixView):
-    """How the kernel of a convolution in groups reads as a bank of matrices.
+    """Reads the kernel of a grouped convolution as a bank of matrices.
 
     The kernel (*window, in / groups, out) holds one matrix for each group,
     (window·in / groups, out / groups): group g makes the g-th part of the
@@ -185,7 +178,7 @@ class GroupedView(MatrixView):
         return super().to_matrix(_reshape(kernel, self._split_shape))
 
     def kernel_dims(self, part: str) -> tuple[int, ...]:
-        last = len(self.kernel_shape) - 1  # it holds groups, and out in each
+        last = len(self.kernel_shape) - 1  # out: (groups, out / groups)
         if part == "in":
             return super().kernel_dims(part)
         return (last,) if part == "count" else ()
@@ -233,7 +226,7 @@ def _permute(x: Array, old: _Labels, new: _Labels) -> Array:
     # Most equations need no transposition; then no op is added to the graph.
     if order == tuple(range(len(order))):
         return x
-    # An array stays on the host: a kernel gathered from several devices.
+    # A kernel gathered from several devices is an array: it stays on the host.
     on_host = isinstance(x, np.ndarray)
     return x.transpose(order) if on_host else ops.transpose(x, order)
 
@@ -245,7 +238,7 @@ def _reshape(x: Array, shape: _Shape) -> Array:
 
 @functools.lru_cache(maxsize=1024)
 def _axes(old: _Labels, new: _Labels, n_axes: int) -> tuple[int, ...]:
-    """The permutation from `old` to `new`, the ellipsis written out."""
+    """Returns the permutation from `old` to `new`, the ellipsis expanded."""
     width = n_axes - len(old) + 1  # how many axes the ellipsis stands for
     start = old.index(_ELLIPSIS) if _ELLIPSIS in old else n_axes
     axes: list[int] = []

@@ -29,28 +29,26 @@ class AdaLoRA(RankedMethod):
 
         y = x·W + (alpha / r)·((x·P) ⊙ λ ⊙ mask)·Q
 
-    P (in, r) and Q (r, out) normal with deviation 0.02, λ (r,) = 0, mask
-    (r,) = 1, and r the initial rank. To the loss is added
+    P (in, r) and Q (r, out) are normal with deviation 0.02, λ (r,) = 0, mask
+    (r,) = 1, and r is the initial rank. The loss gets the additional term
 
         regularization · mean over all P and Q of ‖PᵀP - I‖² (‖QQᵀ - I‖²)
 
-    Each weight w keeps a smoothed sensitivity |w·∂L/∂w|, L without that
-    penalty, and how much it varies; their product is its importance. The
-    callback `RankAllocator` adds them up for each triplet (column of P, λ,
-    row of Q), zeroes the λ of the least important ones of the whole model
-    while the budget falls, and at the end fixes the mask with exactly `rank`
-    triplets a layer on average:
+    Each weight w keeps two smoothed numbers: its sensitivity |w·∂L/∂w|, L
+    without that term, and how much this varies. Their product is its
+    importance. The callback `RankAllocator` adds it up for each triplet
+    (column of P, λ, row of Q), zeroes the λ of the least important triplets
+    of the whole model while the budget falls, and at the end fixes the mask
+    with exactly `rank` triplets a layer on average:
 
     ```python
     gemma.backbone.enable_adalora(rank=8)
     gemma.fit(data, callbacks=[keras_svdtune.RankAllocator()])
     ```
 
-    Trainable: r·(in + out + 1) a matrix; beside it twice as many numbers for
-    the importance.
-
-    `suggested_learning_rate` is 1e-3: the authors used 5e-4 to 2.2e-3. Not
-    swept.
+    Trainable: r·(in + out + 1) a matrix; for the importance, twice as many
+    frozen. `suggested_learning_rate` is 1e-3: the authors used 5e-4 to 2.2e-3.
+    Not swept.
 
     Args:
         rank: int, the average rank at the end.
@@ -58,7 +56,7 @@ class AdaLoRA(RankedMethod):
             means 1.5 times `rank`, as the authors advise.
         alpha: float or None. The scale is alpha / initial_rank; None is a
             scale of 1.
-        regularization: float, the weight of the orthogonality.
+        regularization: float, the weight of the additional term.
         smoothing: float in [0, 1), of sensitivity and variation (the paper's
             β₁ = β₂).
         seed: int. Seed of P and Q.
@@ -112,12 +110,12 @@ class AdaLoRA(RankedMethod):
 
     @property
     def first_rank(self) -> int:
-        """The rank of every layer at first."""
+        """The initial rank of every layer."""
         return self.initial_rank or -(-3 * self.rank // 2)
 
     @property
     def scale(self) -> float:
-        """alpha / initial rank; without an alpha it is 1."""
+        """The factor alpha / initial rank of the branch; 1 if alpha is None."""
         return 1.0 if self.alpha is None else self.alpha / self.first_rank
 
     def check(self, shape: Shape) -> None:
@@ -182,7 +180,7 @@ class AdaLoRA(RankedMethod):
         return base() + branch(base, p * values, q, self.scale)
 
     def merged(self, weights: Weights, matrix: Tensor) -> Tensor:
-        # Sensed here too: some layers compute with the merged kernel.
+        # `_sensed` here too: some layers compute with the merged kernel.
         p, q = self._sensed(weights, "p"), self._sensed(weights, "q")
         values = self._sensed(weights, "singular_values") * weights.mask
         return matrix + self.scale * ops.matmul(p * values, q)
@@ -190,7 +188,7 @@ class AdaLoRA(RankedMethod):
     def low_rank_factors(
         self, weights: Weights, matrix: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Of the rank that is left: masked triplets are left out."""
+        """Returns factors of the current rank: masked triplets are left out."""
         mask = ops.convert_to_tensor(weights.mask)
         (kept,) = np.nonzero(ops.convert_to_numpy(mask))
         a = weights.p * (weights.singular_values * self.scale)
@@ -202,7 +200,7 @@ class AdaLoRA(RankedMethod):
         return int(ops.sum(weights.mask))
 
     def importance(self, weights: Weights) -> np.ndarray:
-        """(r,) the importance of each triplet; 0 for one that is masked."""
+        """Computes the importance of each triplet (r,); 0 for masked ones."""
         scores = {
             x: to_numpy(getattr(weights, f"{x}_sensitivity").value)
             * to_numpy(getattr(weights, f"{x}_variation").value)
@@ -213,13 +211,13 @@ class AdaLoRA(RankedMethod):
         return np.asarray((total + scores["singular_values"]) * mask)
 
     def _sensed(self, weights: Weights, name: str) -> Tensor:
-        """The weight `name`, its importance updated in the backward pass.
+        """Returns the weight `name`; its backward pass updates its importance.
 
         Keras assigns to a variable marked `overwrite_with_gradient` what the
-        backward pass returns for it. So the new averages are computed where
-        the gradient is known, within the compiled step of any backend. Where a
-        model calls the layer several times in a step, it is their sum: `calls`,
-        to which each adds 1, says how many share the old average.
+        backward pass returns for it. So the new averages are computed where the
+        gradient is known, within the compiled step of any backend. Where a
+        model calls the layer several times in a step, these results are added
+        up: `calls`, to which each adds 1, says how many share the old average.
         """
         beta = self.smoothing
 
@@ -240,10 +238,10 @@ class AdaLoRA(RankedMethod):
                     ops.full(calls.shape, 1.0 if name == "p" else 0.0),
                 )
 
-            # Not w itself: torch would hand on the input as it is.
+            # Not w itself: torch would return the input unchanged.
             return w * 1.0, grad
 
-        # Tensors: TensorFlow wants no variable inside a custom gradient.
+        # `* 1.0` makes tensors: TensorFlow wants no variables in there.
         return sensed(
             getattr(weights, name) * 1.0,
             getattr(weights, f"{name}_sensitivity") * 1.0,
@@ -253,6 +251,6 @@ class AdaLoRA(RankedMethod):
 
 
 def orthogonality(p: Tensor) -> Tensor:
-    """‖PᵀP - I‖², Frobenius, for P (in, r)."""
+    """Computes ‖PᵀP - I‖², the squared Frobenius norm, for P (in, r)."""
     gram = ops.matmul(ops.transpose(p), p)
     return ops.sum(ops.square(gram - ops.eye(gram.shape[0])))

@@ -1,4 +1,4 @@
-"""Products with a banded matrix, never formed."""
+"""Products with a banded matrix that is never formed."""
 
 from keras import ops
 
@@ -6,14 +6,11 @@ from keras_svdtune.runtime.types import Tensor
 
 
 def banded_product(c: Tensor, entries: Tensor, width: int) -> Tensor:
-    """c·N in float32, by 2·width + 1 shifts and elementwise products.
+    """Computes c·N in float32 by 2·width + 1 shifts and elementwise products.
 
-    For the backward pass it keeps c alone; autodiff would keep every shift.
-
-    Args:
-        c: (tokens, n), any floating dtype.
-        entries: the diagonals of N (n, n), one after the other.
-        width: diagonals beside the main one, on either side.
+    The backward pass keeps c alone; autodiff would keep every shift.
+    c (tokens, n) has any floating dtype. `entries` are the diagonals of
+    N (n, n), one after the other, `width` on either side of the main one.
     """
     n = c.shape[1]
     parts, start = [], 0
@@ -27,7 +24,7 @@ def banded_product(c: Tensor, entries: Tensor, width: int) -> Tensor:
         return ops.pad(x, ((0, 0), (width, width)))
 
     def shifted(x: Tensor, by: int) -> Tensor:
-        """Column i + by of a padded (tokens, n) at i, 0 beyond its ends."""
+        """Returns columns by, ..., by + n - 1 of the unpadded x; 0 outside."""
         return ops.cast(x[:, width + by : width + by + n], "float32")
 
     @ops.custom_gradient  # type: ignore[untyped-decorator]
@@ -56,5 +53,5 @@ def banded_product(c: Tensor, entries: Tensor, width: int) -> Tensor:
 
 
 def diagonals(n: int, width: int) -> list[tuple[int, int, int]]:
-    """(k, i, j): diagonal k of an (n, n) matrix is in rows i to j."""
+    """Lists (k, i, j): diagonal k of an (n, n) matrix is in rows i to j."""
     return [(k, max(-k, 0), n - max(k, 0)) for k in range(-width, width + 1)]

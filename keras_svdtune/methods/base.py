@@ -1,22 +1,15 @@
-"""What a method is: its settings, the weights it asks for, and two formulas.
+"""The base class of the methods: settings, weights and two formulas.
 
-A method adapts a frozen linear map x·W. It is a frozen dataclass of settings
-that says, for a matrix W (in, out),
-
-- `needs`: which part of the singular value decomposition of W it uses;
-- `weights`: which weights it adds, trainable and frozen;
-- `initial_values`: their first values, with which nothing changes;
-- `call`: the adapted product, from x and the frozen map;
-- `merged`: the matrix W' that gives the same product at once.
-
-The other hooks have defaults. A method never sees a layer, an einsum, a
+A method adapts a frozen linear map x·W. It is a frozen dataclass of settings,
+and defines five hooks (`needs`, `weights`, `initial_values`, `call` and
+`merged`); the others have defaults. It never sees a layer, an einsum, a
 convolution or a batch axis: x is always (tokens, in), and is reached through a
 `LinearMap`.
 
-To add a method, copy `svf.py` and decorate the class with `@register`. From
-that follow `enable_<name>` on Backbone, Task and the package, the layers, the
-page of the documentation, and the rows of the conformance suite, the demo and
-the benchmarks.
+To add a method, copy `svf.py` and decorate the class with `@register`. This
+gives it `enable_<name>` on Backbone, Task and the package, its layers, a page
+of the documentation, and rows in the conformance suite, the demo and the
+benchmarks.
 """
 
 import dataclasses
@@ -45,20 +38,19 @@ class Weight:
         shape: tuple of int.
         trainable: bool. Trainable weights are float32 whatever the dtype
             policy; frozen ones take the layer's variable dtype.
-        saved: bool. Whether an adapter file holds the weight. Trainables
-            always are in the file; what is not saved is computed from W again.
+        saved: bool. Whether an adapter file holds the weight, as it does all
+            trainable ones; the others are computed from W again.
         dtype: str or None, the dtype of a frozen weight, if not the layer's.
         overwritten: bool. Whether the backward pass computes the weight's
             next value, which Keras' optimizers then assign; float32.
         regularizer: function from the weight to a number that is added to the
             loss, averaged over the adapters of the model; or None.
-        drawn: bool. Whether the weight is random, drawn by a seed and the
-            layer's path. A full save holds it, since the path may be another
-            where the save is loaded.
+        drawn: bool. Whether the weight is drawn at random, by a seed and the
+            layer's path. A full save holds it: the path may change on loading.
         axes: the axis of W that each dimension of the weight runs along: `IN`,
             `OUT`, `COMPONENTS` (the n components of a full basis), or None.
-            It decides on which devices the weight is where W is on several.
-            An empty tuple: on all of them.
+            Where W is on several devices, this decides where the weight is;
+            an empty tuple puts it on all of them.
     """
 
     name: str
@@ -79,11 +71,7 @@ class Weight:
 
 
 class Weights(Protocol):
-    """The weights of one adapter, as attributes by their names.
-
-    Attributes:
-        shape: (in, out), the matrix they belong to.
-    """
+    """The weights of one adapter as attributes, and `shape` (in, out) of W."""
 
     shape: Shape
 
@@ -91,12 +79,7 @@ class Weights(Protocol):
 
 
 class WeightValues:
-    """`Weights` that are no variables: values to compute with.
-
-    Args:
-        shape: (in, out), the matrix they belong to.
-        **values: the weights, by name.
-    """
+    """`Weights` that hold plain values, by name, instead of variables."""
 
     def __init__(self, shape: Shape, **values: Tensor):
         self.shape = shape
@@ -107,13 +90,10 @@ class WeightValues:
 
 
 class LinearMap(Protocol):
-    """The frozen product x·W of a layer, x (tokens, in) its present input.
+    """The frozen product x·W of a layer with its current input x (tokens, in).
 
     x itself may exist nowhere: for a convolution it is the patches of an
-    image.
-
-    Attributes:
-        dtype: str, the layer's compute dtype.
+    image. `dtype` is the layer's compute dtype.
     """
 
     dtype: str
@@ -132,9 +112,9 @@ class LinearMap(Protocol):
 
 
 class ReverseMap(LinearMap, Protocol):
-    """The product with Wᵀ, x (tokens, out): a tied head reads W backwards.
+    """The frozen product x·Wᵀ, x (tokens, out), of a tied head.
 
-    It is a `LinearMap` in all, with Wᵀ for W: `base()` is x·Wᵀ.
+    It is a `LinearMap` with Wᵀ in place of W: `base()` is x·Wᵀ.
     """
 
     def back(self, r: Tensor) -> Tensor:
@@ -143,7 +123,12 @@ class ReverseMap(LinearMap, Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """Base class of the methods.
+    """Base class of the methods, which are frozen dataclasses of settings.
+
+    In the hooks below, `shape` is (in, out) of the kernel matrix W; `factors`
+    is the part of its decomposition that `needs` asked for; `matrix` is W in
+    float32; `weights` has the weights as attributes, and `shape`; `base` is
+    the frozen product x·W.
 
     Attributes:
         name: str, the method's short name: `"svf"`.
@@ -152,15 +137,15 @@ class Method:
         suggested_learning_rate: float, a rate for Adam to start from.
         formula: str, what it computes, in LaTeX, for the documentation.
         picture: what it trains, for the documentation.
-        example: str, the settings that have no default, as code writes them
-            behind other arguments: `", rank=8"`.
-        linear: bool. Whether ΔW is linear in the trainables, so that adapters
-            with equal settings add up by adding these.
-        banks: bool. Whether it adapts a bank of matrices, of which only the
-            merged kernels are read.
+        example: str, the settings that have no default, written as further
+            arguments in code: `", rank=8"`.
+        linear: bool. Whether ΔW is linear in the trainable weights, so that
+            adapters with equal settings add up by adding these.
+        banks: bool. Whether it adapts a bank of matrices (experts), whose
+            layer reads only the merged kernels.
         embeddings: bool. Whether it adapts embeddings.
-        has_enable: bool. Whether there is an `enable_<name>`; not where Keras
-            has one already.
+        has_enable: bool. Whether there is an `enable_<name>`. There is none
+            where Keras has a method of that name.
     """
 
     name: ClassVar[str]
@@ -175,29 +160,25 @@ class Method:
     has_enable: ClassVar[bool] = True
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:
-        """Takes the class that `form_of` names for one of the settings."""
+        """Makes the subclass that `form_of` named for a setting, if any."""
         for option, form in _FORMS.get(cls, {}).items():
             if settings.get(option):
                 return object.__new__(form)
         return object.__new__(cls)
 
     def needs(self, shape: Shape) -> Needs | None:
-        """What must be known of W (in, out); None if nothing."""
+        """Returns which part of W's decomposition is used; None if none."""
         return None
 
     def check(self, shape: Shape) -> None:
         """Raises a ValueError if a setting does not fit W (in, out)."""
 
     def resolved(self, factors: Factors | None) -> Self:
-        """The method with the settings that were decided for one matrix.
-
-        Args:
-            factors: what `needs` asked for.
-        """
+        """Returns the method with the settings decided for one matrix."""
         return self
 
     def weights(self, shape: Shape) -> list[Weight]:
-        """The weights for W (in, out), the method being `resolved`."""
+        """Returns the weights for W; the method has been `resolved`."""
         raise NotImplementedError
 
     def initial_values(
@@ -206,51 +187,36 @@ class Method:
         factors: Factors | None,
         random: np.random.RandomState,
     ) -> dict[str, Tensor]:
-        """First values of the weights, by name. A weight left out is zero.
+        """Returns the first values of the weights, by name; the others are 0.
 
-        Args:
-            matrix: W (in, out), float32.
-            factors: what `needs` asked for.
-            random: a generator seeded by the method and the layer.
+        With these values `call` is `base()`. `random` is a generator seeded by
+        the method and the layer.
         """
         raise NotImplementedError
 
     def call(self, weights: Weights, base: LinearMap) -> Tensor:
-        """The adapted product.
+        """Computes the adapted product x·W' (tokens, out).
 
-        Args:
-            weights: the weights as attributes, and `shape` (in, out).
-            base: the frozen product x·W.
-
-        Returns:
-            (tokens, out). With the first weights it is `base()` to the bit.
+        With the first weights it is `base()` to the bit.
         """
         raise NotImplementedError
 
     def merged(self, weights: Weights, matrix: Tensor) -> Tensor:
-        """W' (in, out) in float32, with `call(weights, base) == x·W'`.
-
-        Args:
-            weights: as in `call`.
-            matrix: W (in, out), float32.
-        """
+        """Computes W' (in, out) in float32: `call(weights, base)` is x·W'."""
         raise NotImplementedError
 
     def reverse(self, weights: Weights, base: ReverseMap) -> Tensor:
-        """The adapted product with Wᵀ: x·W'ᵀ (tokens, in).
+        """Computes the adapted product with Wᵀ, x·W'ᵀ (tokens, in).
 
-        A method that does not define it is refused on tied embeddings.
-
-        Args:
-            weights: as in `call`.
-            base: the frozen product x·Wᵀ, x (tokens, out).
+        Here `base` is the frozen product x·Wᵀ with x (tokens, out). A method
+        that does not define `reverse` is refused on tied embeddings.
         """
         raise NotImplementedError
 
     def neutral(self, weights: Weights) -> dict[str, Tensor]:
-        """Values of trainables, by name, with which `call` is `base` again.
+        """Returns trainable values, by name, with which `call` is `base()`.
 
-        Zero for every one of them, unless a method says otherwise.
+        By default, zero for every one of them.
         """
         return {
             w.name: ops.zeros(w.shape)
@@ -261,44 +227,35 @@ class Method:
     def low_rank_factors(
         self, weights: Weights, matrix: Tensor | None = None
     ) -> tuple[Tensor, Tensor] | None:
-        """W' - W as a product of two thin matrices, for methods that add one.
-
-        Args:
-            weights: as in `call`.
-            matrix: W (in, out), float32; or None where it is not at hand.
+        """Returns W' - W as a product of two thin matrices, if it is one.
 
         Returns:
-            (a, b), float32 of shapes (in, k) and (k, out), with W' = W + a·b:
-            the scale is in them. None if the method has no such form, or has
-            one only with `matrix`.
+            (a, b), float32 of shapes (in, k) and (k, out), with W' = W + a·b,
+            the scale included. None if the method has no such form, or needs
+            `matrix` for it and that is None.
         """
         return None
 
     def core(self, weights: Weights, s: np.ndarray) -> np.ndarray | None:
-        """M of W' = U (diag(s) + M) Vᵀ, for methods that add one there.
+        """Returns the matrix M of W' = U (diag(s) + M) Vᵀ, if W' has that form.
 
-        Args:
-            weights: as in `call`.
-            s: (n,) float64, the singular values of W.
-
-        Returns:
-            The diagonal of M (n,), where all else is 0; or M (n, n); or None.
+        It gets the singular values s (n,) of W in float64, and returns M (n, n)
+        or, for a diagonal M, the diagonal (n,); None if W' has no such form.
         """
         return None
 
     def current_rank(self, weights: Weights | None) -> int | float | None:
-        """The rank of one adapter now; None for methods without a rank.
+        """Returns the rank of one adapter now; None for methods without one.
 
-        Args:
-            weights: as in `call`; None before the method is enabled.
+        `weights` is None before the method is enabled.
         """
         return None
 
     def settings(self) -> dict[str, Any]:
-        """The settings as plain values, for files and configs.
+        """Returns the settings as plain values, for files and configs.
 
-        Settings that say how a layer computes, and not what, are left out:
-        fields with `compare=False`.
+        Fields with `compare=False` are left out: they say how a layer computes,
+        not what.
         """
         return {
             f.name: getattr(self, f.name)
@@ -307,30 +264,30 @@ class Method:
         }
 
     def trains_like(self, other: "Method") -> bool:
-        """Whether adapters of both hold the same weights with one meaning."""
+        """Says whether both methods have weights of the same meaning."""
         return self.name == other.name and self.settings() == other.settings()
 
 
 def has_reverse(method: Method) -> bool:
-    """Whether a method defines `reverse`, which tied embeddings need."""
+    """Says whether a method defines `reverse`, which tied embeddings need."""
     return type(method).reverse is not Method.reverse
 
 
 def small_side(shape: Shape) -> str:
-    """Which axis of W (in, out) the basis of the smaller side runs along."""
+    """Returns the shorter axis of W (in, out); `OUT` if they are equal."""
     rows, columns = shape
     return OUT if columns <= rows else IN
 
 
 METHODS: dict[str, type[Method]] = {}
 _FOLLOWERS: list[Callable[[type[Method]], None]] = []
-# Of a class: the class to make instead where an option is set.
+# By class and option: the class to make instead where the option is true.
 _FORMS: dict[type, dict[str, type]] = {}
 M = TypeVar("M", bound=Method)
 
 
 def register(cls: type[M]) -> type[M]:
-    """Class decorator: makes a method known under its name, everywhere."""
+    """Class decorator: registers a method under its name."""
     METHODS[cls.name] = cls
     for follow in _FOLLOWERS:
         follow(cls)
@@ -338,7 +295,7 @@ def register(cls: type[M]) -> type[M]:
 
 
 def for_every_method(follow: Callable[[type[Method]], None]) -> None:
-    """Calls `follow` with every method, those included that come later."""
+    """Calls `follow` with every registered method, now and later."""
     _FOLLOWERS.append(follow)
     for cls in list(METHODS.values()):
         follow(cls)
@@ -348,12 +305,8 @@ def form_of(parent: type[Method], option: str) -> Callable[[type[M]], type[M]]:
     """Class decorator: makes this class what `parent(option=...)` returns.
 
     For an option that changes what a method does to a layer: the user writes
-    `PiSSA(rank=8, quantize="int4")` and gets a `QPiSSA`.
-
-    Args:
-        parent: a registered method, the base of the class. `option` is among
-            its fields, by keyword only.
-        option: str. Where it is set to something true, the class is taken.
+    `PiSSA(rank=8, quantize="int4")` and gets a `QPiSSA`, a subclass. `option`
+    is a field of `parent` by keyword only; the class is made where it is true.
     """
 
     def decorate(cls: type[M]) -> type[M]:
@@ -364,7 +317,7 @@ def form_of(parent: type[Method], option: str) -> Callable[[type[M]], type[M]]:
 
 
 def nearest(wanted: str, known: Iterable[str]) -> str:
-    """The end of an error message: what the user may have meant."""
+    """Returns the end of an error message: known names like `wanted`."""
     known = list(known)
     close = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
     if close:

@@ -37,8 +37,8 @@ class DoRA(RankedMethod):
 
         ‖w_j + k·A·b_j‖² = ‖w_j‖² + 2k·(AᵀW)_j·b_j + k²·b_jᵀ(AᵀA)·b_j
 
-    What trains is m - ‖W‖, so that the start is exactly W. A column of zeros
-    has no direction and stays zero.
+    The trainable weight is m - ‖W‖, so that the start is exactly W. A column
+    of zeros has no direction and stays zero.
 
     Trainable: r·(in + out) + out a matrix; frozen: out.
 
@@ -138,12 +138,10 @@ class DoRA(RankedMethod):
     def magnitude_factors(
         self, weights: Weights
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """W' in its own form, for other libraries.
+        """Returns (a, b, m) with W' = (W + a·b)·diag(m / ‖W + a·b‖).
 
-        Returns:
-            (a, b, m), float32 of shapes (in, r), (r, out) and (out,), with
-            W' = (W + a·b)·diag(m / ‖W + a·b‖), norms of columns. None where W
-            has a column of zeros.
+        They are float32 of shapes (in, r), (r, out) and (out,); norms are of
+        columns. None where W has a column of zeros.
         """
         norms = ops.sqrt(ops.convert_to_tensor(weights.squared_norms))
         if not bool(ops.all(norms > 0.0)):
@@ -152,11 +150,11 @@ class DoRA(RankedMethod):
         return a, weights.b * self.scale, norms + weights.magnitude_change
 
     def _excess(self, weights: Weights, atw: Tensor) -> Tensor:
-        """m / ‖W + k·A·B‖ - 1 (out,), for AᵀW (r, out).
+        """Computes m / ‖W + k·A·B‖ - 1 (out,), given AᵀW (r, out).
 
-        With c = ‖W + k·A·B‖² - ‖W‖², and Δm = m - ‖W‖, it is
-        (Δm - c / (‖W‖ + ‖W + k·A·B‖)) / ‖W + k·A·B‖: zero to the bit at the
-        start, where Δm and c are, however the hardware rounds roots.
+        With c = ‖W + k·A·B‖² - ‖W‖² and Δm = m - ‖W‖, it is computed as
+        (Δm - c / (‖W‖ + ‖W + k·A·B‖)) / ‖W + k·A·B‖: exactly zero at the start,
+        where Δm = c = 0, however the hardware rounds roots.
         """
         k = self.scale
         a, b = weights.a, weights.b

@@ -1,4 +1,4 @@
-"""SVF with the basis folded into the kernel: a faster step, without W."""
+"""SVF with the basis folded into the kernel: a faster step that gives up W."""
 
 import dataclasses
 
@@ -15,13 +15,11 @@ from keras_svdtune.runtime.types import Tensor
 @form_of(SVF, "replace_kernel")
 @dataclasses.dataclass(frozen=True, repr=False)
 class FoldedSVF(ReplacesBase, SVF):
-    """What `SVF(replace_kernel=True)` is.
+    """SVF whose layers hold W·V (or Uᵀ·W): `SVF(replace_kernel=True)`.
 
-    The layer holds W·V in place of W (Uᵀ·W where in < out), which saves the
-    product with V (U) of the base:
+    `SVF` has the formulas.
 
-        out <= in:  y = ((x·WV) ⊙ (1 + δ))·Vᵀ
-        in < out:   y = ((x·U) ⊙ (1 + δ))·UᵀW
+    Reference: Sun et al. 2022, https://arxiv.org/abs/2206.06122.
     """
 
     option = "replace_kernel"

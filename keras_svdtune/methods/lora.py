@@ -1,4 +1,4 @@
-"""LoRA: a trainable low-rank branch, the peer of all the others."""
+"""LoRA: a trainable low-rank branch beside W, the baseline."""
 
 import dataclasses
 import math
@@ -28,10 +28,9 @@ class LoRA(RankedMethod):
 
         y = x·W + (alpha / rank)·x·A·B,     A (in, r) random, B (r, out) = 0
 
-    in and out are those of the flattened matrix, as in the paper; Keras'
-    `enable_lora` factorises the last kernel axis only, which for a query
-    kernel (heads, in, head_dim) is another and larger thing. And it merges
-    the kernel on every step, where this is a branch.
+    in and out are those of the flattened matrix, as in the paper. Keras'
+    `enable_lora` factorises the last kernel axis only, with more parameters for
+    a query kernel (heads, in, head_dim), and merges the kernel on every step.
 
     Trainable: r·(in + out) a matrix.
 
@@ -109,6 +108,6 @@ class LoRA(RankedMethod):
 
 
 def random_a(rows: int, rank: int, random: np.random.RandomState) -> np.ndarray:
-    """A (in, r) uniform in ±1/sqrt(in), as the paper's code draws it."""
+    """Draws A (in, r) uniformly in ±1/sqrt(in), as the paper's code does."""
     bound = 1.0 / math.sqrt(rows)
     return random.uniform(-bound, bound, (rows, rank))

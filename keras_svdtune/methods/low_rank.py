@@ -1,4 +1,4 @@
-"""What the methods with a rank share: its checks, its scale, the branch."""
+"""What methods with a rank share: checks, the scale, the low-rank branch."""
 
 import dataclasses
 from typing import Any, ClassVar, Self
@@ -14,9 +14,8 @@ from keras_svdtune.runtime.types import Shape, Tensor
 class RankedMethod(Method):
     """A method with a `rank` r and a scale of alpha / r.
 
-    Attributes:
-        by_energy: bool. Whether the rank may be a share of the squared
-            singular values, which decides it for each matrix.
+    `by_energy` says whether `rank` may also be a share of the squared singular
+    values, from which the rank of each matrix follows.
     """
 
     by_energy: ClassVar[bool] = False
@@ -52,7 +51,7 @@ class RankedMethod(Method):
         return self.with_rank(len(factors.s))
 
     def with_rank(self, rank: int) -> Self:
-        """The same with a rank that the energy has decided."""
+        """Returns the method with the integer rank found for one matrix."""
         changes: dict[str, Any] = {"rank": rank}
         if hasattr(self, "n_iter"):
             changes["n_iter"] = None  # a share takes an exact decomposition
@@ -63,7 +62,7 @@ class RankedMethod(Method):
 
     @property
     def scale(self) -> float:
-        """alpha / rank; without an alpha it is 1."""
+        """The factor alpha / rank of the branch; 1 if alpha is None."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def reverse(self, weights: Weights, base: ReverseMap) -> Tensor:
@@ -76,7 +75,7 @@ class RankedMethod(Method):
 
 
 def branch(base: LinearMap, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """scale·(x·A)·B for the x of `base`, A (in, r), B (r, out), in its dtype.
+    """Computes scale·(x·A)·B in the dtype of `base`; A (in, r), B (r, out).
 
     A·B is never formed: with it the backward pass would form dW.
     """

@@ -16,9 +16,9 @@ class MiLoRA(SpectralLoRA):
         y = x·W + (alpha / rank)·(x·A·B - x·A₀·B₀),
         A₀ = U₋ᵣ·√s₋ᵣ (in, r),  B₀ = √s₋ᵣ·V₋ᵣᵀ (r, out)
 
-    The large components, which hold what the model has learned, are left
-    alone at first, and less is forgotten. The components are the true
-    smallest ones of the economy SVD, not those of a rounded Gram matrix.
+    At first this leaves alone the large components, which hold what the model
+    has learned, and less is forgotten. The components are the smallest ones of
+    the economy SVD, not those of a rounded Gram matrix.
 
     Trainable: r·(in + out) a matrix, and as many frozen. A component with
     s = 0 has A₀ = B₀ = 0, no gradient, and stays as it is.

@@ -1,6 +1,6 @@
-"""A picture of what a method trains, as a row of blocks.
+"""Pictures of what a method trains, each a row of blocks.
 
-The documentation draws it: grey is frozen, orange trains.
+The documentation draws them: grey is frozen, orange trains.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ class Block:
     """One matrix of the picture.
 
     Attributes:
-        label: str, what stands below it.
+        label: str, the text below it.
         rows, columns: its size. `"n"` is min(in, out), `"r"` the rank.
         trains: which part is orange: `"all"`; `"diagonal"`; the `"band"`
             around the diagonal; `"some"` entries of the diagonal; the
-            `"first"` or `"last"` components; `"nothing"`. `"frozen"` is a
-            diagonal that does not train.
+            `"first"` or `"last"` components; `"nothing"`. `"frozen"` draws a
+            diagonal in grey.
     """
 
     label: str

@@ -20,13 +20,13 @@ from keras_svdtune.methods.picture import Block, Picture
 from keras_svdtune.methods.settings import check_n_iter, check_whole_number
 from keras_svdtune.runtime.types import Shape, Tensor
 
-# What Keras quantizes Dense and EinsumDense layers to, that a float kernel
-# can be read back from.
+# The quantizations of Keras' Dense and EinsumDense layers from which a float
+# kernel can be read back.
 QUANTIZATIONS = ("int8", "int4")
 
 
 def components_picture(part: Literal["first", "last"]) -> Picture:
-    """The picture of a method that trains components at one end."""
+    """Returns the picture of a method that trains components at one end."""
     return (
         Block("A from U·√s", "in", "out", trains=part),
         Block("diag(s)", "n", "n", trains="frozen"),
@@ -36,20 +36,19 @@ def components_picture(part: Literal["first", "last"]) -> Picture:
 
 @dataclasses.dataclass(frozen=True)
 class SpectralLoRA(RankedMethod):
-    """A low-rank adapter A·B that starts as a part of W itself.
+    """A low-rank adapter A·B that starts from components of W.
 
-    With W = U diag(s) Vᵀ and k = alpha / rank, A₀ = U_r·√(s_r/k) and
-    B₀ = √(s_r/k)·V_rᵀ are those of r components. In the papers W is replaced
-    by W - k·A₀·B₀ and A, B train from A₀, B₀. Here W stays as it is, and the
-    changes of A and B train, from zero:
+    With k = alpha / rank, A₀ = U_r·√(s_r/k) and B₀ = √(s_r/k)·V_rᵀ hold r
+    components of W. In the papers W is replaced by W - k·A₀·B₀, and A, B train
+    from A₀, B₀. Here W stays, and the changes of A and B train, from zero:
 
         y = x·W + k·(x·A·B - x·A₀·B₀),      A = A₀ + ΔA,  B = B₀ + ΔB
           = x·W + k·(x·ΔA·B + x·A₀·ΔB)
 
-    The last form is what is computed. Its gradients are those of A and B, it
-    is exactly x·W at first, and it never subtracts two large and nearly
-    equal products, which in bfloat16 would leave little but rounding.
-    (Weight decay draws A towards A₀, not towards zero.)
+    The last form is computed. Its gradients are those of A and B, it is
+    exactly x·W at first, and it never subtracts two large and nearly equal
+    products, which in bfloat16 would leave little but rounding. (Weight decay
+    draws A towards A₀, not towards zero.)
     """
 
     part: ClassVar[Literal["top", "bottom"]] = "top"
@@ -69,7 +68,7 @@ class SpectralLoRA(RankedMethod):
             Weight(
                 "delta_b", (rank, columns), trainable=True, axes=(None, OUT)
             ),
-            # Saved: a file then gives the same function whatever computed it.
+            # Saved, so that a file gives the same function on any backend.
             Weight("a0", (rows, rank), saved=True, axes=(IN, None)),
             Weight("b0", (rank, columns), saved=True, axes=(None, OUT)),
         ]
@@ -109,7 +108,7 @@ class SpectralLoRA(RankedMethod):
     def low_rank_factors(
         self, weights: Weights, matrix: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Of rank 2r: A·B - A₀·B₀ = [ΔA A₀]·[B; ΔB]."""
+        """Returns factors of rank 2r: A·B - A₀·B₀ = [ΔA A₀]·[B; ΔB]."""
         b = ops.cast(weights.b0, "float32") + weights.delta_b
         a = [weights.delta_a, ops.cast(weights.a0, "float32")]
         return (
@@ -128,20 +127,20 @@ class PiSSA(SpectralLoRA):
         y = x·W + (alpha / rank)·(x·A·B - x·A₀·B₀),
         A₀ = U_r·√s_r (in, r),  B₀ = √s_r·V_rᵀ (r, out)
 
-    W is never changed (save with `quantize`): PEFT replaces it by the
-    residual, so that switching the adapter off there does not give the base
-    model back.
+    W is never changed (save with `quantize`). PEFT replaces it by the
+    residual, and so does not give the base model back when the adapter is
+    switched off.
 
     Trainable: r·(in + out) a matrix, and as many frozen. A component with
     s = 0 has A₀ = B₀ = 0, no gradient, and stays as it is.
 
     **QPiSSA.** With `quantize="int4"` (or `"int8"`) the float kernel W is
-    replaced, as in the paper, by the quantized residual Q of A₀·B₀, which the
-    layer keeps from then on, and the whole A·B lies beside it:
+    replaced, as in the paper, by the quantized residual Q of A₀·B₀. The layer
+    holds Q from then on, and all of A·B beside it:
 
         y = x·Q + (alpha / rank)·x·A·B,     Q = quant(W - k·A₀·B₀)
 
-    A₀, B₀ and Q are fitted in turn, `iterations` times. At first the layer
+    A₀·B₀ and Q are fitted in turn, `iterations` times. At first the layer
     computes x·(Q + k·A₀·B₀), which is nearer to x·W than x·quant(W) is
     (`quantization_error` says by how much). A₀, B₀, A and B are float32. W is
     gone: `adapter_disabled` gives the model as it was just after enabling, and
@@ -164,10 +163,10 @@ class PiSSA(SpectralLoRA):
             faster on large matrices; 4 are usual, 16 close to exact. None
             is exact.
         seed: int. Seed of the randomised SVD.
-        quantize: `"int4"`, `"int8"` or None. What Keras quantizes the
-            residual to; None leaves W as it is.
-        iterations: int, 1 or more. How many times A₀·B₀ and Q are fitted;
-            1 takes the components of W itself. Only with `quantize`.
+        quantize: by keyword only, `"int4"`, `"int8"` or None. What Keras
+            quantizes the residual to; None leaves W as it is.
+        iterations: by keyword only, int, 1 or more. How often A₀·B₀ and Q are
+            fitted with `quantize`; 1 takes the components of W itself.
 
     Raises:
         ValueError: a setting is none of these; on enabling with `quantize`, a

@@ -1,13 +1,11 @@
-"""QPiSSA: what PiSSA's start leaves of W, quantized; and both fitted in turn.
+"""QPiSSA: PiSSA on a quantized residual, both fitted in turn.
 
 The largest components of W are its outliers. Without them the rest is narrower
-and quantizes to less error, and what error is left has large components of its
-own, which the low-rank part can take over:
+and quantizes with less error, and the error that is left has large components
+of its own, which the low-rank part can take over:
 
     A, B <- SVD_r(W);              Q <- quant(W - A·B)
     A, B <- SVD_r(W - dequant(Q)); Q <- quant(W - A·B)      T - 1 times
-
-Reference: Meng, Wang, Zhang 2024, https://arxiv.org/abs/2404.02948.
 """
 
 import dataclasses
@@ -27,13 +25,11 @@ from keras_svdtune.runtime.types import Shape, Tensor
 @form_of(PiSSA, "quantize")
 @dataclasses.dataclass(frozen=True, repr=False)
 class QPiSSA(ReplacesBase, PiSSA):
-    """What `PiSSA(rank, quantize="int4")` is.
+    """PiSSA on a quantized residual: `PiSSA(rank, quantize="int4")`.
 
-    With k = alpha / rank, A = A₀ + ΔA and B = B₀ + ΔB:
+    `PiSSA` has the formulas. All but the residual Q is float32.
 
-        y = x·Q + k·x·A·B,     Q = quant(W - k·A₀·B₀)
-
-    A₀, B₀ and Q are fitted in turn, `iterations` times. All but Q is float32.
+    Reference: Meng, Wang, Zhang 2024, https://arxiv.org/abs/2404.02948.
     """
 
     option = "quantize"
@@ -43,15 +39,15 @@ class QPiSSA(ReplacesBase, PiSSA):
         return self.quantize
 
     def weights(self, shape: Shape) -> list[Weight]:
-        # Q is computed from them again: they must not be rounded.
+        # Loading computes Q from a0 and b0 again: they must not be rounded.
         found = super().weights(shape)
         return [dataclasses.replace(w, dtype="float32") for w in found]
 
     def residual(
         self, matrix: np.ndarray, values: dict[str, np.ndarray]
     ) -> np.ndarray:
-        # In float64, rounded once: it comes out the same where an adapter
-        # file is loaded.
+        # In float64, rounded once, so that loading an adapter file computes
+        # the same residual.
         a0, b0 = (values[x].astype("float64") for x in ("a0", "b0"))
         rest = matrix.astype("float64") - self.scale * (a0 @ b0)
         return np.asarray(rest, "float32")
@@ -83,5 +79,5 @@ class QPiSSA(ReplacesBase, PiSSA):
 
 
 def _whole(weights: Weights) -> tuple[Tensor, Tensor]:
-    """A (in, r) and B (r, out), float32."""
+    """Returns A = A₀ + ΔA (in, r) and B = B₀ + ΔB (r, out), float32."""
     return weights.a0 + weights.delta_a, weights.b0 + weights.delta_b

@@ -1,4 +1,4 @@
-"""Methods under which a layer holds another kernel than W."""
+"""The base class of methods that replace the kernel W of a layer."""
 
 from collections.abc import Callable
 
@@ -11,29 +11,26 @@ from keras_svdtune.methods.base import Method
 class ReplacesBase(Method):
     """A method that puts another kernel in the place of W.
 
-    `call` and `merged` then know that kernel as their base. The first step is
-    not the base's to the bit, and the kernel is put back on removal only up
-    to rounding. Dense and EinsumDense layers only.
-
-    Attributes:
-        option: str, the setting that asked for it, for messages.
+    `call` and `merged` get that kernel as their base. At first the layer does
+    not compute exactly what the base did, and removal restores the kernel
+    only up to rounding. Dense and EinsumDense layers only. `option` is the
+    setting that asked for it, for messages.
     """
 
     option: str
 
     @property
     def quantization(self) -> str | None:
-        """What Keras quantizes the new kernel to: `"int4"`; None: nothing."""
+        """What Keras quantizes the new kernel to, such as `"int4"`; or None."""
         return None
 
     def residual(
         self, matrix: np.ndarray, values: dict[str, np.ndarray]
     ) -> np.ndarray:
-        """The new kernel as a matrix (in, out), float32, before quantization.
+        """Computes the new kernel (in, out) in float32, before quantization.
 
-        Args:
-            matrix: W (in, out), a float32 array.
-            values: the first values of the weights.
+        `matrix` is W (in, out), a float32 array, and `values` the first values
+        of the weights.
         """
         raise NotImplementedError
 
@@ -44,12 +41,10 @@ class ReplacesBase(Method):
         rounded: Callable[[np.ndarray], np.ndarray],
         decomposed: Callable[[np.ndarray], Factors],
     ) -> dict[str, np.ndarray]:
-        """First values that suit the quantized kernel.
+        """Returns first values of the weights that suit the quantized kernel.
 
-        Args:
-            matrix: W (in, out), a float32 array.
-            values: what `initial_values` returned for it.
-            rounded: function from a matrix to what quantization makes of it.
-            decomposed: function from a matrix to what `needs` asks for.
+        `matrix` and `values` are as for `residual`. `rounded` quantizes a
+        matrix and reads it back; `decomposed` computes the factors that `needs`
+        names.
         """
         return values

@@ -1,4 +1,4 @@
-"""Checks of settings: an error says what was received."""
+"""Checks of settings; each error says what was received."""
 
 import math
 from typing import Any
@@ -33,7 +33,7 @@ def check_alpha(alpha: Any) -> None:
 
 
 def check_n_iter(n_iter: Any) -> None:
-    """Raises a ValueError unless `n_iter` counts power iterations, or None."""
+    """Raises a ValueError unless `n_iter` is None or an int from 0 to 100."""
     if n_iter is not None and (
         type(n_iter) is not int or not 0 <= n_iter <= 100
     ):
@@ -44,7 +44,7 @@ def check_n_iter(n_iter: Any) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is a finite int or float; True and False are none."""
+    """Says whether `value` is a finite int or float; a bool is not."""
     return (
         isinstance(value, (int, float))
         and not isinstance(value, bool)

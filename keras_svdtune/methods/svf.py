@@ -1,4 +1,4 @@
-"""SVF: train the singular values, and nothing else."""
+"""SVF: trains the singular values, and nothing else."""
 
 import dataclasses
 
@@ -57,7 +57,7 @@ class SVF(Method):
     a BERT and an EfficientNet (`tests/benchmarks/text_classifier.py`).
 
     Args:
-        replace_kernel: bool, for a faster step at the price of W itself.
+        replace_kernel: by keyword only, bool: a faster step, without W.
 
     Example:
 
@@ -124,7 +124,7 @@ class SVF(Method):
     def _product(
         self, weights: Weights, base: LinearMap, after: bool
     ) -> Tensor:
-        """With the basis on the side of the output, or of the input."""
+        """Computes x·W', the basis applied after W or before it."""
         basis, delta = weights.basis, weights.delta
         if after:
             h = base()
@@ -144,12 +144,12 @@ class SVF(Method):
 
 
 def scaled_components(h: Tensor, basis: Tensor, delta: Tensor) -> Tensor:
-    """((h·B) ⊙ δ)·Bᵀ for h (tokens, n), B (n, n) orthonormal, δ (n,)."""
+    """Computes ((h·B) ⊙ δ)·Bᵀ; h (tokens, n), B (n, n) orthonormal, δ (n,)."""
     return scaled(ops.matmul(h, basis), basis, delta)
 
 
 def scaled(components: Tensor, basis: Tensor, delta: Tensor) -> Tensor:
-    """(components ⊙ δ)·Bᵀ, the same when h·B is known.
+    """Computes (components ⊙ δ)·Bᵀ, given components = h·B.
 
     The product with δ is taken in float32: a bfloat16 sum over the tokens
     would lose most of δ's gradient.
@@ -159,6 +159,6 @@ def scaled(components: Tensor, basis: Tensor, delta: Tensor) -> Tensor:
 
 
 def times_float32(components: Tensor, delta: Tensor) -> Tensor:
-    """components ⊙ δ in float32, cast back."""
+    """Computes components ⊙ δ in float32, and casts the result back."""
     change = ops.cast(components, "float32") * delta
     return ops.cast(change, components.dtype)

@@ -52,11 +52,11 @@ class SVFT(Method):
     | `"top_k"` | the entries with the largest \\|uᵢᵀvⱼ\\| | as many as banded |
 
     u and v have equal lengths only where W is square: elsewhere top_k is
-    banded, and a warning says so. W is never truncated. A component whose
-    s is below 1e-6 of the largest does not train: x·U cannot be had from
-    x·W there. For the same reason the rounding of x·W counts s_max / s times in
-    the i-th component: in bfloat16 that is harmless on matrices of condition
-    100 (Gemma's) and not at 1000; there, compute in float32.
+    banded, and a warning says so. W is never truncated. A component with s
+    below 1e-6 of the largest does not train: x·W does not determine x·U there.
+    For the same reason the rounding of x·W counts s_max / s times in the i-th
+    component: in bfloat16 that is harmless on matrices of condition 100
+    (Gemma's) and not at 1000; there, compute in float32.
 
     `suggested_learning_rate` is 5e-2 for plain, the authors' (5e-2 to 8e-2),
     and 5e-3 for the other patterns, the middle of theirs (1e-3 to 5e-2). Not
@@ -65,7 +65,7 @@ class SVFT(Method):
     Args:
         pattern: `"banded"` (the authors' advice), `"plain"`, `"random"` or
             `"top_k"`.
-        off_diagonals: int, d above; less than n. Of no effect on plain.
+        off_diagonals: int, d above; less than n. No effect on plain.
         seed: int. Seed of the random entries.
 
     Example:
@@ -132,7 +132,7 @@ class SVFT(Method):
             Weight("m", (count,), trainable=True),
         ]
         if self._pattern(shape) in ("random", "top_k"):
-            # Where the entries of m stand in M, as row·n + column.
+            # The positions in M of the entries of m, as row·n + column.
             drawn = self._pattern(shape) == "random"
             found.append(
                 Weight("positions", (count,), dtype="int32", drawn=drawn)
@@ -177,7 +177,7 @@ class SVFT(Method):
     def _product(
         self, weights: Weights, base: LinearMap, after: bool, transposed: bool
     ) -> Tensor:
-        """With the basis on the side of the output, or of the input."""
+        """Computes x·W' (or x·W'ᵀ), the basis applied after W or before it."""
         basis = weights.basis
         components = (
             ops.matmul(h := base(), basis) if after else (base.times(basis))
@@ -220,7 +220,7 @@ class SVFT(Method):
         basis: Tensor,
         transposed: bool = False,
     ) -> Tensor:
-        """components·N·basisᵀ for (tokens, n), N = M scaled by 1 / s; or Nᵀ."""
+        """Computes components·N·basisᵀ, N = M scaled by 1 / s; or with Nᵀ."""
         rows, columns = weights.shape
         by_rows = columns <= rows
         if self._pattern(weights.shape) in ("random", "top_k"):
@@ -247,7 +247,7 @@ class SVFT(Method):
         by_rows: bool,
         transposed: bool,
     ) -> Tensor:
-        """components·N for banded N, its entries m scaled by 1 / s; or Nᵀ."""
+        """Computes components·N, N = M scaled by 1 / s, banded; or with Nᵀ."""
         n, d = weights.basis.shape[0], self._width()
         inverse_s = ops.convert_to_tensor(weights.inverse_s)
         scale = [
@@ -265,7 +265,7 @@ class SVFT(Method):
         return 0 if self.pattern == "plain" else self.off_diagonals
 
     def _pattern(self, shape: Shape) -> str:
-        """The pattern for W (in, out): top_k needs a square one."""
+        """Returns the pattern for W (in, out): top_k only for a square W."""
         square = shape[0] == shape[1]
         return (
             "banded" if self.pattern == "top_k" and not square else self.pattern
@@ -273,7 +273,7 @@ class SVFT(Method):
 
 
 def _distinct(n: int, count: int, random: np.random.RandomState) -> np.ndarray:
-    """`count` distinct integers below n, sorted."""
+    """Draws `count` distinct integers below n; returns them sorted."""
     if 2 * count > n:  # fewer are left out; the last ones are hard to hit
         left_out = _distinct(n, n - count, random)
         return np.setdiff1d(np.arange(n), left_out)

@@ -1,4 +1,4 @@
-"""Whether a method can adapt a model, asked before anything is touched."""
+"""Checks whether a method can adapt a model, before anything is touched."""
 
 import warnings
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from keras_svdtune.runtime.types import Model
 
 
 def checked_method(method: Any) -> Method:
-    """`method`, or an error that says how to write one."""
+    """Returns `method`, or raises an error with advice if it is no `Method`."""
     if isinstance(method, Method):
         return method
     known = [cls.title for cls in METHODS.values()]
@@ -37,7 +37,7 @@ def targets_for(
     method: Method,
     target_layer_names: Iterable[str] | None,
 ) -> dict[str, Target]:
-    """The targets to adapt, each fit for `method`; touches nothing."""
+    """Returns the targets to adapt, having checked that `method` fits each."""
     if adapted_targets(root):
         raise ValueError(
             f"Model '{root.name}' already has an adapter "
@@ -83,7 +83,7 @@ def check_fit(path: str, target: Target, method: Method) -> None:
 
 
 def _problem_of(target: Target, method: Method) -> str:
-    """Why a method cannot adapt a layer, and what to do; empty if it can."""
+    """Returns why a layer cannot be adapted, and a remedy; empty if it can."""
     layer = target.owner
     if target.lora_enabled:
         return "has Keras LoRA enabled; load the model without it"
@@ -115,7 +115,7 @@ def _problem_of(target: Target, method: Method) -> str:
 
 
 def _not_to_replace(target: Target, method: ReplacesBase) -> str:
-    """Why a layer cannot get another kernel; empty if it can."""
+    """Returns why a layer cannot get another kernel; empty if it can."""
     if target.direct:
         return "is a kernel that another layer reads, not a layer"
     if target.quantization_mode is not None:

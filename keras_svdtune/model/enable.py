@@ -1,4 +1,4 @@
-"""Enabling, merging, removing and switching off adapters on a model."""
+"""Enables, merges, removes and disables adapters on a model."""
 
 import contextlib
 import dataclasses
@@ -39,20 +39,20 @@ def enable_adapter(
     compile the ops around it into other loops, and round those differently:
     1e-6 relative on real models.) All targets are decomposed before the first
     is touched, so an error or an interrupt leaves the model as it was.
-    Functions that the model, or a Task around it, had compiled are dropped,
-    and an optimizer in use is replaced by a fresh one with the same settings.
+    Functions that the model, or a Task around it, had compiled are dropped, and
+    an optimizer in use is replaced by a fresh one with the same settings.
 
     Args:
         model: a KerasHub Backbone; a Task, which means its backbone; or any
             built `keras.Model`.
         method: the method with its settings, such as `SVF()`.
         target_layer_names: None for every Dense, EinsumDense and convolution
-            and every bank of experts; or a list of layer names (`"query"`)
-            and regular expressions that match a whole layer path (`".*ffw.*"`).
+            and every bank of experts; or a list of layer names (`"query"`) and
+            regular expressions that match a whole layer path (`".*ffw.*"`).
 
     Raises:
-        ValueError: an adapter is enabled already, a target matches nothing,
-            a layer cannot be adapted, or a kernel holds NaN or infinity.
+        ValueError: an adapter is enabled already, a target matches nothing, a
+            layer cannot be adapted, or a kernel holds NaN or infinity.
 
     Example:
 
@@ -75,7 +75,7 @@ def attach_plans(
     targets: dict[str, Target],
     plans: dict[str, AdapterPlan],
 ) -> None:
-    """Attaches what `enable_adapter` has planned, to all layers or none."""
+    """Attaches planned adapters to all layers, or on an error to none."""
     reset = prepare_reset(x.owner for x in targets.values())
     with contextlib.ExitStack() as undo:
         for path, target in targets.items():
@@ -87,7 +87,7 @@ def attach_plans(
         undo.callback(unfreeze)
         undo.callback(_detach_all, targets)
         for path, target in targets.items():
-            # pop: once an array is a variable, it is held once, not twice.
+            # pop, so that no value is held beside the variable made of it.
             adapter = attach.attach_plan(target, plans.pop(path))
             adapter.share = 1.0 / len(targets)
         undo.pop_all()
@@ -104,14 +104,13 @@ def _detach_all(targets: dict[str, Target]) -> None:
 def replace_adapters(
     root: Model, method: Method, plans: dict[str, AdapterPlan]
 ) -> None:
-    """Gives every adapted layer of `root` another adapter, or none of them.
+    """Gives every adapted layer a new adapter, or on an error none of them.
 
-    What is frozen stays frozen, and `remove_adapter` gives the same base back.
+    Frozen variables stay frozen, and `remove_adapter` gives the same base back.
 
     Args:
-        root: a model with an adapter.
-        method: what the model is adapted by from now on.
-        plans: an adapter for each adapted layer, by its path.
+        method: the method of the new adapters.
+        plans: the new adapter of each adapted layer, by its path.
 
     Raises:
         ValueError: the model has no adapter of its own.
@@ -135,10 +134,10 @@ def replace_adapters(
 
 
 def merge_adapter(model: Model) -> None:
-    """Folds every adapter into its kernel: W becomes W'.
+    """Merges every adapter into its kernel: W becomes W'.
 
     The layers are plain Keras layers again, with the outputs of the adapted
-    ones (1e-5 relative in float32), no overhead, and what was trainable before
+    ones (1e-5 relative in float32) and no overhead. What was trainable before
     the adapter was enabled is trainable again.
 
     Args:
@@ -152,11 +151,11 @@ def merge_adapter(model: Model) -> None:
 
 
 def remove_adapter(model: Model) -> None:
-    """Takes every adapter away: the base model again, bit for bit.
+    """Removes every adapter: the base model again, bit for bit.
 
-    After `PiSSA(rank, quantize="int4")` there is no W to give back. Then it
-    leaves plain quantized layers that compute, to one more rounding of the
-    kernel, what the model did just after enabling.
+    After `PiSSA(rank, quantize="int4")` there is no W to give back. The layers
+    stay quantized and compute, to one more rounding of the kernel, what the
+    model did just after enabling.
 
     Args:
         model: a model with an adapter. What it learned is lost unless
@@ -189,11 +188,11 @@ def _give_back(model: Model, end: Callable[[Target], None]) -> list[Enabled]:
 def adapter_disabled(model: Model) -> Iterator[None]:
     """Temporarily disables the adapter: outputs equal the base's exactly.
 
-    Or what the model computed just after enabling, if that quantized the base.
+    If enabling quantized the base, they equal those just after enabling.
 
-    The trainables are set to values that change nothing, and back at the
-    end; so functions that were compiled stay valid. What is trained within is
-    refused at the end, since it could not be kept.
+    The trainables are set to values that change nothing, and restored at the
+    end, so compiled functions stay valid. Training within is an error at the
+    end, since it could not be kept.
 
     Args:
         model: a model with an adapter.

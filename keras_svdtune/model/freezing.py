@@ -1,14 +1,14 @@
-"""What trains: only the adapters, until the model is given back.
+"""Freezes all of a model but its adapters, until the model is given back.
 
 `model.trainable = False` will not do: a later `model.trainable = True` would
-thaw the base. So each variable is moved, within its layer, from the list of
+thaw the base. So each variable moves, within its layer, from the list of
 trainables to that of non-trainables, where the `trainable` setter does not
 reach it. The order of `layer.weights`, which weights files rely on, stays.
 
 BatchNormalization is frozen too, as Keras' LoRA freezes it: in training it
 computes by its moving statistics, which stay. Few small batches make poor
-statistics, and what moves them is no adapter. `layer.trainable = True` thaws
-one of them.
+statistics, and an adapter does not hold them. `layer.trainable = True` thaws
+one.
 """
 
 from collections.abc import Callable
@@ -53,7 +53,7 @@ def freeze(model: Model) -> Callable[[], None]:
         for layer, flag in layers_before:
             set_own_trainable_flag(layer, flag)
         for layer, variables in moved:
-            # Of those that it still has: Keras' `quantize` replaces kernels.
+            # Only those it still has: Keras' `quantize` replaces kernels.
             held = {id(v) for v in own_variables(layer)}
             for variable in variables:
                 if id(variable) in held:

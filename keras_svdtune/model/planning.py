@@ -1,11 +1,10 @@
-"""Adapters for many layers, prepared on all cores and all processes.
+"""Plans the adapters of many layers, on all cores and in all processes.
 
-One process decomposes several layers at a time. Where a program has several
-processes (hosts of a TPU slice), each decomposes other layers: some kernels at
-a time come to the hosts, as many as the cores of all of them can work on; each
-kernel is decomposed by one process, and what it found is sent to the others.
-So all have the same factors, to the bit: two that decompose the same matrix may
-find vectors of another sign, or turned.
+One process decomposes several layers at a time. If a program has several
+processes (hosts of a TPU slice), as many kernels come to the hosts at a time as
+all their cores can work on; one process decomposes each kernel and sends the
+others what it found. So all have the same factors, to the bit: two that
+decompose the same matrix may find vectors of another sign, or rotated.
 """
 
 import functools
@@ -37,14 +36,13 @@ def plan_adapters(
     methods: dict[str, Method],
     known: dict[str, Values] | None = None,
 ) -> dict[str, AdapterPlan]:
-    """An adapter for each target, ready to attach; touches nothing.
+    """Plans an adapter for each target, ready to attach; touches no layer.
 
     Args:
-        what: str, what is done, before the progress bar.
-        targets: by path.
-        methods: the method of each.
-        known: first values that are known, such as those of a file, by path
-            and name. A matrix of which all are known is not decomposed.
+        what: str, the label of the progress bar.
+        targets, methods: each target and its method, by path.
+        known: first values that are known, such as those of a file, by path and
+            name. A matrix of which all are known is not decomposed.
 
     Raises:
         Whatever a decomposition raises; with several processes, in all.
@@ -73,7 +71,7 @@ def _planned(
 def _found(
     path: str, target: Target, method: Method, known: Values, matrix: Array
 ) -> tuple[Method, Values]:
-    """The expensive part: the method, resolved, and its first values."""
+    """Returns the resolved method and its first values: the costly part."""
     if known:
         weights = method.weights(target.view.shape)
         if {w.name for w in weights if not w.overwritten} <= set(known):
@@ -105,7 +103,7 @@ def _on_all_processes(
 ) -> dict[str, AdapterPlan]:
     index, count = processes()
     workers = (os.cpu_count() or 1) if on_host() else 1
-    # Hosts may differ, and must not in how they go through the layers.
+    # Hosts may differ in cores, but must go through the layers alike.
     width = count * shared(0, lambda: workers)
     paths = list(targets)
     plans: dict[str, AdapterPlan] = {}
@@ -144,7 +142,7 @@ def _of_another_process() -> NoReturn:
 
 
 def _attempt(job: Callable[[], T]) -> Callable[[], T]:
-    """A function that returns what `job` did, or raises what it raised."""
+    """Runs `job`; returns a function that returns its result or raises."""
     try:
         outcome = job()
     except Exception as error:

@@ -1,10 +1,10 @@
-"""Functions that were compiled before the model changed.
+"""Drops functions that were compiled before the model changed.
 
 After a layer has changed its class and the model its trainables, a compiled
 `fit` would train detached variables (TensorFlow) or fail in mid-step, when
-Keras on JAX has already given up the weights. And a KerasHub Backbone does
-not know the Task around it. So every live model that holds one of the changed
-layers is found, and whatever it compiled is dropped.
+Keras on JAX has already given up the weights. And a KerasHub Backbone does not
+know the Task around it. So every live model that holds a changed layer is
+found, and its compiled functions are dropped.
 """
 
 import gc
@@ -23,11 +23,11 @@ from keras_svdtune.runtime.types import Layer, Model, Optimizer
 
 
 def prepare_reset(layers: Iterable[Layer]) -> Callable[[], None]:
-    """Finds every live model that holds one of `layers`.
+    """Finds every live model that holds one of `layers`, to recompile it.
 
-    To be called before these change, since it may raise: an optimizer that has
-    seen other trainables is replaced by a fresh one with the same settings, so
-    that `fit` works without another `compile`.
+    Call this before the layers change, since it may raise: an optimizer that
+    has seen other trainables is replaced by a fresh one with the same settings,
+    so that `fit` works without another `compile`.
 
     Returns:
         A function that makes those models compile anew. It does not fail.
@@ -41,8 +41,8 @@ def prepare_reset(layers: Iterable[Layer]) -> Callable[[], None]:
         try:
             inside = layers_in(model)
         except AttributeError:
-            # Its constructor raised, or has not come to Layer's yet: it holds
-            # no layers and has compiled nothing.
+            # Its constructor raised, or has not reached `Layer.__init__` yet:
+            # it holds no layers and has compiled nothing.
             continue
         if not any(id(layer) in changed for layer in inside):
             continue
@@ -64,7 +64,7 @@ def prepare_reset(layers: Iterable[Layer]) -> Callable[[], None]:
 
 
 def _fresh(optimizer: Optimizer, model: Model) -> Optimizer:
-    """The optimizer as it was before it was built."""
+    """Returns an optimizer with the same settings that is not built."""
     try:
         with undistributed():
             fresh = _again(optimizer)
@@ -76,8 +76,8 @@ def _fresh(optimizer: Optimizer, model: Model) -> Optimizer:
             "compile the model with another optimizer first. The model is as "
             "it was."
         ) from error
-    # Its counters go where the old ones are, whatever `keras.distribution` is
-    # in effect now.
+    # Its counters go to the devices of the old ones, whatever
+    # `keras.distribution` is in effect now.
     for ours, theirs in zip(fresh.variables, optimizer.variables, strict=False):
         follow(ours, theirs)
     return fresh

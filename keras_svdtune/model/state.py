@@ -1,4 +1,4 @@
-"""What was done to a model, kept on it until it is undone."""
+"""Keeps what was enabled on a model, until it is undone."""
 
 import dataclasses
 import weakref
@@ -21,10 +21,10 @@ class Enabled:
 
     Attributes:
         method: the method, with the user's settings.
-        unfreeze: gives back what was trainable before.
-        statistics: moving statistics that an adapter file has set, by key:
-            the variable, and what it holds without the adapter. Files of
-            release 0.1 have some; BatchNormalization is frozen now.
+        unfreeze: function that restores what was trainable before.
+        statistics: moving statistics that an adapter file has set, by key: the
+            variable, and its value without the adapter. Files of release 0.1
+            have some; BatchNormalization is frozen now.
     """
 
     method: Method
@@ -34,20 +34,20 @@ class Enabled:
     )
 
 
-# The models that have one. What was done is kept on the model itself: it holds
-# the model too, so a dict from here would keep every model alive for ever.
+# The models that have a record. It is kept on the model itself: it refers to
+# the model, so a dict from here would keep every model alive for ever.
 _ENABLED: weakref.WeakSet[Model] = weakref.WeakSet()
 _RECORD = "_svdtune_enabled"
 
 
 def record_of(model: Model) -> Enabled:
-    """What was done to a model on which an adapter was enabled."""
+    """Returns the record of a model on which an adapter was enabled."""
     found: Enabled = getattr(model, _RECORD)
     return found
 
 
 def keep_record(model: Model, enabled: Enabled | None) -> None:
-    """Keeps what was done to a model; None: it is undone."""
+    """Keeps the record of a model on it; None deletes it."""
     # Not by setattr: Keras would look into it for layers and variables.
     if enabled is None:
         object.__delattr__(model, _RECORD)
@@ -58,10 +58,10 @@ def keep_record(model: Model, enabled: Enabled | None) -> None:
 
 
 def owners_of(root: Model, targets: dict[str, Target]) -> list[Model]:
-    """The models in `root` that `targets` were enabled on.
+    """Returns the models in `root` on which adapters were enabled.
 
     Raises:
-        ValueError: one of them holds `root` and more.
+        ValueError: the adapters are of a model that holds `root` and more.
     """
     inside = {id(x) for x in layers_in(root)}
     ours = {id(x.owner) for x in targets.values()}
@@ -77,7 +77,7 @@ def owners_of(root: Model, targets: dict[str, Target]) -> list[Model]:
 
 
 def adapted_part(model: Model) -> Model:
-    """The backbone of a Task; any other model itself."""
+    """Returns the backbone of a Task; any other model itself."""
     if not isinstance(model, keras.Model):
         raise ValueError(
             "Expected a keras.Model, a keras_hub Backbone or a Task. "
@@ -87,7 +87,7 @@ def adapted_part(model: Model) -> Model:
 
 
 def require_adapted(model: Model) -> dict[str, Target]:
-    """The adapted matrices by path, or an error if there are none."""
+    """Returns the adapted matrices by path; raises if there are none."""
     targets = adapted_targets(adapted_part(model))
     if not targets:
         raise ValueError(
@@ -98,7 +98,7 @@ def require_adapted(model: Model) -> dict[str, Target]:
 
 
 def enabled_method(model: Model) -> Method:
-    """The method that is enabled on `model`, with the user's settings."""
+    """Returns the method enabled on `model`, with the user's settings."""
     root = adapted_part(model)
     if root in _ENABLED:
         return record_of(root).method
@@ -106,6 +106,6 @@ def enabled_method(model: Model) -> Method:
 
 
 def statistics_of(model: Model) -> dict[str, tuple[Variable, np.ndarray]]:
-    """The `Enabled.statistics` of a model; empty if nothing was enabled."""
+    """Returns the `Enabled.statistics` of a model; empty if it has none."""
     root = adapted_part(model)
     return record_of(root).statistics if root in _ENABLED else {}

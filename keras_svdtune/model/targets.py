@@ -1,4 +1,4 @@
-"""Which matrices of a model to adapt: found once, as `Target`s."""
+"""Finds the matrices of a model to adapt, once, as `Target`s."""
 
 import dataclasses
 import re
@@ -23,8 +23,8 @@ class Matrices:
 
     Attributes:
         targets: by path, in the model's order.
-        not_matrices: layers of a kind that is adapted, but whose kernel is no
-            matrix, by path: their name and why.
+        not_matrices: layers of an adaptable kind whose kernel is no matrix, by
+            path: their name, and why.
     """
 
     targets: dict[str, Target]
@@ -32,11 +32,10 @@ class Matrices:
 
 
 def matrices_in(model: Model, adapted: bool = False) -> Matrices:
-    """Every matrix of a built model that can have an adapter.
+    """Returns every matrix of a built model that can have an adapter.
 
     Args:
-        model: a `keras.Model`.
-        adapted: whether to count those that have one already.
+        adapted: whether to include those that have one already.
     """
     targets, problems = [], {}
     for layer in layers_in(model):
@@ -54,7 +53,7 @@ def matrices_in(model: Model, adapted: bool = False) -> Matrices:
 
 
 def adapted_targets(model: Model) -> dict[str, Target]:
-    """The matrices of `model` that have an adapter, by path."""
+    """Returns the matrices of `model` that have an adapter, by path."""
     return _by_path(
         target
         for layer in layers_in(model)
@@ -68,7 +67,7 @@ def find_targets(
     target_layer_names: Iterable[str] | None = None,
     adapted: bool = False,
 ) -> dict[str, Target]:
-    """The matrices to adapt, by path.
+    """Returns the matrices to adapt, by path.
 
     Args:
         model: a built `keras.Model`.
@@ -76,11 +75,11 @@ def find_targets(
             and every bank of experts; or names of layers (`"query"`), or
             regular expressions that match a whole layer path
             (`".*attention/(query|value)"`). Embeddings only where named.
-        adapted: whether to count those that have an adapter already.
+        adapted: whether to include those that have an adapter already.
 
     Returns:
-        dict from layer path to `Target`, in the model's order. A layer that
-        the model calls at several places is in it once.
+        dict from layer path to `Target`, in the model's order. A layer that the
+        model calls at several places is in it once.
 
     Raises:
         ValueError: a name or expression matches nothing, or a layer that it
@@ -126,7 +125,7 @@ def find_targets(
 
 
 def layers_by_path(layers: Iterable[Layer]) -> dict[str, Layer]:
-    """Layers by path; a path that occurs again gets `#1`, `#2`, ..."""
+    """Returns layers by path; a repeated path gets `#1`, `#2`, ..."""
     return _numbered(layers, lambda layer: layer.path or layer.name)
 
 
@@ -151,12 +150,7 @@ def _numbered(items: Iterable[T], path_of: Callable[[T], str]) -> dict[str, T]:
 
 
 def _matching(wanted: str, names: dict[str, str]) -> list[str]:
-    """The paths that a name or a regular expression means.
-
-    Args:
-        wanted: str.
-        names: the name of each layer by its path.
-    """
+    """Returns the paths in `names` that a name or an expression selects."""
     by_name = [path for path, name in names.items() if name == wanted]
     if by_name:
         return by_name

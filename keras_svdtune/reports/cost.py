@@ -1,4 +1,4 @@
-"""What an adapter costs: a table, and a dry run before there is one."""
+"""The cost of an adapter: a summary, and an estimate before it is enabled."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ from keras_svdtune.runtime.types import Model
 
 @dataclasses.dataclass(frozen=True)
 class LayerCost:
-    """What a method adds to one layer.
+    """The cost of a method on one layer.
 
     Attributes:
         path: str, the layer.
@@ -52,7 +52,7 @@ class LayerCost:
 
 @dataclasses.dataclass(frozen=True)
 class Cost(PrintsTable):
-    """What a method adds to a model. `print()` shows it as a table.
+    """The cost of a method on a model. `print()` shows it as a table.
 
     Attributes:
         method: `Method`.
@@ -79,11 +79,11 @@ class Cost(PrintsTable):
 
     @property
     def bytes(self) -> int:
-        """Bytes of both."""
+        """Bytes of the trainable and frozen parameters."""
         return sum(x.bytes for x in self.layers)
 
     def table(self) -> rich.table.Table:
-        """The table, for `rich`."""
+        """Returns the table, for `rich`."""
         seconds = self.decomposition_seconds
         return grouped_table(
             title=f"{self.method}",
@@ -111,13 +111,10 @@ def _cells(layers: Sequence[LayerCost]) -> tuple[str, str, str, str]:
 
 
 def adapter_summary(model: Model) -> Cost:
-    """Prints what the enabled adapter adds to `model`, and returns it.
+    """Prints the cost of the enabled adapter as a table, and returns it.
 
     Args:
         model: a model with an adapter.
-
-    Returns:
-        `Cost`.
 
     Raises:
         ValueError: the model has no adapter.
@@ -128,7 +125,7 @@ def adapter_summary(model: Model) -> Cost:
 
 
 def cost_of(model: Model) -> Cost:
-    """What `adapter_summary` prints."""
+    """Returns the cost of the enabled adapter."""
     root = adapted_part(model)
     costs = tuple(
         _cost(path, target.adapted.method, target)
@@ -143,16 +140,13 @@ def estimate(
     method: Method,
     target_layer_names: Iterable[str] | None = None,
 ) -> Cost:
-    """A dry run of `enable_adapter`: what it would cost. Touches nothing.
+    """Estimates the cost of `enable_adapter`. Touches nothing.
 
-    Parameters and bytes are exact. The seconds are the operations of the
-    decompositions at the speed of one that is timed on the first call.
+    Parameters and bytes are exact. The seconds are computed from the number of
+    operations, and the speed of one decomposition timed on the first call.
 
     Args:
         model, method, target_layer_names: as for `enable_adapter`.
-
-    Returns:
-        `Cost`.
 
     Raises:
         ValueError: as `enable_adapter`, save for NaN and infinity in a kernel.
@@ -203,7 +197,7 @@ def _bytes_of(dtype: str) -> int:
 
 
 def _with_rank(method: Method, target: Target, path: str) -> Method:
-    """`method` with an integer rank for this layer, if its rank is energy."""
+    """Returns `method` with an integer rank, found by its energy if needed."""
     if not isinstance(method, RankedMethod) or isinstance(method.rank, int):
         return method
     matrix = target.host_matrix()
@@ -222,13 +216,13 @@ def _with_rank(method: Method, target: Target, path: str) -> Method:
 
 
 def _operations(method: Method, shape: tuple[int, int]) -> float:
-    """About how many floating-point operations one decomposition takes."""
+    """Estimates the floating-point operations of one decomposition."""
     n, needs = min(shape), method.needs(shape)
     if needs is None:
         return 0.0
     fitted = isinstance(method, ReplacesBase) and method.quantization
     times = getattr(method, "iterations", 1) if fitted else 1
-    # Of a few components the eigenvectors are not computed for all.
+    # For a few components only their eigenvectors are computed.
     cubes = 5.0 if needs.few_of(n) else 12.0
     return times * (2.0 * n * n * max(shape) + cubes * n**3)
 
@@ -238,7 +232,7 @@ def _seconds_per_operation(n: int = 512) -> float:
     """Times one small decomposition on this machine, once."""
     needs = Needs("small_side")
     matrix = np.random.default_rng(0).standard_normal((n, n), "float32")
-    # Not `decompose`, which would read the second from disk.
+    # Not `decompose`, which would read the second result from disk.
     computed(matrix, needs)  # warm up: threads, compilation on a GPU
     start = time.perf_counter()
     computed(matrix, needs)

@@ -1,7 +1,7 @@
-"""The matrices of a model one by one: without their adapters, and with them.
+"""The matrices of a model one by one, without their adapters and with them.
 
-A layer holds one matrix, a bank of experts several; and an adapter changes
-it, or puts another one in its place. Here each is one W and one W'.
+A bank of experts is taken apart here, and a replaced kernel read back, so that
+reports see one W and one W' at a time.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def each_matrix(targets: dict[str, Target]) -> dict[str, Target]:
-    """The targets, by path, with each matrix of a bank by itself."""
+    """Returns the targets by path, each matrix of a bank as one by itself."""
     found = {}
     for path, target in targets.items():
         if target.view.count is None:
@@ -31,13 +31,13 @@ def each_matrix(targets: dict[str, Target]) -> dict[str, Target]:
 
 
 def kernel_matrix(target: Target) -> Array:
-    """(in, out), float32: what is in the layer. W, unless it was replaced."""
+    """Returns the layer's kernel (in, out), float32: W unless replaced."""
     matrix = target.host_matrix()
     return matrix if target.index is None else matrix[target.index]
 
 
 def base_matrix(target: Target) -> Array:
-    """W (in, out), float32: without what the adapter has learned."""
+    """Returns W (in, out), float32, without what the adapter has learned."""
     kernel = kernel_matrix(target)
     if not target.replaced:
         return kernel
@@ -46,7 +46,7 @@ def base_matrix(target: Target) -> Array:
 
 
 def merged_matrix(target: Target) -> Array:
-    """W' (in, out), float32; W where there is no adapter."""
+    """Returns W' (in, out), float32; W where there is no adapter."""
     kernel = kernel_matrix(target)
     if target.adapter is None:
         return kernel
@@ -54,11 +54,9 @@ def merged_matrix(target: Target) -> Array:
 
 
 def weight_values(target: Target, neutral: bool = False) -> WeightValues:
-    """The adapter's weights for one matrix, as methods take them.
+    """Returns the adapter's weights for one matrix, as methods take them.
 
-    Args:
-        target: an adapted matrix.
-        neutral: bool. The trainables as those that change nothing.
+    With `neutral`, the trainable ones have values that change nothing.
     """
     adapter = target.adapted
     found = WeightValues(target.view.shape)
@@ -75,7 +73,10 @@ def weight_values(target: Target, neutral: bool = False) -> WeightValues:
 def for_each(
     what: str, jobs: Mapping[str, Callable[[], T]], bar: bool = True
 ) -> dict[str, T]:
-    """`run_all`; with several processes in order, as they gather together."""
+    """Runs the jobs in threads; several processes run them in order.
+
+    Processes gather values together, and so must agree on the order.
+    """
     if processes()[1] > 1:
         return {path: job() for path, job in jobs.items()}
     return run_all(what, jobs, bar)

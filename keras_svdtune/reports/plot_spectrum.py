@@ -1,4 +1,4 @@
-"""Pictures of singular values, and of which of them a method trains."""
+"""Plots singular values, and which of them a method trains."""
 
 import importlib
 from collections.abc import Iterable, Sequence
@@ -18,9 +18,9 @@ from keras_svdtune.runtime.types import Model
 
 # More kinds than this share one panel.
 _PANELS = 12
-# Without its ends, which are hard to see on white or on black.
+# The colour map without its ends, hard to see on white or on black.
 _DEPTHS = (0.22, 0.88)
-# Of Okabe and Ito, distinct to every kind of colour vision.
+# Colours by Okabe and Ito, distinct to every kind of colour vision.
 _METHODS = ("#D55E00", "#0072B2", "#CC79A7", "#E69F00", "#56B4E9", "#009E73")
 
 
@@ -29,16 +29,17 @@ def plot_spectrum(
     methods: Iterable[Method] = (),
     target_layer_names: Iterable[str] | None = None,
 ) -> "Figure":
-    """Draws the singular values of a model, a panel for each kind of layer.
+    """Plots the singular values of a model, a panel for each kind of layer.
 
-    The i-th largest singular value over i, on a logarithmic axis, one line
-    for each matrix, its colour the depth of the layer. The shaded band is 0.1
-    to 1.1. Below the lines a bar for each of `methods` covers the components
-    that it trains: for PiSSA(r) the first r, for MiLoRA(r) the last, for SVF
-    all. Of a model with an adapter, dashed lines are the values with it.
+    Each line has the values of one matrix in descending order, on a
+    logarithmic axis; its colour is the depth of the layer. The shaded band is
+    0.1 to 1.1. Below the lines a bar for each of `methods` covers the
+    components that it trains: for PiSSA(r) the first r, for MiLoRA(r) the
+    last, for SVF all. If the model has an adapter, dashed lines are the values
+    with it.
 
     Args:
-        model: what `spectrum` takes; or what it returned, to draw it again at
+        model: what `spectrum` takes; or what it returned, to plot it again at
             no cost.
         methods: methods with their settings, such as
             `[PiSSA(rank=8), MiLoRA(rank=8), SVF()]`.
@@ -133,7 +134,7 @@ def _matplotlib(module: str) -> Any:
 
 
 def _depth_colours(last: int) -> Any:
-    """Colours from the first matrix to the last one."""
+    """Maps the matrices, from 0 to `last`, to colours."""
     colormap = _matplotlib("pyplot").get_cmap("viridis")
     part = colormap(np.linspace(*_DEPTHS, 256))
     return _matplotlib("cm").ScalarMappable(
@@ -154,17 +155,17 @@ def _lines(
 
 
 def _positive(s: np.ndarray) -> np.ndarray:
-    """s, with gaps where it is 0, for a logarithmic axis."""
+    """Returns s with gaps where it is 0, for a logarithmic axis."""
     return np.where(s > 0, s, np.nan)
 
 
 def _set_limits(
     axis: "Axes", layers: Sequence[LayerSpectrum], bars: int
 ) -> None:
-    """Limits of the shared axis, with room below for the bars."""
+    """Sets the limits of the shared axis, with room below for the bars."""
     adapted = [x.adapted for x in layers if x.adapted is not None]
     values = np.concatenate([x.s for x in layers] + adapted)
-    # What is rounding rather than a value would squeeze the rest together.
+    # Rounding errors shown as values would squeeze the rest together.
     values = np.log10(values[values > 1e-7 * max(values.max(), 1e-300)])
     if not len(values):
         return
@@ -181,12 +182,7 @@ def _part(method: Method, shape: tuple[int, int]) -> str | None:
 
 
 def trained_span(layer: LayerSpectrum, method: Method) -> tuple[int, int]:
-    """The components that `method` trains: from the first to the last, from 1.
-
-    Args:
-        layer: the spectrum of one matrix.
-        method: a method that trains components of W.
-    """
+    """Returns the first and last component that `method` trains, from 1."""
     n = len(layer.s)
     needs = method.needs(layer.matrix)
     assert needs is not None

@@ -1,5 +1,4 @@
-"""How far a model is from its float kernels after QPiSSA, and after plain
-quantization."""
+"""The quantization error of QPiSSA beside that of plain quantization."""
 
 import dataclasses
 import math
@@ -25,8 +24,8 @@ class LayerQuantization:
         path: str, the layer.
         matrix: (in, out), its kernel as a matrix.
         norm: float, ‖W‖ of the float kernel.
-        plain: float, ‖W - quant(W)‖, what plain quantization leaves.
-        error: float, ‖W - (Q + k·A₀·B₀)‖, what was left after enabling.
+        plain: float, ‖W - quant(W)‖, by plain quantization.
+        error: float, ‖W - (Q + k·A₀·B₀)‖, just after enabling.
     """
 
     path: str
@@ -37,7 +36,7 @@ class LayerQuantization:
 
     @property
     def reduction(self) -> float:
-        """1 - error / plain."""
+        """The share of the plain error that is gone, 1 - error / plain."""
         return _reduction([self])
 
 
@@ -55,11 +54,11 @@ class QuantizationError(PrintsTable):
 
     @property
     def reduction(self) -> float:
-        """1 - error / plain, of all layers as one."""
+        """The share 1 - error / plain, over all layers."""
         return _reduction(self.layers)
 
     def table(self) -> rich.table.Table:
-        """The table, for `rich`."""
+        """Returns the table, for `rich`."""
         return grouped_table(
             title=f"{self.method}: quantization error",
             caption=(
@@ -93,7 +92,7 @@ def _reduction(layers: Sequence[LayerQuantization]) -> float:
 
 
 def quantization_error(model: Model) -> QuantizationError:
-    """How much less error QPiSSA left than plain quantization would have.
+    """Compares the quantization error of QPiSSA with plain quantization's.
 
     Both were measured when the adapter was enabled, while there was a float
     kernel W (in, out); training changes neither. W̃ = Q + k·A₀·B₀, with Q the
@@ -101,15 +100,11 @@ def quantization_error(model: Model) -> QuantizationError:
 
         reduction = 1 - ‖W - W̃‖ / ‖W - quant(W)‖
 
-    in the Frobenius norm. The paper's table has the nuclear norm, which takes
-    a decomposition for each layer: `tests/benchmarks/qpissa_error.py` has
-    both.
+    in the Frobenius norm. `tests/benchmarks/qpissa_error.py` also has the
+    paper's nuclear norm, which takes a decomposition for each layer.
 
     Args:
         model: a model on which `PiSSA(rank, quantize=...)` is enabled.
-
-    Returns:
-        `QuantizationError`.
 
     Raises:
         ValueError: the model has no adapter, or one that quantized nothing.

@@ -1,15 +1,14 @@
-"""What an adapter has done to the singular values of one matrix.
+"""Measures how an adapter changed the singular values of one matrix.
 
-W' = W + dW, W (in, out), n = min(in, out). Nothing here forms more than it
-must: everything is said in the base's own singular vectors, where W is
-diag(s), the Gram matrix of W' has n² numbers, and the entries of its
-eigenvectors are cosines with the singular vectors of the base.
+W' = W + dW, W (in, out), n = min(in, out). Everything is computed in the
+singular vectors of W, where W is diag(s), the Gram matrix of W' has n² numbers,
+and its eigenvectors hold the cosines with the singular vectors of W:
 
-| what the method adds | then |
+| what the method adds | what is computed |
 |---|---|
 | M between U and Vᵀ, diagonal: SVF, SVFT plain | n numbers are sorted |
 | M between U and Vᵀ: SVFT | the Gram matrix of diag(s) + M |
-| a·b, thin | that of diag(s) and rank 2k beside it; dW by its QR |
+| a·b of low rank | that of diag(s) with a rank 2k added; dW by its QR |
 | anything else: DoRA, a replaced base | that of W', and of dW, formed |
 """
 
@@ -37,7 +36,7 @@ from keras_svdtune.runtime.types import Array, Tensor
 
 @dataclasses.dataclass(frozen=True)
 class SpectralChange:
-    """How W' = W + dW of one matrix differs from W.
+    """The difference between W' = W + dW and W for one matrix.
 
     Attributes:
         path: str, the layer.
@@ -46,8 +45,8 @@ class SpectralChange:
             singular values; 0 where dW is 0.
         top_energy: float, the share of ‖dW‖² that its largest components
             hold; 0 where dW is 0.
-        intruders: int, how many of the largest singular vectors of W' no
-            singular vector of W is near to.
+        intruders: int, how many of the largest singular vectors of W' are far
+            from every singular vector of W.
     """
 
     path: str
@@ -59,13 +58,7 @@ class SpectralChange:
 
 @dataclasses.dataclass(frozen=True)
 class Measures:
-    """What is measured.
-
-    Attributes:
-        rank: int, how many components of dW `top_energy` counts.
-        top: int, how many singular vectors of W' are looked at.
-        threshold: float, the cosine that makes a vector of W near.
-    """
+    """The settings of `SpectralMonitor`: `rank`, `top` and `threshold`."""
 
     rank: int
     top: int
@@ -74,12 +67,10 @@ class Measures:
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """The decomposition of W that a matrix is compared with.
+    """The singular values s (n,) of W, float64, and one basis (n, n), float32.
 
-    Attributes:
-        s: (n,) float64, singular values.
-        basis: (n, n) float32, singular vectors of the smaller side; None
-            where the method needs none.
+    The basis has the singular vectors of the smaller side; it is None where
+    the method needs none.
     """
 
     s: np.ndarray
@@ -87,7 +78,7 @@ class Base:
 
 
 def base_of(target: Target) -> Base:
-    """Decomposes W, or reads it from the cache."""
+    """Decomposes W, or reads the decomposition from the cache."""
     w = base_matrix(target)
     ones = np.ones(min(target.view.shape))
     if target.adapted.method.core(weight_values(target), ones) is not None:
@@ -99,10 +90,9 @@ def base_of(target: Target) -> Base:
 
 
 def change_of(target: Target, base: Base, measures: Measures) -> SpectralChange:
-    """Compares a matrix as it is now with its base.
+    """Compares W' as it is now with W.
 
-    Raises:
-        ValueError: the adapter holds NaN or infinity.
+    Raises a ValueError if the adapter holds NaN or infinity.
     """
     with _precisely():
         found = _compared(target, base)
@@ -144,10 +134,10 @@ def _compared(target: Target, base: Base) -> _Found:
 
 
 def _precisely() -> contextlib.AbstractContextManager[None]:
-    """Products in full float32, for which a CPU need not be asked.
+    """Asks for products in full float32, which a CPU always computes.
 
-    There several threads do this, and would undo each other's setting, which
-    is of the process in TensorFlow and torch.
+    On a CPU it asks for nothing: several threads come here and would undo
+    each other's setting, which TensorFlow and torch have once a process.
     """
     if on_host() and keras.backend.backend() != "jax":
         return contextlib.nullcontext()
@@ -166,7 +156,7 @@ def _from_core(
 
 
 def _from_thin(kernel: Array, a: Tensor, b: Tensor, base: Base) -> _Found:
-    """W' = W + a·b, a (in, k), b (k, out)."""
+    """Compares W' = W + a·b with W; a (in, k), b (k, out)."""
     assert base.basis is not None
     w, along, across = kernel, a, b
     if kernel.shape[1] > kernel.shape[0]:
@@ -197,7 +187,7 @@ def _from_dense(target: Target, base: Base) -> _Found:
         new, update = new.T, update.T
     values, vectors = _eigen(float64.gram(new))
     squares = np.linalg.eigvalsh(float64.gram(update))
-    # A sum of rounding errors is no component.
+    # What only rounding errors add up to is no component.
     squares[squares < 1e-12 * squares[-1]] = 0.0
     return values, np.sqrt(squares), base.basis.T @ vectors
 
@@ -207,7 +197,7 @@ def _float64(x: Tensor) -> np.ndarray:
 
 
 def _eigen(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Roots of the eigenvalues, and the eigenvectors, the largest first."""
+    """Returns roots of the eigenvalues and eigenvectors, the largest first."""
     if not np.isfinite(gram).all():
         return np.full(len(gram), np.nan), gram
     values, vectors = np.linalg.eigh(gram)

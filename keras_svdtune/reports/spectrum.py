@@ -1,9 +1,4 @@
-"""The singular values of a model: a table, and what can be read off them.
-
-Every matrix W = U diag(s) Vᵀ of a model has a spectrum s. It says how much of
-W a few components hold (then PiSSA has something to take), how small the rest
-is (which MiLoRA takes), and how far apart its ends are.
-"""
+"""The singular values of a model: a table, and numbers derived from them."""
 
 import dataclasses
 import functools
@@ -34,7 +29,7 @@ class LayerSpectrum:
     """The singular values of one matrix W (in, out), n = min(in, out).
 
     Attributes:
-        path: str, the layer; of a bank of experts one matrix, `"...#3"`.
+        path: str, the layer; `"...#3"` for one matrix of a bank of experts.
         kind: str, the layer's name: `"query"`.
         depth: int, how many matrices of this kind come before it.
         matrix: (in, out), its kernel as a matrix.
@@ -51,27 +46,27 @@ class LayerSpectrum:
     adapted: np.ndarray | None = None
 
     def share_within(self, low: float = 0.1, high: float = 1.1) -> float:
-        """The share of the singular values from `low` to `high`."""
+        """Returns the share of the singular values from `low` to `high`."""
         return float(np.mean((self.s >= low) & (self.s <= high)))
 
     def energy(self, rank: int) -> float:
-        """The share of Σs² that the `rank` largest values hold."""
+        """Returns the share of Σs² that the `rank` largest values hold."""
         squares = self.s**2
         return float(squares[:rank].sum() / (squares.sum() or 1.0))
 
     @property
     def effective_rank(self) -> float:
-        """exp(-Σ p·log p) with p = s / Σs, from 1 to n; 0 for W = 0."""
+        """The effective rank exp(-Σ p·log p), p = s / Σs; 0 for W = 0."""
         return effective_rank(self.s)
 
     @property
     def condition(self) -> float:
-        """The largest singular value to the smallest; infinite if that is 0."""
+        """Largest singular value over the smallest; infinite if that is 0."""
         return float(self.s[0] / self.s[-1]) if self.s[-1] > 0 else math.inf
 
     @property
     def drift(self) -> float:
-        """‖s' - s‖ / ‖s‖, s' the values with the adapter; 0 without one."""
+        """The drift ‖s' - s‖ / ‖s‖, s' with the adapter; 0 without one."""
         if self.adapted is None:
             return 0.0
         change = float(np.linalg.norm(self.adapted - self.s))
@@ -91,23 +86,19 @@ class Spectrum(PrintsTable):
     layers: tuple[LayerSpectrum, ...]
 
     def share_within(self, low: float = 0.1, high: float = 1.1) -> float:
-        """The share of all singular values from `low` to `high`."""
+        """Returns the share of all singular values from `low` to `high`."""
         s = np.concatenate([x.s for x in self.layers])
         return float(np.mean((s >= low) & (s <= high)))
 
     def by_kind(self) -> dict[str, tuple[LayerSpectrum, ...]]:
-        """The matrices of each kind, in the order of their depth."""
+        """Returns the matrices of each kind, in the order of their depth."""
         kinds: dict[str, list[LayerSpectrum]] = {}
         for layer in self.layers:
             kinds.setdefault(layer.kind, []).append(layer)
         return {kind: tuple(layers) for kind, layers in kinds.items()}
 
     def table(self, rank: int = 8) -> rich.table.Table:
-        """The table, for `rich`.
-
-        Args:
-            rank: int. How many components the column of energy counts.
-        """
+        """Returns the table, for `rich`, with the energy of `rank` values."""
         drift = any(x.adapted is not None for x in self.layers)
         table = rich.table.Table(
             title=f"Singular values of {self.model}",
@@ -180,7 +171,7 @@ def _median(values: Iterable[float]) -> float:
 
 
 def effective_rank(s: np.ndarray) -> float:
-    """exp of the entropy of s / Σs, for singular values s; 0 if all are 0.
+    """Computes exp of the entropy of s / Σs for singular values s; 0 for s = 0.
 
     Reference: Roy, Vetterli 2007, "The effective rank: a measure of effective
     dimensionality", EUSIPCO.
@@ -195,25 +186,23 @@ def effective_rank(s: np.ndarray) -> float:
 def spectrum(
     model: Model, target_layer_names: Iterable[str] | None = None
 ) -> Spectrum:
-    """The singular values of every matrix of a model. Touches nothing.
+    """Computes the singular values of every matrix of a model. Touches nothing.
 
     W = U diag(s) Vᵀ of shape (in, out) is the kernel of a layer, read as
-    `enable_adapter` reads it; s are its n = min(in, out) singular values.
-    They come from the decomposition that `enable_svf` needs, in float64 on the
-    host, and so are kept on disk for it, or read if they are there. (A value
-    below 1e-8 of the largest is rounding; on a GPU, and above 1e-2, s is of
-    float32.)
+    `enable_adapter` reads it, with n = min(in, out) singular values s. They
+    come from the decomposition that `enable_svf` needs, in float64 on the host,
+    and share its cache on disk. (A value below 1e-8 of the largest is rounding;
+    on a GPU, and above 1e-2, s is of float32.)
 
-    Of a model with an adapter `s` is that of the base, and `adapted` that of
-    the matrix W' which base and adapter make. (Where the adapter was enabled
-    with `quantize`, the base is the model as it was just after.)
+    If the model has an adapter, `s` is that of the base, and `adapted` that of
+    the matrix W' that base and adapter make. (If it was enabled with
+    `quantize`, the base is the model as it was just after.)
 
     Args:
         model: a KerasHub Backbone; a Task, which means its backbone; or any
             built `keras.Model`, with or without an adapter.
-        target_layer_names: None for every Dense, EinsumDense and convolution
-            and every bank of experts, or a list, as for `enable_adapter`.
-            Embeddings only where named.
+        target_layer_names: as for `enable_adapter`. Embeddings only where
+            named.
 
     Returns:
         `Spectrum`: print it, plot it with `plot_spectrum`, or read its
@@ -251,7 +240,7 @@ def spectrum(
 
 
 def _values_of(target: Target) -> tuple[np.ndarray, np.ndarray | None]:
-    """s of W, and of W' if there is an adapter."""
+    """Returns s of W, and s of W' if there is an adapter."""
     base = base_matrix(target)
     s = singular_values(base, target.path).astype("float64")
     if target.adapter is None:
@@ -259,6 +248,6 @@ def _values_of(target: Target) -> tuple[np.ndarray, np.ndarray | None]:
     merged = merged_matrix(target)
     if bool(ops.all(ops.equal(merged, base))):
         return s, s
-    # Not kept on disk: it is another after the next step of training.
+    # Not kept on disk: W' changes with the next step of training.
     adapted = singular_values(merged, target.path, keep=False)
     return s, adapted.astype("float64")

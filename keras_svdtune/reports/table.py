@@ -1,4 +1,4 @@
-"""The tables of the reports: layers of equal name and shape in one row."""
+"""Tables of the reports: layers of equal name and shape share a row."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeVar
@@ -8,7 +8,7 @@ import rich.table
 
 
 class LayerRow(Protocol):
-    """What a report knows of one layer."""
+    """What a report must know of one layer."""
 
     @property
     def path(self) -> str: ...
@@ -20,10 +20,10 @@ L = TypeVar("L", bound=LayerRow)
 
 
 class PrintsTable:
-    """Mixin of a report that `print()` shows as a table."""
+    """Mixin for reports that `print()` shows as a table."""
 
     def table(self) -> rich.table.Table:
-        """The table, for `rich`."""
+        """Returns the table, for `rich`."""
         raise NotImplementedError
 
     def print(self, console: rich.console.Console | None = None) -> None:
@@ -40,15 +40,10 @@ def grouped_table(
     footer: Iterable[str],
     highlight: str,
 ) -> rich.table.Table:
-    """A table with a row for the layers of one name and shape.
+    """Makes a table with a row for the layers of one name and shape.
 
-    Args:
-        title, caption: str, above and below.
-        layers: what is known of each layer.
-        columns: the names of the columns after layer, matrix and number.
-        cells: function from the layers of a row to their cells.
-        footer: the cells below the columns.
-        highlight: str, the column that the eye is to find.
+    `columns` follow the layer, its matrix and the number of layers; `cells`
+    maps the layers of a row to their cells; `highlight` is bold and green.
     """
     table = rich.table.Table(
         title=title, caption=caption, title_style="bold", show_footer=True
@@ -68,7 +63,7 @@ def grouped_table(
 def by_kind(
     layers: Iterable[L],
 ) -> dict[tuple[str, tuple[int, int]], list[L]]:
-    """Layers by their name and the shape of their matrix, in order."""
+    """Groups layers by their name and the shape of their matrix, in order."""
     groups: dict[tuple[str, tuple[int, int]], list[L]] = {}
     for layer in layers:
         name = layer.path.rsplit("/", 1)[-1]
@@ -77,7 +72,7 @@ def by_kind(
 
 
 def number_range(values: Iterable[float | None]) -> str:
-    """`"8"` or `"4-12"`; empty where no layer has such a number."""
+    """Formats `"8"` or `"4-12"`; empty where no layer has such a number."""
     known = [value for value in values if value is not None]
     if not known:
         return ""

@@ -1,12 +1,12 @@
-"""All that this package relies on of Keras' internals, in one place.
+"""Everything that this package relies on of Keras' internals, in one place.
 
-A KerasHub backbone is a Functional graph that calls its layers by reference,
-so a layer cannot be replaced; it can change its class, and its sublayers and
-variables can change after it is built. Keras has no public way for that.
+A KerasHub backbone is a Functional graph that calls its layers by reference, so
+a layer cannot be replaced. But it can change its class, and its sublayers and
+variables can change after it is built. Keras has no public way to do that.
 
-Each function says what it relies on, and `missing_internals` names what a
-release of Keras no longer has. `RELIED_ON` also lists the names that the
-classes of `hosts/` define or read because Keras asks for them.
+`RELIED_ON` lists every private name that is used, with the reason, including
+those that the classes of `hosts/` define or read because Keras asks for them.
+`missing_internals` returns the ones that a release of Keras lacks.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ from keras_svdtune.runtime.types import (
     Variable,
 )
 
-# The functions that a model compiles and keeps, by attribute. KerasHub's
-# causal language models keep `generate_function`.
+# Attributes in which a model keeps its compiled functions. KerasHub's causal
+# language models have `generate_function`.
 COMPILED_FUNCTIONS = (
     "train_function",
     "test_function",
@@ -35,7 +35,7 @@ COMPILED_FUNCTIONS = (
     "generate_function",
 )
 
-# An owner, an attribute of it, and what it is relied on for.
+# An owner, its attribute, and what this package needs the attribute for.
 RELIED_ON: tuple[tuple[Callable[[], Any], str, str], ...] = (
     (lambda: _dense(), "_tracker", "a built layer gets and loses a sublayer"),
     (lambda: _dense()._tracker, "config", "variables move between its lists"),
@@ -62,7 +62,7 @@ RELIED_ON: tuple[tuple[Callable[[], Any], str, str], ...] = (
 
 
 def missing_internals() -> list[str]:
-    """What this release of Keras lacks of `RELIED_ON`; empty if nothing."""
+    """Returns what this release of Keras lacks of `RELIED_ON`, as messages."""
     return [
         f"{owner()!r} has no `{name}` ({why})"
         for owner, name, why in RELIED_ON
@@ -77,12 +77,12 @@ def _dense() -> Layer:
 
 
 def sublayers(layer: Layer) -> list[Layer]:
-    """The layers that a layer holds, in order (`Layer._layers`)."""
+    """Returns the layers that a layer holds directly, in order."""
     return list(layer._layers)
 
 
 def layers_in(model: Model) -> list[Layer]:
-    """The model and the layers in it at any depth, in order, each once."""
+    """Returns the model and every layer inside it, in order, each once."""
     seen: set[int] = set()
     found = []
     # Keras' own `_flatten_layers` goes through siblings backwards.
@@ -98,10 +98,7 @@ def layers_in(model: Model) -> list[Layer]:
 
 @contextlib.contextmanager
 def unlocked(layer: Layer) -> Iterator[None]:
-    """Within it a built layer can get sublayers and variables, and lose them.
-
-    A built layer's tracker is locked: it refuses both.
-    """
+    """Temporarily lets a built layer gain and lose sublayers and variables."""
     locked = layer._tracker.locked
     layer._tracker.unlock()
     try:
@@ -112,13 +109,13 @@ def unlocked(layer: Layer) -> Iterator[None]:
 
 
 def build_inside(layer: Layer, sublayer: Layer) -> None:
-    """Builds a layer in another one's name scope: paths of variables follow."""
+    """Builds `sublayer` so that its variables' paths begin with `layer`'s."""
     with layer._open_name_scope():
         sublayer.build(None)
 
 
 def drop_sublayer(layer: Layer, name: str) -> None:
-    """Takes a sublayer away; deleting the attribute alone keeps it tracked."""
+    """Removes a sublayer; deleting the attribute alone keeps it tracked."""
     sublayer = getattr(layer, name)
     with unlocked(layer):
         delattr(layer, name)
@@ -126,22 +123,21 @@ def drop_sublayer(layer: Layer, name: str) -> None:
 
 
 def own_variables(layer: Layer) -> list[Variable]:
-    """A layer's own variables in the order of its weights file."""
+    """Returns a layer's own variables, in the order of its weights file."""
     return [*layer._trainable_variables, *layer._non_trainable_variables]
 
 
 def own_trainables(layer: Layer) -> list[Variable]:
-    """Those of them that are among the trainable ones."""
+    """Returns a layer's own trainable variables, without its sublayers'."""
     return list(layer._trainable_variables)
 
 
 def move_variable(layer: Layer, variable: Variable, trainable: bool) -> None:
-    """Moves a variable between a layer's lists of trainable and frozen ones.
+    """Moves a variable to a layer's list of trainable or of frozen variables.
 
-    It goes to the front of the frozen ones or to the end of the trainable
-    ones, so that the order of `layer.weights`, which weights files rely on,
-    stays. The setter `layer.trainable` does not reach a variable that is
-    among the frozen ones.
+    It goes to the end of the trainable list or to the front of the frozen one,
+    which keeps the order of `layer.weights` that weights files rely on. Keras'
+    setter `layer.trainable` does not reach a variable in the frozen list.
     """
     store = "trainable_variables" if trainable else "non_trainable_variables"
     tracker = layer._tracker
@@ -152,18 +148,16 @@ def move_variable(layer: Layer, variable: Variable, trainable: bool) -> None:
 
 
 def set_own_trainable_flag(layer: Layer, flag: bool) -> bool:
-    """Sets a layer's own flag, not those below it; returns what it was."""
+    """Sets a layer's own flag, not its sublayers'; returns the old value."""
     before: bool = layer._trainable
     layer._trainable = flag
     return before
 
 
 def remember_state(layer: Layer) -> Callable[[], None]:
-    """How a layer's attributes and variables are now, to come back to.
+    """Returns a function that restores a layer's attributes and variables.
 
-    Returns:
-        A function that puts attributes, variables and their order back. The
-        variables are the very same; their values are not touched.
+    Variables come back in order, as the same objects, with values untouched.
     """
     attributes = dict(layer.__dict__)
     tracker = layer._tracker
@@ -192,7 +186,7 @@ def forget_variable(layer: Layer, variable: Variable) -> None:
 
 
 def value_or_none(variable: Variable) -> Tensor | None:
-    """A variable's value; None where it was built without one."""
+    """Returns a variable's value, or None if it was built without one."""
     return getattr(variable, "_value", variable)
 
 
@@ -202,10 +196,10 @@ def set_mask(tensor: Tensor, mask: Tensor) -> None:
 
 
 def float_kernel_shape(layer: Layer) -> tuple[int, ...] | None:
-    """The shape of the float kernel of a layer whose kernel is packed.
+    """Returns the shape of the float kernel of a layer whose kernel is packed.
 
-    int4 holds two numbers in a byte, and a quantized EinsumDense a matrix.
-    None where the kernel's own shape is the one.
+    int4 packs two numbers into a byte, and a quantized EinsumDense holds a
+    matrix. Returns None if the kernel's own shape is the right one.
     """
     shape = getattr(layer, "original_kernel_shape", None)
     if shape is None and layer.quantization_mode == "int4":
@@ -214,9 +208,9 @@ def float_kernel_shape(layer: Layer) -> tuple[int, ...] | None:
 
 
 def optimizer_config(optimizer: Optimizer) -> dict[str, Any]:
-    """An optimizer's config, with a schedule or a function kept as it is.
+    """Returns an optimizer's config, a learning rate schedule as an object.
 
-    `_learning_rate` holds them; a config of them need not exist.
+    A schedule or a function need not have a config of its own.
     """
     rate = optimizer._learning_rate
     scheduled = callable(rate) and not isinstance(rate, keras.Variable)
@@ -230,7 +224,7 @@ def optimizer_config(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def copy_decay_exclusions(optimizer: Optimizer, other: Optimizer) -> None:
-    """What `exclude_from_weight_decay` was told, which no config holds."""
+    """Copies what `exclude_from_weight_decay` was told; no config has it."""
     for name in ("", "_pattern"):
         name = f"_exclude_from_weight_decay{name}"
         if hasattr(optimizer, name):
@@ -239,13 +233,13 @@ def copy_decay_exclusions(optimizer: Optimizer, other: Optimizer) -> None:
 
 @contextlib.contextmanager
 def built_without_values() -> Iterator[None]:
-    """Within it, what is built has variables of a shape and no value.
+    """Temporarily builds variables with a shape and no value.
 
-    For what only the structure of a model decides: its layout on devices, or
-    the program of a step that a compiler is to judge. A model of 9 billion
-    parameters takes a second to make, and no memory. Nothing can be computed
-    with it outside of a function that is given its values, such as
-    `model.stateless_call` under `jax.jit`.
+    This is for what depends on a model's structure alone: its layout on
+    devices, or the program of a step that a compiler is to judge. A model of 9
+    billion parameters takes a second to build, and no memory. It computes only
+    inside a function that is given its values, such as `model.stateless_call`
+    under `jax.jit`.
 
     Example:
 
@@ -258,12 +252,12 @@ def built_without_values() -> Iterator[None]:
         "uninitialized_variables", [], set_to_default=True
     )
     before = len(waiting)
-    # Names that Keras counts (`vision_encoder_1`) are left to real models.
+    # Keras numbers names (`vision_encoder_1`): these must not count.
     names = copy.copy(global_state.get_global_attribute("object_name_uids"))
     try:
         with keras.StatelessScope(initialize_variables=False):
             yield
     finally:
-        # Or Keras would give them values when it next has the chance.
+        # Otherwise Keras would initialise them at the next chance.
         del waiting[before:]
         global_state.set_global_attribute("object_name_uids", names)

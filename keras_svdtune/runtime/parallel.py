@@ -1,4 +1,4 @@
-"""Work that goes layer by layer: on all cores, behind a progress bar."""
+"""Runs one job for each layer, on all cores, behind a progress bar."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -18,27 +18,23 @@ T = TypeVar("T")
 def run_all(
     what: str, jobs: Mapping[str, Callable[[], T]], bar: bool = True
 ) -> dict[str, T]:
-    """Runs one job for each layer and returns their results.
+    """Runs one job for each layer; returns the results by path, in order.
 
     The host decomposes several matrices at a time, each with one BLAS thread.
-    That is as fast as one matrix with all threads where nothing else runs, and
-    many times faster where something does: BLAS threads wait for each other.
-    A GPU takes one matrix at a time.
+    That is as fast as one matrix with all threads on an idle machine, and many
+    times faster on a busy one: BLAS threads wait for each other. A GPU takes
+    one matrix at a time.
 
-    Shows how many of how many are done, the time left, and the last layer;
-    `keras.config.disable_interactive_logging()` turns that off.
+    The bar shows the number done, the time left and the last layer;
+    `keras.config.disable_interactive_logging()` turns it off.
 
     Args:
-        what: str, what is done, before the bar.
-        jobs: a function for each layer, by its path.
-        bar: bool. Whether to show it.
-
-    Returns:
-        The results, in the order of `jobs`.
+        what: str, the label of the bar.
+        jobs: the function to run for each layer, by its path.
+        bar: bool. Whether to show the bar.
 
     Raises:
-        Whatever a job raises, or an interrupt; jobs not yet begun are
-        dropped then.
+        Whatever a job raises, or an interrupt. Those not begun are dropped.
     """
     index, _ = processes.processes()
     workers = (os.cpu_count() or 1) if on_host() else 1

@@ -1,11 +1,11 @@
-"""Several devices and processes, as JAX has them. Elsewhere there is one.
+"""Reads and sets how variables are split over devices, which JAX can do.
 
-All that knows `jax.sharding`, and how a Keras variable is laid out, is in
-this file. On TensorFlow and torch, which have no `keras.distribution`, every
-function here does nothing.
+Everything that knows `jax.sharding`, and how a Keras variable is laid out, is
+in this file. TensorFlow and torch have no `keras.distribution`; there every
+function leaves things as they are.
 
-With several processes (hosts of a TPU slice) an array is in no process as a
-whole, and what touches it is done by all of them together, in the same order.
+With several processes (hosts of a TPU slice) no process holds a whole array, so
+all of them must do together, in the same order, whatever touches it.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from keras import ops
 
 from keras_svdtune.runtime.types import Array, Mesh, Sharding, Tensor, Variable
 
-# The mesh axes of every dim of an array; () for a dim that is not split.
+# `Axes`: the mesh axes that split one dimension. `Spec`: those of each one.
 Axes = tuple[str, ...]
 Spec = tuple[Axes, ...]
 
@@ -29,7 +29,7 @@ class Placement:
 
     Attributes:
         mesh: `jax.sharding.Mesh`.
-        spec: the mesh axes of each of its dims.
+        spec: the mesh axes of each dimension of the variable.
     """
 
     mesh: Mesh
@@ -37,11 +37,11 @@ class Placement:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Devices along each mesh axis."""
+        """The number of devices along each mesh axis."""
         return dict(self.mesh.shape)
 
     def sharding(self, spec: Spec) -> Sharding:
-        """`jax.sharding.NamedSharding` on the same mesh."""
+        """Returns the `jax.sharding.NamedSharding` of `spec` on this mesh."""
         import jax
 
         return jax.sharding.NamedSharding(
@@ -50,10 +50,10 @@ class Placement:
 
 
 def placement_of(variable: Variable) -> Placement | None:
-    """How a variable is split; None where it is on one device.
+    """Returns how a variable is split, or None if it is on one device.
 
-    A variable that has no value yet is where its layout says, or where the
-    `keras.distribution` in effect will put it.
+    For a variable without a value yet, its layout decides, or else the
+    `keras.distribution` in effect.
     """
     if keras.backend.backend() != "jax":
         return None
@@ -81,9 +81,10 @@ def _names(entry: object) -> tuple[str, ...]:
 
 
 def placed(value: Array, sharding: Sharding | None) -> Tensor:
-    """A tensor of `value`, split as `sharding` says; None: where it is made.
+    """Returns `value` as a tensor that is split as `sharding` says.
 
-    From an array on the host each device gets its part, and no more.
+    If `sharding` is None, it is on the default device. Of an array on the host
+    each device receives its own part only.
     """
     if sharding is None:
         return ops.convert_to_tensor(value)
@@ -102,11 +103,11 @@ def placed(value: Array, sharding: Sharding | None) -> Tensor:
 
 
 def place_variable(variable: Variable, sharding: Sharding | None) -> None:
-    """Splits a variable as `sharding` says, and the optimizer's of it.
+    """Splits a variable, and the optimizer's slots for it, by `sharding`.
 
-    Keras looks a layout up by the path of a variable when it makes it; so
-    variables that are to follow another one are made under `undistributed`,
-    and get theirs here.
+    Keras looks up a variable's layout by its path when it creates the variable.
+    So variables that must follow another one are created under `undistributed`,
+    and get their layout here.
     """
     if sharding is None:
         return
@@ -116,10 +117,10 @@ def place_variable(variable: Variable, sharding: Sharding | None) -> None:
 
 
 def whole_rows(x: Tensor, weight: Variable) -> Tensor:
-    """x (tokens, n) with every row on one device, where `weight` is split.
+    """Returns x (tokens, n) with each row on one device, if `weight` is split.
 
-    For what mixes neighbouring columns: a compiler that has columns on other
-    devices sends them one by one.
+    Operations that mix neighbouring columns need it: the compiler would send
+    columns on other devices one by one.
     """
     layout = getattr(weight, "_layout", None)
     if layout is None or keras.backend.backend() != "jax":
@@ -135,7 +136,7 @@ def whole_rows(x: Tensor, weight: Variable) -> Tensor:
 
 
 def follow(variable: Variable, other: Variable) -> None:
-    """Puts a variable where `other` is."""
+    """Puts a variable on the devices of `other`."""
     if getattr(other, "_layout", None) is not None:
         variable._layout = other._layout
         variable.assign(variable.value)
@@ -143,7 +144,7 @@ def follow(variable: Variable, other: Variable) -> None:
 
 @contextlib.contextmanager
 def undistributed() -> Iterator[None]:
-    """Within it no rule of a `keras.distribution` places new variables."""
+    """Temporarily keeps `keras.distribution` from placing new variables."""
     distribution = keras.distribution.distribution()
     keras.distribution.set_distribution(None)
     try:

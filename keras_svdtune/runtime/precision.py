@@ -1,4 +1,4 @@
-"""Where matrices are decomposed, and products in full float32."""
+"""Where matrices are decomposed, and how to multiply in full float32."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ import keras
 
 
 def on_host() -> bool:
-    """Whether matrices are decomposed by LAPACK on the host's CPU."""
+    """Returns whether LAPACK decomposes matrices on the host's CPU."""
     match keras.backend.backend():
         case "jax":
             import jax
@@ -27,7 +27,7 @@ def on_host() -> bool:
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Float32 products in float32: TPUs default to bfloat16, GPUs to tf32."""
+    """Temporarily turns off bfloat16 (TPU) and tf32 (GPU) in products."""
     match keras.backend.backend():
         case "jax":
             import jax

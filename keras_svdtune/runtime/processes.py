@@ -1,4 +1,4 @@
-"""Several processes of one program, as JAX has them. Elsewhere there is one."""
+"""Shares values among JAX processes; other backends have one process."""
 
 import pickle
 from collections.abc import Callable
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def to_numpy(x: Array) -> np.ndarray:
-    """A tensor as an array, whole; all processes call this together."""
+    """Returns a whole tensor as an array; all processes call this together."""
     if keras.backend.backend() == "jax":
         import jax
 
@@ -30,7 +30,7 @@ def to_numpy(x: Array) -> np.ndarray:
 
 
 def processes() -> tuple[int, int]:
-    """(index, count) of this process among those of one program."""
+    """Returns (index, count) of this process among those of the program."""
     if keras.backend.backend() != "jax":
         return 0, 1
     import jax
@@ -39,17 +39,14 @@ def processes() -> tuple[int, int]:
 
 
 def shared(owner: int, make: Callable[[], T]) -> T:
-    """What `make` returns in process `owner`, in all of them.
+    """Returns, in all processes, what `make` returns in process `owner`.
 
     An error there is raised everywhere, so that no process waits for one that
     has stopped.
 
     Args:
         owner: index of a process.
-        make: called in that process only. What it returns is pickled.
-
-    Raises:
-        Whatever `make` raises.
+        make: called in that process only. Its result is pickled.
     """
     index, count = processes()
     if count == 1:
@@ -66,7 +63,7 @@ def shared(owner: int, make: Callable[[], T]) -> T:
     if index == owner:
         bytes_ = np.frombuffer(ours, "uint8")
     outcome, theirs = pickle.loads(_broadcast(bytes_, index == owner).tobytes())
-    if failure is not None:  # the very one, with its traceback
+    if failure is not None:  # the original, with its traceback
         raise failure
     if theirs is not None:
         raise theirs
@@ -76,7 +73,7 @@ def shared(owner: int, make: Callable[[], T]) -> T:
 def _pickled(outcome: object, failure: Exception | None) -> bytes:
     try:
         data = pickle.dumps((outcome, failure))
-        pickle.loads(data)  # some errors are pickled but do not come back
+        pickle.loads(data)  # some errors can be pickled, not unpickled
     except Exception as error:
         cause = failure or error
         text = f"{type(cause).__name__}: {cause}"
@@ -87,7 +84,8 @@ def _pickled(outcome: object, failure: Exception | None) -> bytes:
 def _broadcast(array: np.ndarray, is_source: bool) -> np.ndarray:
     from jax.experimental import multihost_utils
 
-    # As bytes: JAX has 32-bit integers, and sums floats (-0.0 would be 0.0).
+    # As bytes: JAX truncates to 32 bits, and broadcasts by a sum, in which
+    # -0.0 becomes 0.0.
     data = np.ascontiguousarray(array).view("uint8")
     data = multihost_utils.broadcast_one_to_all(data, is_source)
     return np.asarray(data).view(array.dtype)

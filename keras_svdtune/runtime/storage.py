@@ -1,4 +1,4 @@
-"""A digest of a text and the arrays that belong to it."""
+"""Digests of arrays, and files that are written whole or not at all."""
 
 import hashlib
 import os
@@ -9,11 +9,9 @@ import numpy as np
 
 
 def digest_of(text: str, arrays: Mapping[str, np.ndarray]) -> str:
-    """SHA-256, in hexadecimal, of a text and of named arrays.
+    """Returns the SHA-256, in hexadecimal, of a text and of named arrays.
 
-    Args:
-        text: str.
-        arrays: by name; of each its name, dtype, shape and bytes count.
+    Name, dtype, shape and bytes of each array count, but not their order.
     """
     digest = hashlib.sha256(text.encode())
     for key, array in sorted(arrays.items()):
@@ -24,8 +22,8 @@ def digest_of(text: str, arrays: Mapping[str, np.ndarray]) -> str:
 
 def write_atomically(path: pathlib.Path, data: bytes) -> None:
     """Writes a file so that `path` holds the old one or the new one."""
-    # Not a name that must be new: a process that was killed may have left
-    # one, and in a container the next has the same id.
+    # The file may exist: a process that was killed may have left it, and in
+    # a container the next process has the same id.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

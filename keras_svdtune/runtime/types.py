@@ -1,8 +1,4 @@
-"""Names for what Keras has no type for.
-
-Keras is not typed, so to a type checker all of these are `Any`. They say to
-the reader what is meant.
-"""
+"""Names, mostly for `Any`, that say what is meant where Keras has no type."""
 
 from typing import Any, TypeAlias
 
@@ -10,7 +6,7 @@ import keras
 
 # A tensor of the backend: `jax.Array`, `tf.Tensor` or `torch.Tensor`.
 Tensor: TypeAlias = Any
-# A tensor, or a NumPy array where a value has come to the host already.
+# A tensor, or a NumPy array if the value is on the host already.
 Array: TypeAlias = Any
 Variable: TypeAlias = keras.Variable
 Layer: TypeAlias = keras.layers.Layer

@@ -23,17 +23,24 @@ Llama 3 tokenizer does not keep the names of its special tokens.)
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+import keras_hub
 import numpy as np
+from keras_hub.models import CausalLM
 from rich.progress import track
 
 from keras_svdtune.demo.optional import require
 from keras_svdtune.demo.weights.gguf_tokenizers import (
+    Fields,
     write_bpe_tokenizer,
     write_json,
     write_sentencepiece_tokenizer,
 )
+from keras_svdtune.runtime.types import Json
+
+if TYPE_CHECKING:
+    from gguf import ReaderTensor
 
 # GGUF tensor name -> Hugging Face tensor name, inside a block ("blk.3.").
 LLAMA_BLOCK = {
@@ -64,8 +71,6 @@ def convert(file: Path, folder: Path) -> None:
         file: a GGUF file of the architecture `llama` or `gemma3`.
         folder: is created; it appears only once it is complete.
     """
-    import keras_hub
-
     unfinished = folder.with_name(folder.name + ".part")
     shutil.rmtree(unfinished, ignore_errors=True)
     hf = unfinished / "tokenizer"
@@ -89,10 +94,8 @@ def convert(file: Path, folder: Path) -> None:
     unfinished.replace(folder)
 
 
-def load(folder: Path) -> Any:
+def load(folder: Path) -> CausalLM:
     """The `keras_hub.models.CausalLM` in a folder that `convert` wrote."""
-    import keras_hub
-
     models = keras_hub.models
     preprocessor = models.CausalLMPreprocessor.from_preset(
         str(folder / "tokenizer")
@@ -106,7 +109,7 @@ def load(folder: Path) -> Any:
     raise ValueError(f"No CausalLM for {type(backbone).__name__} in {folder}.")
 
 
-def write_hf_folder(file: Path, folder: Path) -> dict[str, Any]:
+def write_hf_folder(file: Path, folder: Path) -> Json:
     """Rewrites a GGUF file in Hugging Face's layout.
 
     Args:
@@ -141,7 +144,7 @@ def write_hf_folder(file: Path, folder: Path) -> dict[str, Any]:
     return config
 
 
-def hf_tensor(tensor: Any, config: dict[str, Any]) -> tuple[str, np.ndarray]:
+def hf_tensor(tensor: "ReaderTensor", config: Json) -> tuple[str, np.ndarray]:
     """A tensor of the GGUF file as Hugging Face would store it."""
     gguf = require("gguf")
     array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
@@ -184,7 +187,7 @@ def unpermute_rope(matrix: np.ndarray, heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(rows, columns)
 
 
-def llama_config(fields: dict[str, Any]) -> dict[str, Any]:
+def llama_config(fields: Fields) -> Json:
     """Hugging Face's config of a Llama model."""
     return _config(fields, "llama") | {
         "architectures": ["LlamaForCausalLM"],
@@ -194,7 +197,7 @@ def llama_config(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def gemma_config(fields: dict[str, Any]) -> dict[str, Any]:
+def gemma_config(fields: Fields) -> Json:
     """Hugging Face's config of a Gemma 3 text model."""
     head_dim = fields["gemma3.attention.key_length"]
     layers = fields["gemma3.block_count"]
@@ -220,7 +223,7 @@ def gemma_config(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _config(fields: dict[str, Any], prefix: str) -> dict[str, Any]:
+def _config(fields: Fields, prefix: str) -> Json:
     epsilon = fields[f"{prefix}.attention.layer_norm_rms_epsilon"]
     return {
         "vocab_size": len(fields["tokenizer.ggml.tokens"]),

@@ -7,14 +7,17 @@ else a tokenizer needs is the same for every model of the family.
 
 import json
 from pathlib import Path
-from typing import Any
 
 from keras_svdtune.demo.optional import require
+from keras_svdtune.runtime.types import Json
+
+# The hyper-parameters and the tokenizer of a GGUF file, by their keys.
+Fields = Json
 
 SPACE = "\u2581"  # what SentencePiece writes for a space
 
 
-def write_bpe_tokenizer(fields: dict[str, Any], folder: Path) -> None:
+def write_bpe_tokenizer(fields: Fields, folder: Path) -> None:
     """Writes `tokenizer.json` of a byte-pair tokenizer."""
     tokens = fields["tokenizer.ggml.tokens"]
     types = fields["tokenizer.ggml.token_type"]
@@ -38,7 +41,7 @@ def write_bpe_tokenizer(fields: dict[str, Any], folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", names)
 
 
-def write_sentencepiece_tokenizer(fields: dict[str, Any], folder: Path) -> None:
+def write_sentencepiece_tokenizer(fields: Fields, folder: Path) -> None:
     """Writes `tokenizer.model` of a SentencePiece tokenizer."""
     proto = require("sentencepiece.sentencepiece_model_pb2")
     model = proto.ModelProto()
@@ -74,6 +77,6 @@ def write_sentencepiece_tokenizer(fields: dict[str, Any], folder: Path) -> None:
     (folder / "tokenizer.model").write_bytes(model.SerializeToString())
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: Json) -> None:
     """Writes a JSON file."""
     path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")

@@ -20,9 +20,9 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import filelock
+from keras_hub.models import CausalLM
 from rich.progress import Progress
 
 from keras_svdtune.demo.weights import gguf_to_hf
@@ -113,7 +113,9 @@ MODELS = {
 }
 
 
-def load_model(name: str, cache: str | os.PathLike[str] | None = None) -> Any:
+def load_model(
+    name: str, cache: str | os.PathLike[str] | None = None
+) -> CausalLM:
     """Loads one of the two models, fetching and converting it if need be.
 
     Args:
