@@ -19,7 +19,6 @@ Nothing that goes wrong here is an error: at worst the work is done again.
 import contextlib
 import os
 import pathlib
-import tempfile
 import threading
 import time
 import warnings
@@ -29,7 +28,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from keras_svdtune.runtime.storage import digest_of
+from keras_svdtune.runtime.storage import digest_of, write_atomically
 
 Arrays = dict[str, np.ndarray]
 
@@ -133,14 +132,7 @@ class _Store:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._make_room(len(data))
-            handle, temporary = tempfile.mkstemp(".tmp", ".", self.folder)
-            try:
-                with open(handle, "wb") as file:
-                    file.write(data)
-                os.replace(temporary, self._path(key))
-            except BaseException:
-                pathlib.Path(temporary).unlink(missing_ok=True)
-                raise
+            write_atomically(self._path(key), data, durable=False)
         except OSError as error:
             self._warn(error)
 

@@ -41,6 +41,8 @@ def enable_adapter(
     is touched, so an error or an interrupt leaves the model as it was.
     Functions that the model, or a Task around it, had compiled are dropped, and
     an optimizer in use is replaced by a fresh one with the same settings.
+    BatchNormalization is frozen too, as Keras' LoRA freezes it;
+    `layer.trainable = True` thaws a layer by hand.
 
     Args:
         model: a KerasHub Backbone; a Task, which means its backbone; or any

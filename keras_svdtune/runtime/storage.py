@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pathlib
+import threading
 from collections.abc import Mapping
 
 import numpy as np
@@ -20,16 +21,28 @@ def digest_of(text: str, arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def write_atomically(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file so that `path` holds the old one or the new one."""
-    # The file may exist: a process that was killed may have left it, and in
-    # a container the next process has the same id.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_atomically(
+    path: pathlib.Path, data: bytes, durable: bool = True
+) -> None:
+    """Writes a file so that `path` holds the old one or the new one.
+
+    Processes and threads may write to one path at once: one of them wins.
+
+    Args:
+        path: where to write.
+        data: the whole file.
+        durable: bool. Whether it is to survive a loss of power.
+    """
+    # Of this thread alone. A process that was killed may have left the same
+    # name, since in a container the next one has the same id.
+    name = f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp"
+    temporary = path.with_name(name)
     try:
         with open(temporary, "wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
