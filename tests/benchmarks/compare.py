@@ -5,8 +5,8 @@
 It runs `step_time.py` for real models on each backend (PEFT's methods beside
 ours on torch), and on JAX for single layers of larger models' shapes; each in
 a process of its own, one after the other. Everything is written to the results
-folder: a JSON file and a plot for each run, and `compare.md`, a table of them
-all, also of those from earlier runs.
+folder: a JSON file for each run, and `compare.md`, a table of them all, also of
+those from earlier runs.
 """
 
 import argparse
@@ -51,28 +51,6 @@ COLUMNS = {
 }
 
 
-def gigabytes(layer: str, tokens: int) -> float:
-    """About what a run on one layer holds: all candidates, and one step.
-
-    Three bases of the smaller side and one W·V, six copies of W (with its
-    float64 copy while it is decomposed), and eight arrays of activations.
-    """
-    rows, columns = map(int, layer.split("x"))
-    numbers = 3 * min(rows, columns) ** 2 + 7 * rows * columns
-    return 4e-9 * (numbers + 8 * tokens * (rows + columns))
-
-
-def available_gigabytes() -> float:
-    """Memory that is free for a new process (Linux); else no limit."""
-    path = Path("/proc/meminfo")
-    if not path.exists():
-        return float("inf")
-    for line in path.read_text().splitlines():
-        if line.startswith("MemAvailable"):
-            return int(line.split()[1]) * 1024e-9
-    return float("inf")
-
-
 def run(backend: str, arguments: list[str]) -> None:
     """One run of `step_time.py`; its output goes to the terminal."""
     command = [sys.executable, str(Path(__file__).with_name("step_time.py"))]
@@ -114,31 +92,19 @@ def markdown(folder: Path) -> str:
             # Memory that was resident before is used again: no peak of it.
             if (row.get("peak_bytes") or 0) < (row.get("temp_bytes") or 0):
                 row["peak_bytes"] = None
-        columns = {
-            name: value
-            for name, value in COLUMNS.items()
-            if any(r.get(value[0]) is not None for r in rows.values())
-        }
+        columns = [
+            name
+            for name in COLUMNS
+            if any(cell(row, name) for row in rows.values())
+        ]
         lines.append("| | " + " | ".join(columns) + " |")
         lines.append("|---" * (1 + len(columns)) + "|")
         for name, row in rows.items():
-            found = [_cell(row, *value) for value in columns.values()]
+            found = [cell(row, column) for column in columns]
             lines.append(f"| {name} | " + " | ".join(found) + " |")
         lines += [
             f"\nLeft out: {name} ({why})"
             for name, why in read["left_out"].items()
-        ]
-    missing = [
-        f"{layer} at {tokens:,} tokens ({gigabytes(layer, tokens):.0f} GB)"
-        for layer in LAYERS
-        for tokens in TOKENS
-        if not (folder / f"step_time_{layer}_jax_{tokens}.json").exists()
-    ]
-    if missing:
-        lines += [
-            "",
-            "Not measured, with about the memory that it takes (the minutes "
-            "grow with n³ and with the tokens): " + ", ".join(missing) + ".",
         ]
     return "\n".join(lines) + "\n"
 
@@ -151,7 +117,9 @@ def _place(path: Path) -> tuple[Any, ...]:
     return (order, read["model"], read["machine"]["backend"], tokens)
 
 
-def _cell(row: dict[str, Any], key: str, unit: float, form: str) -> str:
+def cell(row: dict[str, Any], column: str) -> str:
+    """What a column of `COLUMNS` has in a row; nothing if it is not known."""
+    key, unit, form = COLUMNS[column]
     value = row.get(key)
     if value is None:
         return ""
@@ -200,13 +168,6 @@ def main() -> None:
     on_jax = "jax" in options.backends and importlib.util.find_spec("jax")
     for layer in options.layers if on_jax else []:
         for tokens in options.tokens:
-            needed, free = gigabytes(layer, tokens), available_gigabytes()
-            if needed > free:
-                left_out.append(
-                    f"{layer} at {tokens:,} tokens needs {needed:.0f} GB, "
-                    f"{free:.0f} are free"
-                )
-                continue
             shape = ["1", "--length", str(tokens)]
             run("jax", ["--model", layer, "--batch", *shape, *common])
     path = options.results / "compare.md"

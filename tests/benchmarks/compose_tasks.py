@@ -17,10 +17,9 @@ import keras
 import rich.box
 from rich.table import Table
 
-from keras_svdtune import compose
+from keras_svdtune import METHODS, compose
 from keras_svdtune.demo import chat, fit, pirate, show, train
 from keras_svdtune.demo.weights.weights import MODELS, load_model
-from keras_svdtune.methods import METHODS
 
 WEIGHTS = [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.7, 0.7), (1.0, 1.0)]
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sharded_step import MODELS
+from shapes import MODELS
 
 BASE = "base model"
 

@@ -13,11 +13,11 @@ the reduction of the sums over all layers.
 """
 
 import argparse
-import functools
+import concurrent.futures
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import common
@@ -28,11 +28,7 @@ from keras import ops
 from rich.table import Table
 
 import keras_svdtune
-from keras_svdtune.demo.weights.weights import MODELS
-from keras_svdtune.hosts.host import matrix_of
-from keras_svdtune.hosts.replace_base import kernel_maker
-from keras_svdtune.model.targets import adapted_layers, find_targets
-from keras_svdtune.runtime.parallel import run_all
+from keras_svdtune.model.targets import find_targets
 
 MODES = ("int4", "int8")
 ITERATIONS = (1, 5)
@@ -50,44 +46,39 @@ def each(
     paths: Iterable[str], function: Callable[[str], np.ndarray]
 ) -> dict[str, np.ndarray]:
     """A function of each path, on all cores."""
-    jobs = {path: functools.partial(function, path) for path in paths}
-    return run_all("norms", jobs)
+    paths = list(paths)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(paths, pool.map(function, paths), strict=True))
 
 
-def load(name: str) -> keras.Model:
-    """The backbone, with the same weights each time."""
-    keras.utils.set_random_seed(0)  # the tiny one is random
-    return common.load_backbone(name)
+def matrices_of(backbone: keras.Model) -> dict[str, np.ndarray]:
+    """What every layer multiplies by, adapter and all, by path."""
+    return {
+        path: ops.convert_to_numpy(
+            target.matrix()
+            if target.adapter is None
+            else target.adapter.merged(target.matrix())
+        ).copy()
+        for path, target in find_targets(backbone, adapted=True).items()
+    }
 
 
-def as_array(tensor: Any) -> np.ndarray:
-    """A NumPy array of its own."""
-    return ops.convert_to_numpy(tensor).copy()
+def quantized(name: str, mode: str) -> dict[str, np.ndarray]:
+    """The matrices as Keras quantizes them, read back."""
+    backbone = common.load_backbone(name)
+    backbone.quantize(mode)
+    return matrices_of(backbone)
 
 
-def quantized(layer: Any, matrix: np.ndarray, mode: str) -> np.ndarray:
-    """A kernel as Keras quantizes it, read back."""
-    return as_array(kernel_maker(layer, mode)(matrix).matrix())
-
-
-def measured(
-    name: str,
-    method: keras_svdtune.PiSSA,
-    matrices: dict[str, np.ndarray],
+def enabled(
+    name: str, method: keras_svdtune.Method
 ) -> tuple[dict[str, np.ndarray], float]:
-    """The norms of W - W̃ by layer, and the seconds of enabling."""
-    backbone = load(name)
+    """The matrices just after enabling, and the seconds that it took."""
+    backbone = common.load_backbone(name)
     start = time.perf_counter()
     keras_svdtune.enable_adapter(backbone, method)
     seconds = time.perf_counter() - start
-    layers = adapted_layers(backbone)
-
-    def left(path: str) -> np.ndarray:
-        layer = layers[path]
-        now = as_array(layer.adapter.merged(matrix_of(layer)))
-        return norms(matrices[path] - now)
-
-    return each(matrices, left), seconds
+    return matrices_of(backbone), seconds
 
 
 def summary(
@@ -122,52 +113,26 @@ def kinds_of(matrices: dict[str, np.ndarray]) -> dict[str, list[str]]:
 
 def main() -> None:
     """Runs the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument(
-        "--model", choices=[*MODELS, common.TINY], default="gemma3_270m"
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    common.add_model(parser)
+    common.add_results(parser)
     parser.add_argument("--ranks", type=int, nargs="+", default=[128])
-    parser.add_argument(
-        "--results", type=Path, default=Path(__file__).parent / "results"
-    )
     options = parser.parse_args()
     keras.config.disable_interactive_logging()
     machine = common.machine()
-    targets = find_targets(load(options.model))
-    matrices = {path: as_array(matrix_of(x)) for path, x in targets.items()}
+    matrices = matrices_of(common.load_backbone(options.model))
     kinds = kinds_of(matrices)
-    norm = each(matrices, lambda path: norms(matrices[path]))
-    plain = {
-        mode: each(
-            matrices,
-            lambda path, mode=mode: norms(
-                matrices[path] - quantized(targets[path], matrices[path], mode)
-            ),
-        )
-        for mode in MODES
-    }
-    common_part = {
-        "model": options.model,
-        "machine": machine,
-        "plain_relative_error": {
-            mode: {
-                kind: {
-                    "nuclear": _mean_ratio(errors, norm, paths, 0),
-                    "frobenius": _mean_ratio(errors, norm, paths, 1),
-                }
-                for kind, paths in {"all": list(matrices), **kinds}.items()
-            }
-            for mode, errors in plain.items()
-        },
-    }
+
+    def distances(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return each(matrices, lambda path: norms(matrices[path] - found[path]))
+
+    plain = {mode: distances(quantized(options.model, mode)) for mode in MODES}
     results: list[dict[str, Any]] = []
     settings = itertools.product(options.ranks, MODES, ITERATIONS)
     for rank, mode, iterations in settings:
         method = keras_svdtune.PiSSA(rank, quantize=mode, iterations=iterations)
-        left, seconds = measured(options.model, method, matrices)
+        found, seconds = enabled(options.model, method)
+        left = distances(found)
         results.append(
             {
                 "rank": rank,
@@ -186,19 +151,13 @@ def main() -> None:
         common.write_json(
             options.results,
             f"qpissa_error_{options.model}_{machine['backend']}",
-            common_part | {"results": results},
+            {
+                "model": options.model,
+                "machine": machine,
+                "results": results,
+            },
         )
     common.show(table_of(results, options.model, common.describe(machine)))
-
-
-def _mean_ratio(
-    errors: dict[str, np.ndarray],
-    norm: dict[str, np.ndarray],
-    paths: list[str],
-    which: int,
-) -> float:
-    """The mean of ‖W - quant(W)‖ / ‖W‖ over some layers."""
-    return float(np.mean([errors[p][which] / norm[p][which] for p in paths]))
 
 
 def table_of(results: list[dict[str, Any]], model: str, note: str) -> Table:

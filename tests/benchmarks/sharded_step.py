@@ -4,87 +4,27 @@ Of a model of shapes alone. `distribution.py` makes its tables of them.
 """
 
 import collections
+import importlib.util
 import math
+import os
 import re
+import sys
 from typing import Any
 
-import common
 import jax
 import keras
 import keras_hub
-from tpu_step import enable_with_zeros
+import numpy as np
+import shapes
+from jax.experimental import topologies
 
 import keras_svdtune
-from keras_svdtune.adapter.adapter import Adapter
-from keras_svdtune.model.targets import all_layers, find_targets
-from keras_svdtune.runtime.valueless import abstract
+from keras_svdtune.adapter.plan import AdapterPlan
+from keras_svdtune.model.checks import targets_for
+from keras_svdtune.model.enable import attach_plans
+from keras_svdtune.model.targets import adapted_targets, find_targets
+from keras_svdtune.runtime.keras_internals import built_without_values
 
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gemma2_9b": (
-        "GemmaBackbone",
-        {
-            "vocabulary_size": 256000,
-            "num_layers": 42,
-            "num_query_heads": 16,
-            "num_key_value_heads": 8,
-            "hidden_dim": 3584,
-            "intermediate_dim": 28672,
-            "head_dim": 256,
-            "query_head_dim_normalize": True,
-            "use_post_ffw_norm": True,
-            "use_post_attention_norm": True,
-            "final_logit_soft_cap": 30.0,
-            "attention_logit_soft_cap": 50.0,
-            "use_sliding_window_attention": True,
-            "dtype": "bfloat16",
-        },
-    ),
-    "gemma3_270m": (
-        "Gemma3Backbone",
-        {
-            "vocabulary_size": 262144,
-            "image_size": 0,
-            "num_layers": 18,
-            "num_query_heads": 4,
-            "num_key_value_heads": 1,
-            "hidden_dim": 640,
-            "intermediate_dim": 2048,
-            "head_dim": 256,
-            "use_query_key_norm": True,
-            "use_post_ffw_norm": True,
-            "use_post_attention_norm": True,
-            "use_sliding_window_attention": True,
-            "sliding_window_size": 512,
-            "vision_encoder": None,
-            "dtype": "float32",
-        },
-    ),
-    "llama3_small": (
-        "Llama3Backbone",
-        {
-            "vocabulary_size": 4096,
-            "num_layers": 4,
-            "num_query_heads": 16,
-            "num_key_value_heads": 8,
-            "hidden_dim": 512,
-            "intermediate_dim": 1536,
-            "dtype": "float32",
-        },
-    ),
-    common.TINY: (
-        "GemmaBackbone",
-        {
-            "vocabulary_size": 64,
-            "num_layers": 2,
-            "num_query_heads": 8,
-            "num_key_value_heads": 8,
-            "hidden_dim": 64,
-            "intermediate_dim": 256,
-            "head_dim": 8,
-            "dtype": "float32",
-        },
-    ),
-}
 KINDS = (
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all"),
     "collective-permute",
@@ -96,7 +36,7 @@ class Step:
     """A training step of a model of shapes alone, compiled for a mesh.
 
     Args:
-        name: a model of `MODELS`.
+        name: a model of `shapes.py`.
         layers: int, how many of its layers.
         method: a `Method`, a rank for `enable_lora`, or None for the base.
         mesh: `keras.distribution.DeviceMesh`.
@@ -115,12 +55,11 @@ class Step:
         length: int,
     ):
         keras.backend.clear_session(free_memory=False)
-        class_name, config = MODELS[name]
-        cls = getattr(keras_hub.models, class_name)
+        cls = getattr(keras_hub.models, shapes.MODELS[name][0])
         self.mesh, self.batch, self.length = mesh, batch, length
         self.optimizer = keras.optimizers.Adam(1e-3)  # its counters are numbers
-        with abstract():
-            model = cls(**{**config, "num_layers": layers})
+        with built_without_values():
+            model = shapes.build(name, num_layers=layers)
             self.layout_map = (
                 cls.get_layout_map(mesh)
                 if layout == "keras_hub"
@@ -137,7 +76,7 @@ class Step:
             self._lay_out(model.variables)
             self.optimizer.build(model.trainable_variables)
             self._lay_out(self.optimizer.variables)
-        self.model, self.config = model, config
+        self.model = model
 
     def _lay_out(self, variables: list[Any]) -> None:
         """What Keras does when it makes a variable under a distribution."""
@@ -152,8 +91,11 @@ class Step:
     def bytes_per_device(self) -> dict[str, int]:
         """What a device holds between two steps, by what it is."""
         found: dict[str, int] = collections.Counter()
-        adapters = [x for x in all_layers(self.model) if isinstance(x, Adapter)]
-        ours = {id(v) for x in adapters for v in x.variables}
+        ours = {
+            id(v)
+            for target in adapted_targets(self.model).values()
+            for v in target.adapter.variables
+        }
         trained = {id(v) for v in self.model.trainable_variables}
         for v in self.model.variables:
             kind = "bases" if id(v) in ours else "model"
@@ -209,6 +151,29 @@ class Step:
             .lower(*state, abstract_values(frozen), tokens)
             .compile()
         )
+
+
+def enable_with_zeros(model: Any, method: keras_svdtune.Method) -> None:
+    """Enables a method with zeros for what it would compute from W."""
+    targets = targets_for(model, method, None)
+    fingerprint = np.zeros(5, "float32")
+    plans = {path: AdapterPlan(method, {}, fingerprint) for path in targets}
+    attach_plans(model, method, targets, plans)
+
+
+def topology(name: str) -> Any:
+    """The devices of a slice, such as `v5e:2x4`; none of them is there."""
+    if importlib.util.find_spec("libtpu") is None:
+        sys.exit("This benchmark needs the TPU's compiler: pip install libtpu")
+    # There is no TPU to ask for these.
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # Nothing runs on a TPU, so no process need have it for itself.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    return topologies.get_topology_desc(
+        platform="tpu", topology_name=name
+    ).devices
 
 
 def only_first_norm(model: Any) -> None:

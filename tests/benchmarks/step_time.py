@@ -34,14 +34,13 @@ import common
 import keras
 import numpy as np
 import peft_rows
-import step_plot
+from compare import COLUMNS, cell
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from steps import random_tokens, step_of
 
 import keras_svdtune
-from keras_svdtune.model.targets import find_targets
 
 FLOOR = "frozen floor"
 LORA = "Keras enable_lora"
@@ -198,17 +197,22 @@ def candidates(
     return found, left_out
 
 
+def _targets(model: Any) -> list[str]:
+    """The name of the layer of every matrix."""
+    layers = keras_svdtune.estimate(model, keras_svdtune.LoRA(rank=1)).layers
+    return [x.path.rpartition("/")[2] for x in layers]
+
+
 def _enable_lora(model: Any, rank: int) -> bool:
     """Keras' LoRA on every target; whether the model can save it."""
-    layers = find_targets(model).values()
+    names = _targets(model)
     if hasattr(model, "enable_lora"):
-        model.enable_lora(rank, sorted({x.name for x in layers}))
+        model.enable_lora(rank, sorted(set(names)))
         return True
     for layer in model.layers:
-        layer.trainable = False
-    for layer in layers:
-        layer.trainable = True
-        layer.enable_lora(rank)
+        layer.trainable = layer.name in names
+        if layer.trainable:
+            layer.enable_lora(rank)
     return False
 
 
@@ -248,50 +252,20 @@ def with_ratios(results: dict[str, dict[str, Any]]) -> None:
         result["seconds_to_floor"] = result["seconds"] / floor["seconds"]
 
 
-COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "s / step": lambda r: f"{r['seconds']:.3g}",
-    "min - max": lambda r: (
-        f"{min(r['all_seconds']):.3g} - {max(r['all_seconds']):.3g}"
-    ),
-    "to enable_lora": lambda r: f"{r['seconds_to_lora']:.2f}",
-    "to floor": lambda r: f"{r['seconds_to_floor']:.2f}",
-    "CPU s": lambda r: f"{r['cpu_seconds']:.3g}",
-    "CPU to enable_lora": lambda r: f"{r['cpu_seconds_to_lora']:.2f}",
-    "GFLOP": lambda r: f"{r['flops'] / 1e9:.3g}",
-    "temp MB": lambda r: f"{r['temp_bytes'] / 1e6:.4g}",
-    "temp to enable_lora": lambda r: f"{r['temp_bytes_to_lora']:.2f}",
-    "peak MB": lambda r: f"{r['peak_bytes'] / 1e6:.4g}",
-    "trainable": lambda r: f"{r['trainable_parameters']:,}",
-    "file KiB": lambda r: f"{r['file_bytes'] / 1024:,.0f}",
-    "s to enable": lambda r: f"{r['enable_seconds']:.1f}",
-}
-
-
-def cells(result: dict[str, Any]) -> list[str]:
-    """A row of the table; a dash for what is not known."""
-    found = []
-    for text in COLUMNS.values():
-        try:
-            found.append(text(result))
-        except (KeyError, TypeError):
-            found.append("-")
-    return found
-
-
 def table_of(results: dict[str, dict[str, Any]], title: str, note: str) -> Any:
     """The results as a table."""
     table = Table(title=title, caption=note)
     table.add_column("", no_wrap=True)
     for column in COLUMNS:
         table.add_column(column, justify="right")
-    for name, result in results.items():
-        table.add_row(name, *cells(result))
+    for name, row in results.items():
+        table.add_row(name, *(cell(row, column) for column in COLUMNS))
     return table
 
 
 def main() -> None:
     """Runs the command."""
-    parser = common.parser(__doc__.splitlines()[0], by_shape=True)
+    parser = common.parser(__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=2, help="sequences")
     parser.add_argument("--length", type=int, default=512, help="tokens each")
     parser.add_argument("--steps", type=int, default=7, help="rounds")
@@ -309,7 +283,7 @@ def main() -> None:
         inputs = inputs.astype("float32")
     else:
         inputs = random_tokens(model.token_embedding.input_dim, *shape)
-    n_layers, dtype = len(find_targets(model)), model.dtype_policy.name
+    n_layers, dtype = len(_targets(model)), model.dtype_policy.name
     del model
     found, unfit = candidates(
         lambda: common.load_backbone(options.model),
@@ -350,10 +324,6 @@ def main() -> None:
             "left_out": left_out,
             "results": results,
         },
-    )
-    framed = (FLOOR, FULL, LORA, peft_rows.PREFIX)
-    step_plot.plot(
-        results, framed, title, note, options.results / f"{name}.png"
     )
 
 

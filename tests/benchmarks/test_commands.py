@@ -1,6 +1,5 @@
 """The benchmark commands run, on a tiny model. No time is asserted."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -40,19 +39,18 @@ def run(command: str, results: Path, *arguments: str) -> str:
 METHODS = ("svf", "svft:pattern=random", "pissa")
 
 
+@slow
 def test_compare(tmp_path: Path) -> None:
     printed = run(
         *("compare.py", tmp_path, "--models", "tiny", "--backends", "jax"),
-        *("--layers", "8x16", "9999999x9999999", "--tokens", "8"),
-        *("--batch", "1", "--length", "8", "--steps", "2", "--rank", "2"),
+        *("--layers", "8x16", "--tokens", "8", "--batch", "1"),
+        *("--length", "8", "--steps", "2", "--rank", "2"),
         *("--methods", *METHODS),
     )
     assert "SVFT pattern=random" in printed
-    assert "Left out: 9999999x9999999 at 8 tokens needs" in printed
     table = (tmp_path / "compare.md").read_text()
     for name in ("tiny_jax", "8x16_jax_8"):
-        path = tmp_path / f"step_time_{name}.json"
-        written = json.loads(path.read_text())
+        written = json.loads((tmp_path / f"step_time_{name}.json").read_text())
         results = written["results"]
         assert list(results) == [
             *("frozen floor", "Keras enable_lora(2)", "full fine-tuning"),
@@ -63,7 +61,6 @@ def test_compare(tmp_path: Path) -> None:
             assert result["flops"] > 0 and result["temp_bytes"] > 0
             assert f"| {label} | " in table
         assert written["machine"]["cores"] >= 1
-        assert path.with_suffix(".png").stat().st_size > 0
 
 
 @slow
@@ -87,19 +84,16 @@ def test_step_time(
 
 @slow
 def test_enable_time(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
     printed = run(
         *("enable_time.py", tmp_path, *TINY_MODEL, "--rounds", "1"),
-        *("--rank", "2"),
-        *("--methods", "svf", "lora"),
+        *("--rank", "2", "--methods", "svf", "lora"),
     )
     assert "Enabling on tiny" in printed
-    written = json.loads(
-        (tmp_path / "enable_time_tiny_jax_rank2.json").read_text()
-    )
+    path = tmp_path / "enable_time_tiny_jax_rank2.json"
+    written = json.loads(path.read_text())
     assert written["enabling"]["svf"]["kept_bytes"] > 0
-    for shape in written["alternatives"].values():
-        for row in shape["alternatives"].values():
-            assert row["relative_difference"] < 1e-2
+    assert all(row["equal_bits"] for row in written["cache"].values())
 
 
 @slow
@@ -114,22 +108,9 @@ def test_qpissa_error(tmp_path: Path) -> None:
 
 
 @slow
-def test_monitor_cost(tmp_path: Path) -> None:
-    run(
-        *("monitor_cost.py", tmp_path, *TINY_MODEL, "--rank", "2"),
-        *("--matrices", "3", "--rounds", "1", "--methods", "svf", "lora"),
-    )
-    written = json.loads((tmp_path / "monitor_cost_tiny_jax.json").read_text())
-    for rows in written["results"].values():
-        assert [x["matrices"] for x in rows] == [3, 14]
-        assert all(x["logs"]["sigma_drift"] > 0 for x in rows)
-
-
-@slow
-@pytest.mark.parametrize("command", ["text_classifier", "image_classifier"])
-def test_classifiers(command: str, tmp_path: Path) -> None:
-    run(f"{command}.py", tmp_path, "--tiny")
-    written = json.loads((tmp_path / f"{command}_tiny.json").read_text())
+def test_text_classifier(tmp_path: Path) -> None:
+    run("text_classifier.py", tmp_path, "--tiny")
+    written = json.loads((tmp_path / "text_classifier_tiny.json").read_text())
     rows = written["rows"]
     assert rows["frozen backbone"]["adapter_parameters"] == 0
     for name, row in rows.items():
@@ -137,54 +118,45 @@ def test_classifiers(command: str, tmp_path: Path) -> None:
         assert len(row["tried"]) == 3
         assert float(row["best_rate"]) in map(float, row["tried"])
         assert (row["file_bytes"] is None) == (name == "frozen backbone")
-    if command == "image_classifier":
-        assert written["normalization"]["inference_same_to_the_bit"]
 
 
-@slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs libtpu"
-)
-def test_tpu_compile(tmp_path: Path) -> None:
-    printed = run(
-        *(
-            "tpu_compile.py",
-            tmp_path,
-            *TINY_MODEL,
-            "--tokens",
-            "32",
-            "--length",
-            "16",
-        ),
-        *("--rank", "2", "--methods", "svf", "lora"),
+def test_compose_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("arrr", "chatterbot_corpus", "gguf", "yaml"):
+        pytest.importorskip(module)
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "demo")
+    import compose_tasks
+    from tiny_llama_gguf import write_tiny_llama
+
+    from keras_svdtune.demo import train
+    from keras_svdtune.demo.weights import gguf_to_hf
+
+    write_tiny_llama(tmp_path / "tiny.gguf")
+    gguf_to_hf.convert(tmp_path / "tiny.gguf", tmp_path / "converted")
+    monkeypatch.setattr(
+        compose_tasks,
+        "load_model",
+        lambda _: gguf_to_hf.load(tmp_path / "converted"),
     )
-    assert "no decomposition" in printed
-    written = json.loads((tmp_path / "tpu_compile_tiny.json").read_text())
-    assert list(written["results"]["32"]) == [
-        *("frozen floor", "Keras enable_lora(2)", "SVF", "LoRA (rank 2)"),
-        "full fine-tuning",
-    ]
-    for result in written["results"]["32"].values():
-        assert result["flops"] > 0 and 0 < result["estimated_seconds"] < 1
-    programs = written["enabling"]["programs"]
-    assert programs and not any(p["custom_calls"] for p in programs)
-    assert (tmp_path / "tpu_compile_tiny.png").stat().st_size > 0
+    monkeypatch.setattr(compose_tasks, "WEIGHTS", [(1.0, 0.0), (0.5, 0.5)])
+    monkeypatch.setattr(train, "LENGTH", 160)  # a token is a letter here
+    monkeypatch.setattr(train, "HELD_OUT", 8)
+    monkeypatch.setattr(
+        sys, "argv", ["", "--steps", "4", "--results", str(tmp_path)]
+    )
+    compose_tasks.main()
+    path = tmp_path / "compose_smollm2_135m_svf.json"
+    rows = json.loads(path.read_text())["held_out_loss"]
+    assert list(rows) == ["base model", "1 pirate", "0.5 pirate + 0.5 spanish"]
+    assert rows["1 pirate"] != rows["base model"]
 
 
-@slow
 def test_scale(tmp_path: Path) -> None:
-    printed = run(
-        *("scale.py", tmp_path, *TINY_MODEL, "--length", "16", "--rank", "2"),
-        *("--methods", "svf", "dora"),
-    )
-    assert "FLOPs differ from XLA's by" in printed
+    run("scale.py", tmp_path, "--model", "gemma_2b", "--methods", "svf", "dora")
     written = json.loads((tmp_path / "scale.json").read_text())
-    results = written["models"]["tiny"]["results"]
-    assert results["SVF"]["step_to_floor"] > 1.0
-    # The matrices of the real models, and the FLOPs of a real one.
-    assert len(written["check"]) > 2
-    for row in written["check"]:
-        assert abs(row["flops_ratio"] - 1.0) < 0.05
+    model = written["models"]["gemma_2b"]
+    assert model["parameters"] == 2_506_172_416
+    assert model["results"]["SVF"]["trainable"] == 193_536
+    assert "| DoRA (rank 8) | " in (tmp_path / "scale.md").read_text()
 
 
 @slow
@@ -212,19 +184,3 @@ def test_two_processes(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "two_processes.json").read_text())
     losses = written["svf"]["losses_of_two_processes"]
     assert len(losses) == 6 and losses[-1] < losses[0]
-
-
-@slow
-def test_sharded_losses(tmp_path: Path) -> None:
-    arguments = ("--methods", "svf", "lora", "--rank", "2")
-    run("sharded_losses.py", tmp_path, *TINY_MODEL, *arguments)
-    path = tmp_path / "sharded_losses_tiny_2x4_4x32.json"
-    before = path.read_text()
-    rows = json.loads(before)["rows"]
-    assert list(rows) == ["SVF", "LoRA (rank 2)"]
-    for row in rows.values():
-        assert row["largest_difference"] < 1e-4
-        assert len(row["losses_of_eight"]) == 20
-    # What is there is not run again.
-    run("sharded_losses.py", tmp_path, *TINY_MODEL, *arguments)
-    assert path.read_text() == before

