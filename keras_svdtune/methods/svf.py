@@ -54,7 +54,7 @@ class SVF(Method):
     of the demo on SmolLM2-135M (1e-1 was too large) and Gemma 3 270M, and the
     SVFT authors' for their plain pattern; a rate that suits LoRA (2e-4) is
     far too small for δ. Classifiers wanted 5e-3, the best of those tried for
-    a BERT and an EfficientNet (`tests/benchmarks/text_classifier.py`).
+    a BERT (`tests/benchmarks/text_classifier.py`).
 
     Args:
         replace_kernel: by keyword only, bool: a faster step, without W.

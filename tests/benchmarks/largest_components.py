@@ -23,9 +23,8 @@ import threadpoolctl
 from keras import ops
 
 from keras_svdtune.demo.weights.weights import load_model
-from keras_svdtune.hosts.host import matrix_of
 from keras_svdtune.matrix import float64, lanczos, lapack
-from keras_svdtune.matrix.algorithms import _HOST, small_side
+from keras_svdtune.matrix.algorithms import HOST, small_side
 from keras_svdtune.model.targets import find_targets
 
 SPECTRA: dict[str, Callable[[int], np.ndarray]] = {
@@ -43,8 +42,8 @@ def matrices(models: list[str], sides: list[int]) -> Iterator[Any]:
     """Names, and the matrices (in, out) under each."""
     for model in models:
         shapes: dict[tuple[int, ...], list[np.ndarray]] = {}
-        for layer in find_targets(load_model(model).backbone).values():
-            w = ops.convert_to_numpy(matrix_of(layer)).astype("float32")
+        for target in find_targets(load_model(model).backbone).values():
+            w = ops.convert_to_numpy(target.matrix()).astype("float32")
             shapes.setdefault(w.shape, []).append(w)
         for shape, found in shapes.items():
             yield f"{model} {shape[0]} x {shape[1]}", found
@@ -84,7 +83,7 @@ def row(found: list[np.ndarray], rank: int) -> list[str]:
     for w in (x if x.shape[1] <= x.shape[0] else x.T for x in found):
         ours = timed(lambda w: lanczos.largest(float64.gram(w), rank), w)
         some = timed(by_lapack, w, rank)
-        everything = timed(small_side, w, _HOST)
+        everything = timed(small_side, w, HOST)
         times.append([*ours[1:3], *some[1:3], *everything[1:3]])
         waits.append(ours[3])
         if ours[0] is not None:
