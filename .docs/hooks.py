@@ -1,9 +1,12 @@
 """Writes the pages of the documentation from the package.
 
-One page for each method, with its formula, the picture of what it trains, its
-docstring and its layers; reference pages that hold every other public name;
-README.md as the front page. A public name that has no page, or a method
-without a formula or a picture, fails the build.
+Each method has a page with its formula, the picture of what it trains, its
+docstring and its layers. Reference pages hold every other public name, and
+README.md is the front page. All of it follows from `METHODS` and
+`keras_svdtune.__all__`: a new method needs no line here.
+
+A public name that has no page, or a method without a formula or a picture,
+fails the build.
 """
 
 import importlib
@@ -21,37 +24,42 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 if importlib.util.find_spec("jax") and "KERAS_BACKEND" not in os.environ:
     os.environ["KERAS_BACKEND"] = "jax"
 
-from formulas import FORMULAS  # noqa: E402
 from latex2mathml import converter  # noqa: E402
 from mkdocs.exceptions import PluginError  # noqa: E402
 from mkdocs.structure.files import File, Files  # noqa: E402
-from pictures import PICTURES  # noqa: E402
+from pictures import draw  # noqa: E402
 
 import keras_svdtune  # noqa: E402
 from keras_svdtune import METHODS  # noqa: E402
-from keras_svdtune.keras_hub_methods import functions  # noqa: E402
-from keras_svdtune.layers import DeclaredLayer  # noqa: E402
+from keras_svdtune.keras_hub_methods import ON_MODELS  # noqa: E402
+from keras_svdtune.layers import LAYERS  # noqa: E402
+from keras_svdtune.methods.base import Method  # noqa: E402
 
 REPOSITORY = HERE.parent
 
 
 def pages() -> dict[str, str]:
-    """What is written, by its path."""
-    methods = METHODS
-    if not set(methods) == set(FORMULAS) == set(PICTURES):
-        raise PluginError(
-            "Every method needs a formula and a picture. Methods: "
-            f"{sorted(methods)}, formulas: {sorted(FORMULAS)}, pictures: "
-            f"{sorted(PICTURES)}"
-        )
+    """The text of every page and picture, by its path.
+
+    Raises:
+        PluginError: a method has no formula or no picture, or a public name
+            is not on exactly one page.
+    """
+    for cls in METHODS.values():
+        if not cls.formula or not cls.picture:
+            raise PluginError(
+                f"{cls.__name__} needs the class attributes `formula` and "
+                f"`picture`. Received: formula={cls.formula!r}, "
+                f"picture={cls.picture!r}"
+            )
     found = {
         "index.md": front_page(),
         "changelog.md": (REPOSITORY / "CHANGELOG.md").read_text("utf-8"),
         "methods/index.md": methods_page(),
     }
-    for name, cls in methods.items():
-        found[f"methods/{name}.md"] = method_page(name, cls)
-        found[f"methods/{name}.svg"] = PICTURES[name]()
+    for name, cls in METHODS.items():
+        found[f"methods/{name}.md"] = method_page(cls)
+        found[f"methods/{name}.svg"] = draw(cls.picture)
     for title, names in groups().items():
         found[f"reference/{title.lower()}.md"] = reference_page(title, names)
     text = "\n".join(found.values())
@@ -70,10 +78,9 @@ def heading(name: str) -> str:
     value = getattr(keras_svdtune, name)
     if not callable(value):
         return f"## {name}"
-    # A function may have the name of its module, which then comes first.
-    inner = f"{name}.{name}"
-    where = inner if value.__module__ == f"keras_svdtune.{name}" else name
-    return f"::: keras_svdtune.{where}"
+    # A method that another package registers is looked up there.
+    outside = value.__module__.partition(".")[0] != "keras_svdtune"
+    return f"::: {value.__module__ if outside else 'keras_svdtune'}.{name}"
 
 
 def entry(name: str) -> str:
@@ -92,7 +99,7 @@ def entry(name: str) -> str:
         and (inspect.isfunction(member) or isinstance(member, property))
         and member.__doc__
     ]
-    if issubclass(value, DeclaredLayer) or value in METHODS.values():
+    if name in LAYERS or value in METHODS.values():
         members = []
     return f"{heading(name)}\n    options:\n      members: {members or 'false'}"
 
@@ -100,30 +107,27 @@ def entry(name: str) -> str:
 def groups() -> dict[str, list[str]]:
     """The public names that are not on a method's page, by their page."""
     found: dict[str, list[str]] = {"Model": [], "Functions": [], "Classes": []}
-    on_models = functions()
+    on_methods_pages = {x for cls in METHODS.values() for x in names_of(cls)}
     for name in keras_svdtune.__all__:
         value = getattr(keras_svdtune, name)
-        if _method_of(value, name):
+        if name in on_methods_pages:
             continue
         if inspect.isclass(value) or not callable(value):
             found["Classes"].append(name)
         else:
-            found["Model" if name in on_models else "Functions"].append(name)
+            found["Model" if name in ON_MODELS else "Functions"].append(name)
     return found
 
 
-def _method_of(value: Any, name: str) -> str | None:
-    """The method on whose page a public name is."""
-    for method, cls in METHODS.items():
-        if value is cls or name == f"enable_{method}":
-            return method
-        if (
-            inspect.isclass(value)
-            and issubclass(value, DeclaredLayer)
-            and value.method_class is cls
-        ):
-            return method
-    return None
+def names_of(cls: type[Method]) -> list[str]:
+    """The public names that follow from a method, in the order of its page."""
+    enable = f"enable_{cls.name}"
+    layers = [k for k, x in LAYERS.items() if x.method_class is cls]
+    return [
+        cls.__name__,
+        *([enable] if enable in ON_MODELS else []),
+        *sorted(layers),
+    ]
 
 
 def front_page() -> str:
@@ -155,21 +159,14 @@ def methods_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def method_page(name: str, cls: Any) -> str:
+def method_page(cls: type[Method]) -> str:
     """One method: its formula, its picture, and all that has its name."""
-    formula = converter.convert(FORMULAS[name], display="block")
-    ours = [
-        x
-        for x in keras_svdtune.__all__
-        if _method_of(getattr(keras_svdtune, x), x) == name
-    ]
-    layers = [x for x in ours if x != cls.__name__ and not x.startswith("enab")]
-    verbs = [x for x in ours if x.startswith("enable_")]
+    formula = converter.convert(cls.formula, display="block")
     parts = [
         f"# {cls.title}",
         f"<div>{formula}</div>",
-        f"![What {cls.title} trains]({name}.svg)",
-        *(entry(x) for x in (cls.__name__, *verbs, *layers)),
+        f"![What {cls.title} trains]({cls.name}.svg)",
+        *map(entry, names_of(cls)),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -1,6 +1,6 @@
-"""A picture of what each method trains, as SVG.
+"""Draws the picture of what a method trains, as SVG.
 
-Grey is frozen, orange trains. Drawn on no background, in colours that are
+Grey is frozen, orange trains. There is no background, and the colours are
 readable on white and on black.
 """
 
@@ -11,11 +11,25 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from keras_svdtune.methods.picture import Block, Picture
+
 FROZEN, TRAINED, TEXT = "#8a8a8a", "#D55E00", "#7d7d7d"
-IN, OUT, RANK = 5.0, 3.4, 0.7  # n = min(in, out) = OUT
+SIZES = {"in": 5.0, "out": 3.4, "n": 3.4, "r": 0.7, "2r": 1.4}
+TALLEST, RANK = max(SIZES.values()), SIZES["r"]
 
 
-class Picture:
+def draw(picture: Picture) -> str:
+    """The SVG of a method's `picture`."""
+    drawing = Drawing()
+    for part in picture:
+        if isinstance(part, Block):
+            drawing.block(part)
+        else:
+            drawing.sign(part)
+    return drawing.svg()
+
+
+class Drawing:
     """Blocks in a row, from left to right."""
 
     def __init__(self) -> None:
@@ -25,22 +39,59 @@ class Picture:
         self.axes.axis("off")
         self.x = 0.0
 
-    def block(
-        self, height: float, width: float, name: str, trained: bool = False
-    ) -> tuple[float, float]:
-        """A matrix; returns its left end and its top."""
+    def block(self, block: Block) -> None:
+        """A matrix with its label below, and the part of it that trains."""
+        height, width = SIZES[block.rows], SIZES[block.columns]
         left, top = self.x, height / 2
-        colour = TRAINED if trained else FROZEN
-        self.fill(left, top, width, height, colour, 0.75 if trained else 0.25)
+        whole = block.trains == "all"
+        colour = TRAINED if whole else FROZEN
+        self.fill(left, top, width, height, colour, 0.75 if whole else 0.25)
         self.rectangle(
-            *(left, top, width, height),
+            left,
+            top,
+            width,
+            height,
             fill=False,
             edgecolor=colour,
             linewidth=1.4,
         )
-        self.text(left + width / 2, -IN / 2 - 0.45, name)
+        match block.trains:
+            case "first" | "last":
+                self.components(block, left, top, height, width)
+            case "diagonal" | "band" | "some" | "frozen":
+                self.diagonal(block, left, top, min(height, width))
+        self.text(left + width / 2, -TALLEST / 2 - 0.45, block.label)
         self.x += width + 0.5
-        return left, top
+
+    def components(
+        self, block: Block, left: float, top: float, height: float, width: float
+    ) -> None:
+        """The first or the last components: rows of Vᵀ, or columns of U."""
+        last = block.trains == "last"
+        if block.rows == "n":
+            self.fill(left, top - last * (height - RANK), width, RANK)
+        else:
+            self.fill(left + last * (width - RANK), top, RANK, height)
+
+    def diagonal(
+        self, block: Block, left: float, top: float, size: float
+    ) -> None:
+        """The entries of a diagonal, for a band with two more on each side."""
+        steps = 13 if size > SIZES["2r"] else 5
+        band = 2 if block.trains == "band" else 0
+        d = size / steps
+        for i in range(steps):
+            masked = block.trains == "some" and i in (1, 4)
+            frozen = masked or block.trains == "frozen"
+            for j in range(max(0, i - band), min(steps, i + band + 1)):
+                self.fill(
+                    left + j * d,
+                    top - i * d,
+                    d * 0.92,
+                    d * 0.92,
+                    FROZEN if frozen else TRAINED,
+                    0.9,
+                )
 
     def sign(self, text: str) -> None:
         """A sign between two blocks."""
@@ -58,7 +109,10 @@ class Picture:
     ) -> None:
         """A part of a block."""
         self.rectangle(
-            *(left, top, width, height),
+            left,
+            top,
+            width,
+            height,
             facecolor=colour,
             alpha=alpha,
             linewidth=0,
@@ -71,23 +125,6 @@ class Picture:
         corner = (left, top - height)
         self.axes.add_patch(Rectangle(corner, width, height, **how))
 
-    def diagonal(
-        self, left: float, top: float, size: float, band: int, trained: bool
-    ) -> None:
-        """The diagonal of a square, and `band` more on each side."""
-        steps = 13
-        d = size / steps
-        for i in range(steps):
-            for j in range(max(0, i - band), min(steps, i + band + 1)):
-                self.fill(
-                    left + j * d,
-                    top - i * d,
-                    d * 0.92,
-                    d * 0.92,
-                    TRAINED if trained else FROZEN,
-                    0.9,
-                )
-
     def text(self, x: float, y: float, text: str, size: int = 12) -> None:
         """A text in the middle of (x, y)."""
         self.axes.text(
@@ -96,9 +133,9 @@ class Picture:
 
     def svg(self) -> str:
         """The picture."""
-        self.text((self.x - 0.5) / 2, IN / 2 + 0.75, "orange trains", 11)
+        self.text((self.x - 0.5) / 2, TALLEST / 2 + 0.75, "orange trains", 11)
         self.axes.set_xlim(-0.4, max(self.x, 11.0))
-        self.axes.set_ylim(-IN / 2 - 0.9, IN / 2 + 1.1)
+        self.axes.set_ylim(-TALLEST / 2 - 0.9, TALLEST / 2 + 1.1)
         out = io.StringIO()
         # Without a date and with fixed ids, the same picture is the same file.
         with rc_context(
@@ -108,118 +145,3 @@ class Picture:
                 out, format="svg", transparent=True, metadata={"Date": None}
             )
         return out.getvalue()
-
-
-def between(picture: Picture, core: str) -> tuple[float, float]:
-    """U, what is between, and Vᵀ; returns the left and top of the middle."""
-    picture.block(IN, OUT, "U")
-    found = picture.block(OUT, OUT, core)
-    picture.block(OUT, OUT, "Vᵀ")
-    return found
-
-
-def svf() -> str:
-    """All singular values."""
-    picture = Picture()
-    left, top = between(picture, "diag(s ⊙ (1 + δ))")
-    picture.diagonal(left, top, OUT, 0, True)
-    return picture.svg()
-
-
-def svft() -> str:
-    """A band between the singular vectors."""
-    picture = Picture()
-    left, top = between(picture, "diag(s) + M")
-    picture.diagonal(left, top, OUT, 2, True)
-    return picture.svg()
-
-
-def _components(last: bool) -> str:
-    """The first or the last components, on both sides."""
-    picture = Picture()
-    left, top = picture.block(IN, OUT, "A from U·√s")
-    picture.fill(left + (OUT - RANK if last else 0.0), top, RANK, IN)
-    left, top = picture.block(OUT, OUT, "diag(s)")
-    picture.diagonal(left, top, OUT, 0, False)
-    left, top = picture.block(OUT, OUT, "B from √s·Vᵀ")
-    picture.fill(left, top - (OUT - RANK if last else 0.0), OUT, RANK)
-    return picture.svg()
-
-
-def pissa() -> str:
-    """The largest components."""
-    return _components(last=False)
-
-
-def milora() -> str:
-    """The smallest components."""
-    return _components(last=True)
-
-
-def lora_xs() -> str:
-    """A square between the largest singular vectors."""
-    picture = Picture()
-    picture.block(IN, OUT, "W")
-    picture.sign("+")
-    picture.block(IN, RANK, "Uᵣ·sᵣ")
-    picture.block(RANK, RANK, "R", trained=True)
-    picture.block(RANK, OUT, "Vᵣᵀ")
-    return picture.svg()
-
-
-def lora() -> str:
-    """Two thin matrices beside W."""
-    picture = Picture()
-    picture.block(IN, OUT, "W")
-    picture.sign("+")
-    picture.block(IN, RANK, "A", trained=True)
-    picture.block(RANK, OUT, "B", trained=True)
-    return picture.svg()
-
-
-def dora() -> str:
-    """The same, and a magnitude for each column."""
-    picture = Picture()
-    picture.sign("(")
-    picture.block(IN, OUT, "W")
-    picture.sign("+")
-    picture.block(IN, RANK, "A", trained=True)
-    picture.block(RANK, OUT, "B", trained=True)
-    picture.sign(")  ·")
-    left, top = picture.block(OUT, OUT, "diag(m / ‖·‖)")
-    picture.diagonal(left, top, OUT, 0, True)
-    return picture.svg()
-
-
-def adalora() -> str:
-    """Triplets beside W, some of which are masked."""
-    picture = Picture()
-    size = 2 * RANK
-    picture.block(IN, OUT, "W")
-    picture.sign("+")
-    picture.block(IN, size, "P", trained=True)
-    left, top = picture.block(size, size, "λ ⊙ mask")
-    for i, kept in enumerate((True, False, True, True, False)):
-        d = size / 5
-        picture.fill(
-            left + i * d,
-            top - i * d,
-            d * 0.9,
-            d * 0.9,
-            TRAINED if kept else FROZEN,
-            0.9,
-        )
-    picture.block(size, OUT, "Q", trained=True)
-    return picture.svg()
-
-
-PICTURES = {
-    "svf": svf,
-    "svft": svft,
-    "pissa": pissa,
-    "milora": milora,
-    "lora_xs": lora_xs,
-    "lora": lora,
-    "dora": dora,
-    "adalora": adalora,
-}

@@ -6,7 +6,7 @@ and defines five hooks (`needs`, `weights`, `initial_values`, `call` and
 convolution or a batch axis: x is always (tokens, in), and is reached through a
 `LinearMap`.
 
-To add a method, copy `svf.py` and decorate the class with `@register`. This
+To add a method, copy `lora.py` and decorate the class with `@register`. This
 gives it `enable_<name>` on Backbone, Task and the package, its layers, a page
 of the documentation, and rows in the conformance suite, the demo and the
 benchmarks.

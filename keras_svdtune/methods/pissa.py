@@ -28,7 +28,7 @@ QUANTIZATIONS = ("int8", "int4")
 def components_picture(part: Literal["first", "last"]) -> Picture:
     """Returns the picture of a method that trains components at one end."""
     return (
-        Block("A from U·√s", "in", "out", trains=part),
+        Block("A from U·√s", "in", "n", trains=part),
         Block("diag(s)", "n", "n", trains="frozen"),
         Block("B from √s·Vᵀ", "n", "out", trains=part),
     )
@@ -85,25 +85,11 @@ class SpectralLoRA(RankedMethod):
         return {"a0": factors.u * root, "b0": root[:, None] * factors.v.T}
 
     def call(self, weights: Weights, base: LinearMap) -> Tensor:
-        a = [weights.delta_a, ops.cast(weights.a0, "float32")]
-        b = [
-            weights.delta_b + ops.cast(weights.b0, "float32"),
-            weights.delta_b,
-        ]
         # One product of rank 2r rather than two of rank r.
-        return base() + branch(
-            base,
-            ops.concatenate(a, axis=1),
-            ops.concatenate(b, axis=0),
-            self.scale,
-        )
+        return base() + branch(base, *self.low_rank_factors(weights), 1.0)
 
     def merged(self, weights: Weights, matrix: Tensor) -> Tensor:
-        a0 = ops.cast(weights.a0, "float32")
-        b = ops.cast(weights.b0, "float32") + weights.delta_b
-        change = ops.matmul(weights.delta_a, b)
-        change = change + ops.matmul(a0, weights.delta_b)
-        return matrix + self.scale * change
+        return matrix + ops.matmul(*self.low_rank_factors(weights))
 
     def low_rank_factors(
         self, weights: Weights, matrix: Tensor | None = None
