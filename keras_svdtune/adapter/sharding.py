@@ -114,7 +114,7 @@ def block_axes(
     return found
 
 
-def refitted(
+def spec_for_replacement(
     spec: Spec, shape: tuple[int, ...], sizes: Mapping[str, int]
 ) -> Spec:
     """Returns how to split an array that replaces one of another shape.

@@ -93,7 +93,7 @@ def family_of(root: Model) -> Family:
     return family
 
 
-def place_of(path: str, family: Family) -> tuple[str, str]:
+def module_of(path: str, family: Family) -> tuple[str, str]:
     """Returns the module that a layer is in, and the layer's own name."""
     found = re.fullmatch(rf"(?:.*/)?{family.block}_(\d+)/(?:.*/)?(\w+)", path)
     if found is None or found[2] not in family.modules:

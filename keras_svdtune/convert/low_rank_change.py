@@ -41,7 +41,7 @@ class LayerConversion:
 
 
 @dataclasses.dataclass(frozen=True)
-class ThinProduct:
+class LowRankProduct:
     """dW of one layer as A·B: a (in, k), b (k, out), float32 arrays."""
 
     a: np.ndarray
@@ -49,9 +49,9 @@ class ThinProduct:
     measured: LayerConversion
 
 
-def thin_products(
+def low_rank_products(
     targets: dict[str, Target], rank: int | None
-) -> dict[str, ThinProduct]:
+) -> dict[str, LowRankProduct]:
     """Computes A·B for every adapted matrix; changes nothing.
 
     `targets` are adapted matrices by path; `rank` is as for `to_lora`.
@@ -67,11 +67,11 @@ def thin_products(
     return run_all("LoRA: converting", jobs)
 
 
-def thin_product(path: str, target: Target, rank: int | None) -> ThinProduct:
+def thin_product(path: str, target: Target, rank: int | None) -> LowRankProduct:
     """Computes A·B for one adapted matrix, by `to_lora`'s rules."""
     adapter = target.adapted
     method = adapter.method
-    matrix, change = change_of(path, target)
+    matrix, change = weight_and_change(path, target)
     if rank is None or (isinstance(method, LoRA) and method.rank == rank):
         factors = method.low_rank_factors(adapter, matrix)
         if factors is None:
@@ -82,7 +82,7 @@ def thin_product(path: str, target: Target, rank: int | None) -> ThinProduct:
             )
         a, b = (to_numpy(x) for x in factors)
         if 1 <= a.shape[1] <= min(change.shape):
-            return _thin(path, change, a, b)
+            return _with_error(path, change, a, b)
         # PiSSA's 2r may exceed min(in, out); AdaLoRA's rank may be 0.
         rank = min(max(a.shape[1], 1), *change.shape)
     assert rank is not None
@@ -90,17 +90,17 @@ def thin_product(path: str, target: Target, rank: int | None) -> ThinProduct:
     assert top.u is not None and top.v is not None
     # B holds all of s, as B holds LoRA's zeros at first: A has its full
     # size, so that B trains even where dW is zero.
-    return _thin(path, change, top.u, top.s[:, None] * top.v.T)
+    return _with_error(path, change, top.u, top.s[:, None] * top.v.T)
 
 
-def _thin(
+def _with_error(
     path: str, change: np.ndarray, a: np.ndarray, b: np.ndarray
-) -> ThinProduct:
+) -> LowRankProduct:
     found = a.astype("float64") @ b.astype("float64")
-    return ThinProduct(a, b, measure(path, change, found, a.shape[1]))
+    return LowRankProduct(a, b, measure(path, change, found, a.shape[1]))
 
 
-def change_of(path: str, target: Target) -> tuple[Tensor, np.ndarray]:
+def weight_and_change(path: str, target: Target) -> tuple[Tensor, np.ndarray]:
     """Returns W of an adapted matrix, and its dW = W' - W in float64."""
     adapter = target.adapted
     if adapter.replaced is not None:

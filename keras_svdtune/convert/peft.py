@@ -25,12 +25,17 @@ import numpy as np
 import safetensors.numpy
 from keras import ops
 
-from keras_svdtune.convert.hf_names import Family, family_of, paths_in, place_of
+from keras_svdtune.convert.hf_names import (
+    Family,
+    family_of,
+    module_of,
+    paths_in,
+)
 from keras_svdtune.convert.low_rank_change import (
     LayerConversion,
-    change_of,
+    low_rank_products,
     measure,
-    thin_products,
+    weight_and_change,
 )
 from keras_svdtune.convert.to_lora import Conversion
 from keras_svdtune.hosts.target import Target
@@ -104,7 +109,7 @@ def export_peft(
     family = family_of(root)
     modules: dict[str, dict[str, str]] = {}
     for path in targets:
-        module, name = place_of(path, family)
+        module, name = module_of(path, family)
         modules.setdefault(module, {})[name] = path
     parts, measured = _parts(targets, rank)
 
@@ -149,7 +154,7 @@ def _parts(
             {path: part for path, (part, _) in found.items()},
             tuple(measured for _, measured in found.values()),
         )
-    products = thin_products(targets, rank)
+    products = low_rank_products(targets, rank)
     return (
         {path: _Part(x.a, x.b) for path, x in products.items()},
         tuple(x.measured for x in products.values()),
@@ -166,7 +171,7 @@ def _dora_factors(target: Target) -> tuple[np.ndarray, ...] | None:
 
 
 def _dora(path: str, target: Target) -> tuple[_Part, LayerConversion]:
-    matrix, change = change_of(path, target)
+    matrix, change = weight_and_change(path, target)
     factors = _dora_factors(target)
     assert factors is not None
     a, b, m = factors

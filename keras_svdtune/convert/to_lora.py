@@ -9,7 +9,10 @@ from keras import ops
 
 from keras_svdtune.adapter.fingerprint import fingerprint
 from keras_svdtune.adapter.plan import AdapterPlan
-from keras_svdtune.convert.low_rank_change import LayerConversion, thin_products
+from keras_svdtune.convert.low_rank_change import (
+    LayerConversion,
+    low_rank_products,
+)
 from keras_svdtune.methods.base import Method
 from keras_svdtune.methods.lora import LoRA
 from keras_svdtune.model.enable import replace_adapters
@@ -119,7 +122,7 @@ def to_lora(model: Model, rank: int | None = None) -> Conversion:
     root = adapted_part(model)
     method = enabled_method(root)
     targets = require_adapted(root)
-    products = thin_products(targets, rank)
+    products = low_rank_products(targets, rank)
     report = Conversion(method, tuple(x.measured for x in products.values()))
     ranks = {path: x.measured.rank for path, x in products.items()}
     if all(

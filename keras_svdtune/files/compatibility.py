@@ -172,7 +172,7 @@ def _checked(
     return array
 
 
-def check_bases(
+def match_bases(
     adapter: SavedAdapter,
     targets: dict[str, Target],
     methods: dict[str, Method],
@@ -254,7 +254,7 @@ def check_effect(
     )
 
 
-def check_start(
+def check_frozen_weights(
     adapter: SavedAdapter, path: str, target: Target, values: Values
 ) -> None:
     """Checks that a replaced kernel fits the frozen weights of the file."""

@@ -58,7 +58,7 @@ def push_adapter(
     gemma.backbone.load_adapter("hf://user/pirate")
     ```
     """
-    place = hub_client.target_of(uri, private)
+    place = hub_client.place_to_push(uri, private)
     root = adapted_part(model)
     require_adapted(root)
     if base_preset is not None:

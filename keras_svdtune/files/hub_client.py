@@ -78,7 +78,7 @@ def is_uri(path: object) -> bool:
     return isinstance(path, str) and "://" in path
 
 
-def place_of(uri: object) -> Place:
+def parse_uri(uri: object) -> Place:
     """Parses a URI; raises a ValueError that shows the valid forms."""
     for key, hub in _HUBS.items():
         if found := re.fullmatch(hub.pattern, str(uri)):
@@ -87,9 +87,9 @@ def place_of(uri: object) -> Place:
     raise ValueError(f"An adapter on a hub is {forms}. Received: {uri!r}")
 
 
-def target_of(uri: object, private: bool) -> Place:
+def place_to_push(uri: object, private: bool) -> Place:
     """Returns the place to push to; raises an error if `uri` cannot be one."""
-    place = place_of(uri)
+    place = parse_uri(uri)
     if place.version is not None:
         raise ValueError(
             "Each push makes a new version by itself: push to "
@@ -110,7 +110,7 @@ def fetch(uri: str) -> str:
     Raises an ImportError if the hub's client is not installed, and a
     ValueError if `uri` is no URI of an adapter or there is no such one.
     """
-    place = place_of(uri)
+    place = parse_uri(uri)
     client = _client(place)
     with _explained(place, "read"):
         if place.hub == "kaggle":

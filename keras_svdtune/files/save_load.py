@@ -15,12 +15,12 @@ from keras_svdtune.adapter.fingerprint import effect
 from keras_svdtune.adapter.plan import AdapterPlan
 from keras_svdtune.files.compatibility import (
     array_key,
-    check_bases,
     check_effect,
-    check_start,
+    check_frozen_weights,
     dtype_in_file,
     find_targets_of,
     fingerprint_of,
+    match_bases,
     methods_of,
     values_for,
 )
@@ -172,7 +172,7 @@ def load_adapter(
         )
     values = values_for(adapter, targets, methods)
     statistics = statistics_for(root, adapter)
-    check_bases(adapter, targets, methods, ours)
+    match_bases(adapter, targets, methods, ours)
     if not adapted:
         plans = plan_adapters(
             f"{method.title}: loading", targets, methods, values
@@ -190,7 +190,7 @@ def load_adapter(
         } | values[path]
         assert ours_now.base_fingerprint is not None
         plan = AdapterPlan(ours_now.method, new, ours_now.base_fingerprint)
-        check_start(adapter, path, target, values[path])
+        check_frozen_weights(adapter, path, target, values[path])
         check_effect(adapter, row, target, plan)
     for path, target in targets.items():
         for name, value in values[path].items():

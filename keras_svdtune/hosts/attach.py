@@ -26,7 +26,7 @@ from keras_svdtune.runtime.keras_internals import (
     drop_sublayer,
     unlocked,
 )
-from keras_svdtune.runtime.placement import placed, placement_of
+from keras_svdtune.runtime.placement import placement_of, to_devices
 from keras_svdtune.runtime.types import Layer
 
 
@@ -121,7 +121,7 @@ def place_values(target: Target, method: Method, values: Values) -> Values:
     """Returns the first values of an adapter as tensors on their devices."""
     shardings = shardings_of(target, method)
     return {
-        name: placed(value, shardings.get(name))
+        name: to_devices(value, shardings.get(name))
         for name, value in values.items()
     }
 
@@ -157,7 +157,7 @@ def merge(target: Target) -> None:
     detach(target)
 
 
-def take_away(target: Target) -> None:
+def remove(target: Target) -> None:
     """Removes the adapter and what it learned.
 
     A kernel that was put in place of W needs the first weights of the adapter

@@ -13,7 +13,7 @@ import keras_hub
 from keras import ops
 
 from keras_svdtune.hosts.host import HOSTS, AdapterHost
-from keras_svdtune.hosts.linear_maps import LookupMap, ReverseMap
+from keras_svdtune.hosts.linear_maps import LookupMap, TiedHeadMap
 from keras_svdtune.hosts.target import plain_layer
 from keras_svdtune.matrix.view import DENSE_EQUATION, MatrixView
 from keras_svdtune.runtime.keras_internals import set_mask
@@ -69,7 +69,7 @@ class AdaptedReversibleEmbedding(
             return y
         if not self.tie_weights:
             return plain_layer(self).call(inputs, reverse=True)
-        base = ReverseMap(self, inputs)
+        base = TiedHeadMap(self, inputs)
         logits = base.to_output(self.adapter.reverse(base))
         if self.logit_soft_cap is not None:
             cap = self.logit_soft_cap
@@ -90,7 +90,7 @@ HOSTS[keras.layers.ReversibleEmbedding] = AdaptedReversibleEmbedding
 HOSTS[keras_hub.layers.ReversibleEmbedding] = AdaptedHubReversibleEmbedding
 
 
-def problem_of(layer: Layer) -> str | None:
+def why_not_adaptable(layer: Layer) -> str | None:
     """Returns why an embedding cannot be adapted, or None if it can."""
     if is_reversible(layer) and layer.quantization_mode is not None:
         return (

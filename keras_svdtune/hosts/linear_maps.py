@@ -102,7 +102,7 @@ class LookupMap:
         return ops.reshape(y, (*ops.shape(self._inputs), y.shape[-1]))
 
 
-class ReverseMap:
+class TiedHeadMap:
     """Computes x·Wᵀ of a tied embedding, x (..., dim), before its soft cap."""
 
     def __init__(self, layer: Layer, inputs: Tensor):

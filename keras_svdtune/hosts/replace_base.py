@@ -13,7 +13,7 @@ from collections.abc import Callable
 from keras import ops
 
 from keras_svdtune.adapter.plan import KernelMaker, NewKernel
-from keras_svdtune.adapter.sharding import refitted
+from keras_svdtune.adapter.sharding import spec_for_replacement
 from keras_svdtune.hosts.quantized import (
     quantize,
     quantized_copy,
@@ -75,7 +75,7 @@ def put_in_place(target: Target, kernel: NewKernel) -> None:
             for name in kernel.variables:
                 variable = getattr(layer, name)
                 shape = tuple(variable.shape)
-                spec = refitted(before.spec, shape, before.sizes)
+                spec = spec_for_replacement(before.spec, shape, before.sizes)
                 place_variable(variable, before.sharding(spec))
     for name, value in kernel.variables.items():
         getattr(layer, name).assign(value)

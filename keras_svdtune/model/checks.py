@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from keras_svdtune.hosts.embeddings import is_reversible, problem_of
+from keras_svdtune.hosts.embeddings import is_reversible, why_not_adaptable
 from keras_svdtune.hosts.quantized import MODES
 from keras_svdtune.hosts.target import Target
 from keras_svdtune.methods.base import METHODS, Method, has_reverse, nearest
@@ -101,7 +101,7 @@ def _problem_of(target: Target, method: Method) -> str:
             "has a constraint on its kernel, which an adapter cannot respect; "
             "build it without one"
         )
-    if target.is_embedding and (problem := problem_of(layer)):
+    if target.is_embedding and (problem := why_not_adaptable(layer)):
         return problem
     if target.is_embedding and not method.embeddings:
         return f"is an embedding, which {method.title} does not adapt"

@@ -18,8 +18,8 @@ from keras_svdtune.model.recompile import prepare_reset
 from keras_svdtune.model.state import (
     Enabled,
     adapted_part,
+    enabled_models,
     keep_record,
-    owners_of,
     record_of,
     require_adapted,
 )
@@ -118,7 +118,7 @@ def replace_adapters(
         ValueError: the model has no adapter of its own.
     """
     targets = require_adapted(root)
-    owners = owners_of(root, targets)
+    owners = enabled_models(root, targets)
     before = {p: (x.adapted, type(x.owner)) for p, x in targets.items()}
     reset = prepare_reset(x.owner for x in targets.values())
     try:
@@ -166,7 +166,7 @@ def remove_adapter(model: Model) -> None:
     Raises:
         ValueError: the model has no adapter.
     """
-    for enabled in _give_back(model, attach.take_away):
+    for enabled in _give_back(model, attach.remove):
         for variable, base in enabled.statistics.values():
             variable.assign(base)
         enabled.unfreeze()
@@ -175,7 +175,7 @@ def remove_adapter(model: Model) -> None:
 def _give_back(model: Model, end: Callable[[Target], None]) -> list[Enabled]:
     root = adapted_part(model)
     targets = require_adapted(root)
-    owners = owners_of(root, targets)
+    owners = enabled_models(root, targets)
     reset = prepare_reset(x.owner for x in targets.values())
     for target in targets.values():
         end(target)
@@ -220,7 +220,7 @@ def adapter_disabled(model: Model) -> Iterator[None]:
     ]
     statistics = [
         (variable, base, to_numpy(variable.value).copy())
-        for owner in owners_of(adapted_part(model), targets)
+        for owner in enabled_models(adapted_part(model), targets)
         for variable, base in record_of(owner).statistics.values()
     ]
     neutral: list[np.ndarray] = []

@@ -18,7 +18,7 @@ from keras_svdtune.runtime.keras_internals import (
     layers_in,
     optimizer_config,
 )
-from keras_svdtune.runtime.placement import follow, undistributed
+from keras_svdtune.runtime.placement import place_like, undistributed
 from keras_svdtune.runtime.types import Layer, Model, Optimizer
 
 
@@ -79,7 +79,7 @@ def _fresh(optimizer: Optimizer, model: Model) -> Optimizer:
     # Its counters go to the devices of the old ones, whatever
     # `keras.distribution` is in effect now.
     for ours, theirs in zip(fresh.variables, optimizer.variables, strict=False):
-        follow(ours, theirs)
+        place_like(ours, theirs)
     return fresh
 
 

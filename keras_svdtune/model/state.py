@@ -57,7 +57,7 @@ def keep_record(model: Model, enabled: Enabled | None) -> None:
         _ENABLED.add(model)
 
 
-def owners_of(root: Model, targets: dict[str, Target]) -> list[Model]:
+def enabled_models(root: Model, targets: dict[str, Target]) -> list[Model]:
     """Returns the models in `root` on which adapters were enabled.
 
     Raises:

@@ -80,7 +80,7 @@ def _names(entry: object) -> tuple[str, ...]:
     return tuple(entry) if isinstance(entry, tuple) else ()
 
 
-def placed(value: Array, sharding: Sharding | None) -> Tensor:
+def to_devices(value: Array, sharding: Sharding | None) -> Tensor:
     """Returns `value` as a tensor that is split as `sharding` says.
 
     If `sharding` is None, it is on the default device. Of an array on the host
@@ -113,7 +113,7 @@ def place_variable(variable: Variable, sharding: Sharding | None) -> None:
         return
     variable._layout = sharding
     if variable._value is not None:
-        variable._value = placed(variable._value, sharding)
+        variable._value = to_devices(variable._value, sharding)
 
 
 def whole_rows(x: Tensor, weight: Variable) -> Tensor:
@@ -135,7 +135,7 @@ def whole_rows(x: Tensor, weight: Variable) -> Tensor:
     )
 
 
-def follow(variable: Variable, other: Variable) -> None:
+def place_like(variable: Variable, other: Variable) -> None:
     """Puts a variable on the devices of `other`."""
     if getattr(other, "_layout", None) is not None:
         variable._layout = other._layout
