@@ -11,12 +11,10 @@ from keras import ops
 from keras.layers import Embedding
 
 from keras_svdtune.matrix.view import MatrixView
-from keras_svdtune.methods.pissa import QUANTIZATIONS
 from keras_svdtune.runtime.keras_internals import forget_variable
 from keras_svdtune.runtime.placement import undistributed
 from keras_svdtune.runtime.types import Layer, Tensor
 
-MODES = QUANTIZATIONS
 _ROWS = 1024  # of the identity at a time: an identity of 16,384 fills 1 GiB
 
 

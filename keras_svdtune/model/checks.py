@@ -7,9 +7,9 @@ from typing import Any
 import keras
 
 from keras_svdtune.hosts.embeddings import is_reversible, why_not_adaptable
-from keras_svdtune.hosts.quantized import MODES
 from keras_svdtune.hosts.target import Target
 from keras_svdtune.methods.base import METHODS, Method, has_reverse, nearest
+from keras_svdtune.methods.pissa import QUANTIZATIONS
 from keras_svdtune.methods.replaced_base import ReplacesBase
 from keras_svdtune.model.state import enabled_method
 from keras_svdtune.model.targets import adapted_targets, find_targets
@@ -87,10 +87,10 @@ def _problem_of(target: Target, method: Method) -> str:
     layer = target.owner
     if target.lora_enabled:
         return "has Keras LoRA enabled; load the model without it"
-    if target.quantization_mode not in (None, *MODES):
+    if target.quantization_mode not in (None, *QUANTIZATIONS):
         return (
             f"is quantized to {target.quantization_mode}, and adapters know "
-            f"{' and '.join(MODES)} only"
+            f"{' and '.join(QUANTIZATIONS)} only"
         )
     if isinstance(method, ReplacesBase) and (
         why := _not_to_replace(target, method)

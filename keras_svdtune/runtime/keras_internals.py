@@ -35,45 +35,51 @@ COMPILED_FUNCTIONS = (
     "generate_function",
 )
 
-# An owner, its attribute, and what this package needs the attribute for.
-RELIED_ON: tuple[tuple[Callable[[], Any], str, str], ...] = (
-    (lambda: _dense(), "_tracker", "a built layer gets and loses a sublayer"),
-    (lambda: _dense()._tracker, "config", "variables move between its lists"),
-    (lambda: _dense()._tracker, "stored_ids", "the same"),
-    (lambda: _dense()._tracker, "locked", "a built layer is locked"),
-    (lambda: _dense()._tracker, "untrack", "a sublayer is taken away"),
-    (lambda: _dense(), "_open_name_scope", "paths of an adapter's variables"),
-    (lambda: _dense(), "_layers", "the layers of a model, in order"),
-    (lambda: _dense(), "_trainable_variables", "freezing a layer's own"),
-    (lambda: _dense(), "_non_trainable_variables", "the same"),
-    (lambda: _dense(), "_untrack_variable", "quantizing a given kernel"),
-    (lambda: _dense(), "_kernel", "where a Dense layer holds its kernel"),
-    (lambda: _dense(), "quantization_mode", "whether a kernel is quantized"),
-    (lambda: _dense(), "_int8_call", "what a quantized layer calls"),
-    (lambda: _dense(), "_int4_call", "the same"),
-    (lambda: _dense(), "quantized_call", "the product of a quantized kernel"),
-    (lambda: _dense(), "_get_kernel_with_merged_lora", "what is saved"),
-    (lambda: keras.layers.EinsumDense, "_get_kernel_with_merged_lora", "same"),
-    (lambda: keras.layers.Embedding, "_get_embeddings_with_merged_lora", "-"),
-    (lambda: _dense().bias, "_value", "whether a variable has a value yet"),
-    (lambda: _dense().bias, "_layout", "on which devices a variable is"),
-    (lambda: keras.optimizers.SGD(), "_learning_rate", "keeping a schedule"),
+# What has an attribute, the attribute, and what this package needs it for.
+RELIED_ON = (
+    ("a layer", "_tracker", "giving a built layer a sublayer, and taking it"),
+    ("a layer", "_open_name_scope", "the paths of an adapter's variables"),
+    ("a layer", "_layers", "going through the layers of a model in order"),
+    ("a layer", "_trainable_variables", "freezing a layer's own variables"),
+    ("a layer", "_non_trainable_variables", "thawing a layer's own variables"),
+    ("a layer", "_untrack_variable", "quantizing a given kernel"),
+    ("a layer", "quantization_mode", "knowing whether a kernel is quantized"),
+    ("a Dense layer", "_kernel", "reading and writing the kernel"),
+    ("a Dense layer", "_int8_call", "computing on an int8 kernel"),
+    ("a Dense layer", "_int4_call", "computing on an int4 kernel"),
+    ("a Dense layer", "quantized_call", "the product of a quantized kernel"),
+    ("a Dense layer", "_get_kernel_with_merged_lora", "full saves"),
+    ("an EinsumDense layer", "_get_kernel_with_merged_lora", "full saves"),
+    ("an Embedding layer", "_get_embeddings_with_merged_lora", "full saves"),
+    ("a tracker", "config", "moving variables between its lists"),
+    ("a tracker", "stored_ids", "moving variables between its lists"),
+    ("a tracker", "locked", "locking a built layer again"),
+    ("a tracker", "untrack", "taking a sublayer away"),
+    ("a variable", "_value", "knowing whether it has a value yet"),
+    ("a variable", "_layout", "putting it on the devices of another one"),
+    ("an optimizer", "_learning_rate", "keeping a schedule"),
 )
 
 
 def missing_internals() -> list[str]:
-    """Returns what this release of Keras lacks of `RELIED_ON`, as messages."""
+    """Lists what this release of Keras lacks of `RELIED_ON`."""
+    dense = keras.layers.Dense(1)
+    dense.build((None, 1))
+    owners = {
+        "a layer": dense,
+        "a Dense layer": dense,
+        "an EinsumDense layer": keras.layers.EinsumDense,
+        "an Embedding layer": keras.layers.Embedding,
+        "a tracker": getattr(dense, "_tracker", None),
+        "a variable": dense.bias,
+        "an optimizer": keras.optimizers.SGD(),
+    }
     return [
-        f"{owner()!r} has no `{name}` ({why})"
+        f"In Keras {keras.version()}, {owner} has no `{name}`, which this "
+        f"package needs for {why}."
         for owner, name, why in RELIED_ON
-        if not hasattr(owner(), name)
+        if not hasattr(owners[owner], name)
     ]
-
-
-def _dense() -> Layer:
-    layer = keras.layers.Dense(1)
-    layer.build((None, 1))
-    return layer
 
 
 def sublayers(layer: Layer) -> list[Layer]:
