@@ -1,8 +1,8 @@
 """Programs on eight devices, for `test_distribution.py` to run.
 
-JAX makes its devices when it starts; so each is a process of its own:
+JAX makes its devices when it starts; so they need a process of their own:
 
-    python tests/distributed.py losses gemma
+    python tests/distributed.py losses gemma, files llama3 svf
 """
 
 import os
@@ -109,12 +109,17 @@ def same(found, expected, what):
         assert a.dtype == b.dtype and np.array_equal(a, b), (what, i)
 
 
+def methods(names):
+    """These methods; all where none is named."""
+    return list(map(default_method, names)) if names else default_methods()
+
+
 def losses(name, *only):
     """Every method on (2, 4), against one device: losses and bases."""
     many = distribution(name, (2, 4))
     start = make(name)
     weights = numpy(start.weights)
-    for method in map(default_method, only) if only else default_methods():
+    for method in methods(only):
         one = make(name, weights)
         with many.scope():
             model = make(name, weights)
@@ -139,7 +144,7 @@ def losses(name, *only):
         print(method, difference)
 
 
-def sizes(name):
+def sizes(name, *only):
     """Bytes on each of eight devices, and where they are."""
     many = distribution(name, (1, 8))
     wide = {"hidden_dim": 256, "intermediate_dim": 1024}
@@ -147,7 +152,7 @@ def sizes(name):
     weights = numpy(model.weights)
     with many.scope():
         model = make(name, weights, **wide)
-    for method in default_methods():
+    for method in methods(only):
         model.backbone.enable_adapter(method)  # outside the scope
         parts = whole = 0
         for layer in adapted_targets(model.backbone).values():
@@ -177,8 +182,8 @@ def files(name, *only):
     folder = Path(tempfile.mkdtemp())
     prompt = {k: v[:, :12] for k, v in tokens().items()}
     prompt["padding_mask"] = (np.arange(12) < 6) * np.ones((8, 1), "int32")
-    for key in only or keras_svdtune.METHODS:
-        method = default_method(key)
+    for method in methods(only):
+        key = method.name
         pairs = [(model, one, "to one"), (one, model, "to eight")]
         for source, target, what in pairs:
             source.backbone.enable_adapter(method)
@@ -286,4 +291,6 @@ def others(name):
 if __name__ == "__main__":
     keras.config.disable_interactive_logging()
     assert jax.device_count() == 8
-    globals()[sys.argv[1]](*sys.argv[2:])
+    for program in " ".join(sys.argv[1:]).split(","):
+        name, *arguments = program.split()
+        globals()[name](*arguments)

@@ -288,6 +288,30 @@ def assert_close(found, expected, tolerance, what=""):
         assert off <= tolerance, f"{what}: off by {off:.2e} > {tolerance:.0e}"
 
 
+def program(function, variables):
+    """A function that computes `function()` for the values that the variables
+    have at the time; JAX compiles it once."""
+    return _program(function, variables) if _on("jax") else function
+
+
+def _program(function, variables, transform=lambda f: f):
+    import jax
+
+    variables = list(variables)
+
+    def of(values):
+        pairs = list(zip(variables, values, strict=True))
+        with keras.StatelessScope(state_mapping=pairs):
+            return function()
+
+    compiled = jax.jit(transform(of))
+    return lambda: compiled([v.value for v in variables])
+
+
+def _on(backend):
+    return keras.backend.backend() == backend
+
+
 def gradients(loss, variables):
     """d loss() / d variables as NumPy arrays, on any backend."""
     return gradient_function(loss, variables)()
@@ -297,17 +321,6 @@ def gradient_function(loss, variables):
     """A function that returns them for the values at the time; JAX compiles
     it once."""
     variables = list(variables)
-
-    def by_jax():
-        import jax
-
-        def function(values):
-            pairs = list(zip(variables, values, strict=True))
-            with keras.StatelessScope(state_mapping=pairs):
-                return loss()
-
-        compiled = jax.jit(jax.grad(function))
-        return lambda: compiled([v.value for v in variables])
 
     def by_tensorflow():
         import tensorflow as tf
@@ -322,11 +335,12 @@ def gradient_function(loss, variables):
 
         return torch.autograd.grad(loss(), [v.value for v in variables])
 
-    found = {
-        "jax": by_jax,
-        "tensorflow": lambda: by_tensorflow,
-        "torch": lambda: by_torch,
-    }[keras.backend.backend()]()
+    if _on("jax"):
+        import jax
+
+        found = _program(loss, variables, jax.grad)
+    else:
+        found = by_tensorflow if _on("tensorflow") else by_torch
     return lambda: [numpy(ops.convert_to_tensor(g)) for g in found()]
 
 
@@ -337,7 +351,7 @@ def dot(y, dy):
 
 def compiles():
     """Whether this backend compiles the steps of a model."""
-    return keras.backend.backend() in ("jax", "tensorflow")
+    return not _on("torch")
 
 
 @contextlib.contextmanager

@@ -26,7 +26,9 @@ TOKEN = "hf_of_the_tests"
 def hugging_face(monkeypatch, folder):
     """Turns the client to a `Hub`, which this gives."""
     server = Hub()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(
+        target=server.serve_forever, args=(0.01,), daemon=True
+    ).start()
     template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
     for name, value in {
         "ENDPOINT": server.url,

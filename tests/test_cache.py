@@ -12,12 +12,16 @@ import pytest
 import safetensors.numpy
 from keras import ops
 
+import keras_svdtune
 from keras_svdtune.matrix import cache
 from keras_svdtune.matrix import decompose as decomposition
 from keras_svdtune.matrix.cache import set_decomposition_cache
 from keras_svdtune.matrix.decompose import decompose
 from keras_svdtune.matrix.factors import Needs
 from keras_svdtune.reports import cost
+
+# In one process, which compiles what it repeats once.
+pytestmark = pytest.mark.xdist_group("cache")
 
 SMALL = Needs("small_side")
 PARTS = [
@@ -48,7 +52,8 @@ def computed(monkeypatch):
         found.append(needs)
         return compute(matrix, needs, name)
 
-    monkeypatch.setattr(decomposition, "computed", counted)
+    for module in (decomposition, cost):
+        monkeypatch.setattr(module, "computed", counted)
     return found
 
 
@@ -170,10 +175,14 @@ def test_a_folder_in_place_of_an_entry(folder):
     assert not list(folder.glob(".*"))  # nothing temporary is left
 
 
+# Without Keras, which takes seconds to import and is not needed.
 WRITER = """
-import sys
+import sys, types, unittest.mock
 import numpy as np
-from keras_svdtune import cache
+sys.modules["keras"] = unittest.mock.MagicMock()
+sys.modules["keras_svdtune"] = package = types.ModuleType("keras_svdtune")
+package.__path__ = [sys.argv[2]]
+from keras_svdtune.matrix import cache
 cache.SMALLEST = 1
 cache.set_decomposition_cache(sys.argv[1])
 for i in range(300):
@@ -195,12 +204,11 @@ for i in range(300):
 )
 def test_processes_that_write_at_once(folder):
     """They remove each other's entries too; none reads anything else."""
+    package = Path(keras_svdtune.__file__).parent
+    command = [sys.executable, "-W", "error::UserWarning", "-c", WRITER]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-W", "error::UserWarning", "-c", WRITER, folder],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            [*command, folder, package], stderr=subprocess.PIPE, text=True
         )
         for _ in range(2)
     ]

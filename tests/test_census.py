@@ -1,20 +1,19 @@
-"""Every backbone that KerasHub exports, adapted.
+"""Every backbone that KerasHub exports keeps the promises of `test_hosts.py`.
 
 A release of KerasHub with a new backbone fails here until a tiny
-configuration of it is in `tiny_backbones.py`. Each one is adapted, trained for
-a step, saved, loaded into a fresh model, merged and given back, on JAX.
+configuration of it is in `tiny_backbones*.py`. On JAX: `pytest -m census`;
+with `-k dozen` for twelve that have little in common.
 """
 
 import keras
-import numpy as np
 import pytest
-from helpers import assert_close, assert_same, default_method, numpy
+from helpers import default_method
 from keras import layers
+from test_hosts import Eager, promises, stepped
 from tiny_backbones import EAGER_ONLY, TINY, exported, missing
 
 import keras_svdtune
-from keras_svdtune.hosts.host import kernel_of
-from keras_svdtune.model.targets import adapted_targets
+from keras_svdtune.model.targets import find_targets
 
 jax = pytest.importorskip("jax")
 pytestmark = pytest.mark.skipif(
@@ -36,29 +35,24 @@ NO_MATRIX = (
 )
 # They read the values of their inputs, and cannot be traced.
 EAGER = (*EAGER_ONLY, "StableDiffusion3Backbone")
-# A quarter of a minute and more each: whether every matrix is reached is tested
-# always, the rest by `pytest -m slow`.
-LONG = (
-    *(*EAGER, "BASNetBackbone", "DFineBackbone", "DepthAnythingBackbone"),
-    "SAM3PromptableConceptBackbone",
-)
-# The other methods: a dozen backbones of all kinds.
-REPRESENTATIVES = (
-    ("svft", "ViTBackbone"),
-    ("svft", "Gemma3Backbone"),
-    ("pissa", "MixtralBackbone"),
+# The other methods too: text and images, both ways of attention, experts.
+DOZEN = (
+    ("svf", "Gemma3Backbone"),
     ("pissa", "Llama3Backbone"),
-    ("milora", "GptOssBackbone"),
     ("milora", "BertBackbone"),
-    ("lora_xs", "ResNetBackbone"),
-    ("lora_xs", "T5Backbone"),
-    ("lora", "Qwen3MoeBackbone"),
-    ("dora", "WhisperBackbone"),
-    ("dora", "GemmaBackbone"),
+    ("svf", "T5Backbone"),
+    ("pissa", "MixtralBackbone"),
     ("adalora", "Gemma4Backbone"),
+    ("lora", "WhisperBackbone"),
+    ("svft", "ViTBackbone"),
+    ("svf", "SwinTransformerBackbone"),
+    ("lora_xs", "EfficientNetBackbone"),
+    ("dora", "AlbertBackbone"),
+    ("svf", "FluxBackbone"),
 )
 
 
+@pytest.mark.fast
 def test_every_exported_backbone_is_known():
     assert not missing(), (
         f"KerasHub exports {missing()}: give each a tiny configuration in "
@@ -68,117 +62,99 @@ def test_every_exported_backbone_is_known():
 
 
 # Some classes have two names.
+@pytest.mark.census
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in LONG else ())
-        for name in {cls: name for name, cls in exported().items()}.values()
-    ],
+    "name", {cls: name for name, cls in exported().items()}.values()
 )
 def test_svf(name, tmp_path):
-    run_census(name, keras_svdtune.SVF(), tmp_path)
+    census(name, keras_svdtune.SVF(), tmp_path)
 
 
-@pytest.mark.parametrize("name", LONG)
-def test_svf_reaches_every_matrix(name):
-    enable(TINY[name]()[0], keras_svdtune.SVF())
-
-
-@pytest.mark.parametrize("method, name", REPRESENTATIVES)
-def test_other_methods(method, name, tmp_path):
+@pytest.mark.census
+@pytest.mark.parametrize("method, name", DOZEN)
+def test_dozen(method, name, tmp_path):
     method = default_method(method)
     if hasattr(method, "rank"):
         method = type(method)(rank=1)
-    run_census(name, method, tmp_path)
+    census(name, method, tmp_path)
 
 
-def run_census(name, method, tmp_path):
-    model, inputs = TINY[name]()
-    plain = list(model.variables)
-    base = [numpy(v) for v in plain]
-    jit = (lambda f: f) if name in EAGER else jax.jit
-    forward = jit(lambda values: outputs(model, inputs, plain, values))
-    y = forward(base)
+class Compiled(Eager):
+    """Calls a backbone in two programs, one with the adapter and one without.
 
-    enable(model, method)
-    trained = list(model.trainable_variables)
-    step = jit(
-        jax.value_and_grad(
-            lambda values: loss(outputs(model, inputs, trained, values), y),
-            has_aux=True,
+    A program is that of the first model in its state. Equal models, which
+    have the same variables in the same order, lend it their values.
+    """
+
+    first_step = 2e-5  # XLA rounds in other loops
+    reached = 0.9  # a ReLU may be off, an output may be of its input alone
+
+    def __init__(self):
+        super().__init__()
+        self.programs = {}
+
+    def run(self, model):
+        trained = stepped(model)
+        ids = {id(v) for v in trained}
+        rest = [v for v in model.variables if id(v) not in ids]
+        key = tuple(v.path for v in (*trained, *rest))
+
+        def function(*values):
+            both = zip((trained, rest), values, strict=True)
+            pairs = [x for y in both for x in zip(*y, strict=True)]
+            with keras.StatelessScope(state_mapping=pairs):
+                found = jax.tree.leaves(model(self.data, training=False))
+            return self.loss(found), found
+
+        if key not in self.programs:
+            if any("adapter" in v.path for v in trained):
+                program = jax.value_and_grad(function, has_aux=True)
+            else:
+
+                def program(*values):
+                    return function(*values), None
+
+            self.programs[key] = jax.jit(program)
+        values = ([v.value for v in x] for x in (trained, rest))
+        return self.programs[key](*values)
+
+    def loss(self, found):
+        random = jax.random.key(0)
+        return sum(
+            (jax.random.normal(random, y.shape) * y).sum() for y in found
         )
-    )
-    (_, first), gradients = step([v.value for v in trained])
-    assert_close_all(first, y, 2e-5, "first step")
-    for variable, gradient in zip(trained, gradients, strict=True):
-        if variable.overwrite_with_gradient:
-            continue  # AdaLoRA's averages: no file holds them
-        size = float(np.abs(gradient).max())
-        assert np.isfinite(size), variable.path
-        variable.assign(variable - 0.05 / (size + 1e-12) * gradient)
-    dead = [
+
+    def outputs(self, model):
+        return dict(enumerate(self.run(model)[0][1]))
+
+    def gradients(self, model):
+        return self.run(model)[1]
+
+
+def census(name, method, folder):
+    run = Eager() if name in EAGER else Compiled()
+
+    def make():
+        keras.utils.set_random_seed(0)
+        model, run.data = TINY[name]()
+        assert not left_out(model, method)
+        return model
+
+    promises(method, make, run, folder, tolerance=1e-3, size=0.05)
+
+
+def left_out(model, method):
+    """The matrices of the model that a method does not reach."""
+    reached = {id(x.kernel) for x in find_targets(model).values()}
+    reached |= depthwise_kernels(model)
+    return [
         v.path
-        for v, g in zip(trained, gradients, strict=True)
-        if not np.any(g) and v.path.endswith(("svf_delta", "svft_m", "_r"))
-    ]
-    assert len(dead) < 0.1 * len(trained), f"no gradient: {dead}"
-    (_, moved), _ = step([v.value for v in trained])
-    assert any(
-        not np.allclose(a, b, atol=1e-4)
-        for a, b in zip(moved, first, strict=True)
-    )
-    assert_same([numpy(v) for v in plain], base, "the base")
-
-    path = tmp_path / "adapter.safetensors"
-    # Layers without a name of their own are counted anew, as in a process
-    # that has built nothing yet.
-    keras.backend.clear_session(free_memory=False)
-    model_b, _ = TINY[name]()
-    for ours, value in zip(model_b.variables, base, strict=True):
-        ours.assign(value)
-    keras_svdtune.save_adapter(model, path)
-    keras_svdtune.load_adapter(model_b, path)
-    for a, b in zip(trained, model_b.trainable_variables, strict=True):
-        assert_same(numpy(b), numpy(a), f"loaded {a.path}")
-    keras_svdtune.merge_adapter(model_b)
-    if name in EAGER:
-        merged = outputs(model_b, inputs, [], [])
-    else:  # the program of the plain model is compiled already
-        merged = forward([v.value for v in model_b.variables])
-    assert_close_all(merged, moved, 1e-3, "merged")
-    keras_svdtune.remove_adapter(model)
-    assert [v.path for v in model.variables] == [v.path for v in plain]
-    assert_same([numpy(v) for v in model.variables], base, "given back")
-
-
-def enable(model, method):
-    """Enables it, on every matrix that the model has."""
-    matrices = {
-        id(v): v.path
         for v in model.trainable_variables
         if len([n for n in v.shape if n > 1]) > 1
         and not v.path.split("/")[-1].endswith(NO_MATRIX)
-    }
-    keras_svdtune.enable_adapter(model, method)
-    reached = {id(kernel_of(x)) for x in adapted_targets(model).values()}
-    reached |= depthwise_kernels(model)
-    if not method.banks:
-        reached |= {i for i, p in matrices.items() if "expert_bank" in p}
-    left = [p for i, p in matrices.items() if i not in reached]
-    assert not left, f"not adapted: {left}"
-
-
-def outputs(model, inputs, variables, values):
-    """What the model computes with these values, a list of arrays."""
-    pairs = list(zip(variables, values, strict=True))
-    with keras.StatelessScope(state_mapping=pairs):
-        return jax.tree.leaves(model(inputs, training=False))
-
-
-def loss(found, start):
-    """A loss whose gradient is not zero at the start."""
-    pairs = zip(found, start, strict=True)
-    return sum((a * jax.numpy.cos(3.0 * b)).sum() for a, b in pairs), found
+        and id(v) not in reached
+        and (method.banks or "expert_bank" not in v.path)
+    ]
 
 
 def depthwise_kernels(model):
@@ -192,8 +168,3 @@ def depthwise_kernels(model):
             if getattr(layer, "groups", 1) > 1 and kernel.shape[-2] == 1:
                 found.add(id(kernel))
     return found
-
-
-def assert_close_all(found, expected, tolerance, what):
-    for a, b in zip(found, expected, strict=True):
-        assert_close(a, b, tolerance, what)

@@ -18,7 +18,7 @@ from keras import KerasTensor, Sequential, layers, ops
 
 import keras_svdtune
 from keras_svdtune import SVF, DoRA
-from keras_svdtune.hosts.host import without_adapter
+from keras_svdtune.hosts.attach import plain_targets
 
 CASES = {
     "strided": (layers.Conv2D(6, 3, strides=2, padding="same"), (5, 5, 2)),
@@ -59,13 +59,13 @@ def test_output_and_gradients_are_those_of_the_merged_kernel(name, method):
     if name == "channels_first" and keras.backend.backend() == "tensorflow":
         pytest.skip("TensorFlow computes it on GPUs only")
     model, layer, x = adapted(name, method)
-    base = numpy(without_adapter(layer).call(x))
+    base = numpy(layer.target.plain_layer().call(x))
     assert_same(numpy(layer(x)), base, "first step")
     perturb(model)
 
     def dense():
         merged = layer.merged_kernel()
-        return without_adapter(layer, _kernel=merged).call(x)
+        return layer.target.plain_layer(_kernel=merged).call(x)
 
     assert_close(numpy(layer(x)), numpy(dense()), 1e-5, "output")
     dy = np.random.default_rng(2).standard_normal(base.shape).astype("float32")
@@ -77,14 +77,17 @@ def test_output_and_gradients_are_those_of_the_merged_kernel(name, method):
 
 
 def test_channels_first_has_the_same_matrix():
-    first = layers.Conv2D(4, 3, data_format="channels_first")
-    last = layers.Conv2D(4, 3, data_format="channels_last")
-    first.build((None, 2, 5, 5))
-    last.build((None, 5, 5, 2))
-    found = [keras_svdtune.hosts.host.view_of(x) for x in (first, last)]
-    assert found[0].shape == found[1].shape == (18, 4)
-    y = KerasTensor((2, 4, 3, 3))
-    assert found[0].batch_dims_of_output(y) == (2, 3, 3)
+    for data_format, shape in (
+        ("channels_first", (2, 5, 5)),
+        ("channels_last", (5, 5, 2)),
+    ):
+        layer = layers.Conv2D(4, 3, data_format=data_format)
+        layer.build((None, *shape))
+        (target,) = plain_targets(layer)
+        assert target.view.shape == (18, 4)
+        if data_format == "channels_first":
+            y = KerasTensor((2, 4, 3, 3))
+            assert target.view.batch_dims_of_output(y) == (2, 3, 3)
 
 
 def test_a_depthwise_kernel_is_left_out():

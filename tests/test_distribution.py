@@ -15,16 +15,20 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+SLOW = (
+    "losses gemma",
+    "losses llama3",
+    "sizes gemma",
+    "files gemma",
+    "others gemma",
+)
+
+
 @pytest.mark.parametrize(
     "program",
     [
-        "losses gemma",
-        "losses llama3 svf",
-        pytest.param("losses llama3", marks=pytest.mark.slow),
-        "sizes gemma",
-        "files gemma svf",
-        pytest.param("files gemma", marks=pytest.mark.slow),
-        "others gemma",
+        "losses llama3 svf, sizes gemma svf lora, files gemma svf",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in SLOW),
     ],
 )
 def test_eight_devices(program):

@@ -1,5 +1,9 @@
 """Adapter files: what is in them, and that a file never loads into something
-else in silence."""
+else in silence.
+
+Every method's round trip is in `test_conformance.py`, the files of an earlier
+release in `test_old_files.py`, damaged ones in `test_hostile_files.py`.
+"""
 
 import json
 import os
@@ -15,28 +19,24 @@ from helpers import (
     adapted,
     assert_differ,
     assert_same,
-    compiles,
-    default_methods,
     eager,
-    hosts_data,
-    hosts_model,
-    method_id,
     must_stay,
     numpy,
     perturb,
-    predict,
     randomise,
     small_data,
     small_model,
     tiny_gemma,
-    tokens,
     trainables,
     values,
 )
 
 import keras_svdtune
-from keras_svdtune import METHODS, SVF, SVFT, LoRAXS, PiSSA
-from keras_svdtune.files import format
+from keras_svdtune import SVF, SVFT, LoRAXS, PiSSA
+from keras_svdtune.runtime import storage
+
+# In one process, which compiles what it repeats once.
+pytestmark = pytest.mark.xdist_group("files")
 
 X, Y = small_data()
 KEY = "keras_svdtune"
@@ -90,6 +90,7 @@ def refused(model, path, *parts, data=X):
 # The format.
 
 
+@pytest.mark.fast
 def test_format(path):
     gemma = fresh(tiny_gemma)
     gemma.enable_svf(["query", "ffw_linear"])
@@ -121,28 +122,11 @@ def test_format(path):
     assert about["layers"][layers[0]]["dtype"] == "float32"
 
 
-@pytest.mark.parametrize("method", default_methods(), ids=method_id)
-def test_settings_and_trainables_are_in_it(method, path):
-    model = saved(path, method_for_small(method))
-    arrays, about = read(path)
-    assert about["method"] == method.name
-    assert METHODS[about["method"]](**about["settings"]) == method_for_small(
-        method
-    )
-    for layer in adapted(model).values():
-        for name, v in layer.adapter.variables_by_name(True).items():
-            assert_same(arrays[f"{layer.path}/{name}"], numpy(v))
-
-
-def method_for_small(method):
-    """Rank 2: the matrices of the small model are 6 x 4 and 4 x 5."""
-    if not hasattr(method, "rank"):
-        return method
-    return type(method)(**(method.settings() | {"rank": 2}))
-
-
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize(
+    "name", ["albert", pytest.param("bert", marks=pytest.mark.slow)]
+)
 def test_round_trip(name, path):
+    """Paths of blocks in a list, and of one that is called twice."""
     make, data = BACKBONES[name]
     model = fresh(make)
     model.enable_svf()
@@ -164,7 +148,9 @@ def test_a_loaded_adapter_trains_and_saves(path, tmp_path):
     model = fresh()
     keras_svdtune.load_adapter(model, path)
     second = tmp_path / "second.safetensors"
+    before = values(model)
     keras_svdtune.save_adapter(model, second)
+    assert_same(values(model), before)
     assert second.read_bytes() == path.read_bytes()
     assert len(model.trainable_weights) == 2
     model.compile(keras.optimizers.Adam(0.02), "mse")
@@ -186,16 +172,10 @@ def test_a_rank_for_each_layer(path):
 
 def test_other_precision_of_the_same_base(path):
     """Trained in float32, used in bfloat16, and the other way round."""
-    for saved_in, loaded_in in (
-        ("float32", "bfloat16"),
-        ("bfloat16", "float32"),
-    ):
-        model = fresh(lambda dtype=saved_in: tiny_gemma(dtype))
-        model.enable_svf()
-        perturb(model)
-        model.save_adapter(path)
-        other = fresh(lambda dtype=loaded_in: tiny_gemma(dtype))
-        other.load_adapter(path)
+    for ours, theirs in (("float32", "bfloat16"), ("bfloat16", "float32")):
+        model = saved(path, make=lambda dtype=ours: small_model(dtype))
+        other = fresh(lambda dtype=theirs: small_model(dtype))
+        keras_svdtune.load_adapter(other, path)
         assert_same(trainables(other), trainables(model))
 
 
@@ -205,6 +185,14 @@ def test_a_part_of_the_layers(path):
     keras_svdtune.load_adapter(again, path)
     assert [x.name for x in adapted(again).values()] == ["second"]
     assert_same(eager(again, X), eager(model, X))
+
+
+@pytest.mark.parametrize("method", [SVF(), SVFT(), LoRAXS(rank=2)], ids=str)
+def test_it_is_hardly_larger_than_what_it_holds(method, path):
+    """A few hundred bytes a layer; the real models have long paths too."""
+    model = saved(path, method, make=lambda: numbered(30))
+    held = sum(v.nbytes for v in trainables(model).values())
+    assert path.stat().st_size - held < 300 * len(adapted(model))
 
 
 # Loading onto what is enabled.
@@ -224,152 +212,103 @@ def test_onto_an_enabled_one(path):
     assert_same(numpy(adapted(model).popitem()[1].adapter.basis), basis)
 
 
-@pytest.mark.parametrize("method", default_methods(), ids=method_id)
-def test_a_swap_compiles_nothing(method, path):
-    """Other values, the same compiled `predict`, as the traces show."""
-    names = ("dense_tall", "dense_wide")
-    model, data = hosts_model(names=names), hosts_data(names)
-    keras_svdtune.enable_adapter(model, method)
-    perturb(model, seed=1)
-    keras_svdtune.save_adapter(model, path)
-    expected = predict(model, data)
-    perturb(model, seed=2)
-    traces = model.get_layer("dense_tall_counter").calls
-    assert_differ(predict(model, data), expected)
-    keras_svdtune.load_adapter(model, path)
-    assert_same(predict(model, data), expected)
-    if compiles():
-        assert model.get_layer("dense_tall_counter").calls == traces
-
-
-@pytest.mark.parametrize(
-    "method", [SVF(), SVFT(), LoRAXS(rank=2)], ids=method_id
-)
-def test_it_is_hardly_larger_than_what_it_holds(method, path):
-    """A few hundred bytes a layer; the real models have long paths too."""
-    model = saved(path, method, make=lambda: tiny_gemma(num_layers=20))
-    held = sum(v.nbytes for v in trainables(model).values())
-    assert path.stat().st_size - held < 300 * len(adapted(model))
-
-
-@pytest.mark.parametrize("enabled", [SVFT(), PiSSA(rank=1), PiSSA(rank=2)])
-def test_onto_another_method(enabled, path):
-    saved(path, PiSSA(rank=3))
-    model = fresh()
-    keras_svdtune.enable_adapter(model, enabled)
-    perturb(model)
-    refused(model, path, "remove_adapter()")
-
-
-@pytest.mark.parametrize("ours, theirs", [(["first"], None), (None, ["first"])])
-def test_onto_other_layers(ours, theirs, path):
-    saved(path, targets=theirs)
-    model = fresh()
-    keras_svdtune.enable_svf(model, ours)
-    perturb(model)
-    refused(model, path)
+def test_onto_another_method_or_other_layers(path):
+    pissa, first = PiSSA(rank=3), ["first"]
+    for file, enabled, part in [
+        ((pissa,), (SVFT(),), "remove_adapter()"),
+        ((pissa,), (PiSSA(rank=1),), "remove_adapter()"),
+        ((pissa,), (PiSSA(rank=2),), "remove_adapter()"),
+        ((SVF(),), (SVF(), first), "second"),
+        ((SVF(), small_model, first), (SVF(),), "remove_adapter()"),
+    ]:
+        saved(path, *file)
+        model = fresh()
+        keras_svdtune.enable_adapter(model, *enabled)
+        perturb(model)
+        refused(model, path, part)
 
 
 # What does not fit.
 
 
-def test_no_such_file(tmp_path):
-    refused(fresh(), tmp_path / "none.safetensors", "There is no file")
-
-
-@pytest.mark.parametrize("name", ["adapter.h5", "adapter", "a.safetensors.gz"])
-def test_another_ending(name, tmp_path):
-    refused(fresh(), tmp_path / name, "ends in '.safetensors'")
-    model = fresh()
-    keras_svdtune.enable_svf(model)
-    with pytest.raises(ValueError, match="ends in '.safetensors'"):
-        keras_svdtune.save_adapter(model, tmp_path / name)
+def test_another_ending(tmp_path):
+    model, enabled = fresh(), small_model()
+    keras_svdtune.enable_svf(enabled)
+    for name in ("adapter.h5", "adapter", "a.safetensors.gz"):
+        refused(model, tmp_path / name, "ends in '.safetensors'")
+        with pytest.raises(ValueError, match="ends in '.safetensors'"):
+            keras_svdtune.save_adapter(enabled, tmp_path / name)
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.9, 0.999])
-def test_truncated(share, path):
-    saved(path)
-    data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * share)])
-    refused(fresh(), path, "damaged")
-
-
-@pytest.mark.parametrize(
-    "data", [b"PK\x03\x04 a zip", b"\x89HDF", b"\xff" * 64, b"{}"]
-)
-def test_not_safetensors(data, path):
-    path.write_bytes(data)
-    refused(fresh(), path, "damaged")
-
-
-def test_a_directory(path):
+def test_no_adapter_file(path):
+    model = fresh()
+    refused(model, path, "There is no file")
     path.mkdir()
-    refused(fresh(), path)
-
-
-@pytest.mark.parametrize("metadata", [None, {}, {KEY: "no json"}, {KEY: "[]"}])
-def test_foreign_safetensors(metadata, path):
+    refused(model, path)
+    path.rmdir()
+    saved(path)
+    whole = path.read_bytes()
+    model = fresh()
+    for share in (0.0, 0.02, 0.3, 0.9, 0.999):
+        path.write_bytes(whole[: int(len(whole) * share)])
+        refused(model, path, "damaged")
+    for data in (b"PK\x03\x04 a zip", b"\x89HDF", b"\xff" * 64, b"{}"):
+        path.write_bytes(data)
+        refused(model, path, "damaged")
     arrays = {"lora_A.weight": np.zeros((2, 3), "float32")}
-    path.write_bytes(safetensors.numpy.save(arrays, metadata))
-    refused(fresh(), path, "not an adapter that `save_adapter` wrote")
+    for metadata in (None, {}, {KEY: "no json"}, {KEY: "[]"}):
+        path.write_bytes(safetensors.numpy.save(arrays, metadata))
+        refused(model, path, "not an adapter that `save_adapter` wrote")
 
 
-def test_a_later_format(path):
-    saved(path)
-    rewrite(path, lambda arrays, about: about.update(format_version=2))
-    refused(fresh(), path, "format version 2", "Update keras_svdtune")
+def test_metadata_that_are_not_known(path):
+    model = fresh()
+    for change, *parts in [
+        ({"format_version": 2}, "format version 2", "Update keras_svdtune"),
+        ({"method": "svff"}, "'svff'", "'svf'"),
+        ({"settings": {"depth": 3}}, "settings", "depth"),
+        *(
+            ({key: value}, f"no valid '{key}'")
+            for key in ("method", "settings", "layers")
+            for value in (None, 3)
+        ),
+    ]:
+        saved(path)
+        rewrite(path, lambda arrays, about, new=change: about.update(new))
+        refused(model, path, *parts)
 
 
-@pytest.mark.parametrize("key", ["method", "settings", "layers"])
-@pytest.mark.parametrize("value", [None, 3])
-def test_metadata_of_another_kind(key, value, path):
-    saved(path)
-    rewrite(path, lambda arrays, about: about.update({key: value}))
-    refused(fresh(), path, f"no valid '{key}'")
+def stack(*sizes):
+    layers = [
+        keras.layers.Dense(n, name=f"block_{i}") for i, n in enumerate(sizes)
+    ]
+    return keras.Sequential([keras.Input((6,)), *layers], name="stack")
 
 
-def test_a_method_that_is_not_known(path):
-    saved(path)
-    rewrite(path, lambda arrays, about: about.update(method="svff"))
-    refused(fresh(), path, "'svff'", "'svf'")
+def test_another_model(path):
+    """A layer that it has not, and one of another shape."""
+    saved(path, make=lambda: stack(4, 5))
+    parts = "'stack/block_1'", "Sequential", "'stack/block_0'"
+    refused(fresh(lambda: stack(4)), path, *parts)
+    refused(fresh(lambda: stack(4, 7)), path, "block_1", "(4, 7)", "(4, 5)")
 
 
-def test_settings_that_are_not_known(path):
-    saved(path)
-    rewrite(path, lambda arrays, about: about.update(settings={"depth": 3}))
-    refused(fresh(), path, "settings", "depth")
-
-
-def test_a_layer_that_the_model_has_not(path):
-    saved(path, make=tiny_gemma)
-    smaller = fresh(lambda: tiny_gemma(num_layers=1))
-    refused(
-        smaller,
-        path,
-        "decoder_block_1/",
-        "GemmaBackbone",
-        "'decoder_block_0/",
-        data=tokens(),
-    )
-
-
-def test_another_kernel_shape(path):
-    saved(path, make=tiny_gemma)
-    wider = fresh(lambda: tiny_gemma(intermediate_dim=32))
-    refused(wider, path, "ffw_gating", "(8, 16)", "(8, 8)", data=tokens())
+def one_row(kernel):
+    kernel[0] += 0.1 * kernel[1]
+    return kernel
 
 
 @pytest.mark.parametrize("enabled", [False, True])
 @pytest.mark.parametrize("which", ["first", "second"])
-def test_another_base(which, enabled, path):
-    """One kernel of the model is not what the adapter was trained on."""
+@pytest.mark.parametrize("change", [one_row, np.flipud])
+def test_another_base(change, which, enabled, path):
+    """One kernel is not what the adapter was trained on: a little off, or
+    the same numbers in other places, and so of the same norm."""
     saved(path)
     model = fresh()
-    layer = model.get_layer(which)
-    kernel = numpy(layer.kernel)
-    kernel[0] += 0.1 * kernel[1]
-    layer.kernel.assign(kernel)
+    kernel = model.get_layer(which).kernel
+    kernel.assign(change(numpy(kernel)))
     if enabled:
         keras_svdtune.enable_svf(model)
         perturb(model)
@@ -382,69 +321,35 @@ def test_a_base_that_was_trained_further(path):
     model.compile(keras.optimizers.Adam(0.01), "mse")
     model.fit(X, Y, verbose=0)
     refused(model, path, "trained on other weights")
-
-
-def test_a_new_random_base(path):
-    saved(path)
-    model = fresh()
     randomise(model, seed=1)
     refused(model, path, "trained on other weights")
 
 
-def test_permuted_base(path):
-    """The same numbers in other places, and so the same norm."""
+def test_an_array_that_is_wrong(path):
+    model, enabled = fresh(), small_model()
+    keras_svdtune.enable_svf(enabled)
+    perturb(enabled, seed=4)
+    key = "small/second/svf_delta"
+    for change in (
+        None,
+        lambda array: array[:-1].copy(),
+        lambda array: array.astype("float64"),
+        lambda array: np.full_like(array, np.nan),
+    ):
+
+        def alter(arrays, about, change=change):
+            array = arrays.pop(key)
+            if change is not None:
+                arrays[key] = change(array)
+
+        saved(path)
+        rewrite(path, alter)
+        refused(model, path, key)
+        refused(enabled, path, key)  # its first layer stays, too
     saved(path)
-    model = fresh()
-    kernel = model.get_layer("first").kernel
-    kernel.assign(numpy(kernel)[::-1])
-    refused(model, path, "trained on other weights")
-
-
-@pytest.mark.parametrize("change", ["gone", "shape", "dtype", "nan"])
-def test_an_array_that_is_wrong(change, path):
-    saved(path)
-
-    def alter(arrays, about):
-        key = next(k for k in arrays if k.endswith("second/svf_delta"))
-        array = arrays.pop(key)
-        match change:
-            case "shape":
-                arrays[key] = array[:-1].copy()
-            case "dtype":
-                arrays[key] = array.astype("float64")
-            case "nan":
-                arrays[key] = np.full_like(array, np.nan)
-
-    rewrite(path, alter)
-    refused(fresh(), path, "second/svf_delta")
-
-
-@pytest.mark.parametrize("enabled", [False, True])
-def test_no_fingerprint(enabled, path):
-    saved(path)
-    rewrite(
-        path,
-        lambda arrays, about: [
-            arrays.pop(k) for k in list(arrays) if "fingerprint" in k
-        ],
-    )
-    model = fresh()
-    if enabled:
-        keras_svdtune.enable_svf(model)
+    rewrite(path, lambda arrays, about: arrays.pop("base_fingerprints"))
     refused(model, path)
-
-
-def test_a_later_wrong_layer_leaves_the_first_alone(path):
-    """All is checked before anything is assigned."""
-    model = saved(path)
-    perturb(model, seed=4)
-
-    def alter(arrays, about):
-        key = next(k for k in arrays if k.endswith("second/svf_delta"))
-        arrays[key] = np.full_like(arrays[key], np.inf)
-
-    rewrite(path, alter)
-    refused(model, path, "second/svf_delta")
+    refused(enabled, path)
 
 
 # Writing.
@@ -461,7 +366,7 @@ def test_a_failed_write_leaves_the_old_file(path, monkeypatch):
                 raise error
 
             with monkeypatch.context() as patch:
-                patch.setattr(format.os, name, fail)
+                patch.setattr(storage.os, name, fail)
                 with pytest.raises(type(error)):
                     keras_svdtune.save_adapter(model, path)
             assert path.read_bytes() == old
@@ -469,29 +374,11 @@ def test_a_failed_write_leaves_the_old_file(path, monkeypatch):
     keras_svdtune.save_adapter(model, path)
     assert path.read_bytes() != old
     assert os.listdir(path.parent) == [path.name]
-
-
-def test_permissions_are_those_of_any_file(path):
-    saved(path)
+    # Its permissions are those of any file.
     other = path.with_name("other")
     other.write_bytes(b"")
-    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(
-        other.stat().st_mode
-    )
-
-
-def test_same_adapter_same_bytes(path, tmp_path):
-    model = saved(path)
-    other = tmp_path / "other.safetensors"
-    keras_svdtune.save_adapter(model, other)
-    assert other.read_bytes() == path.read_bytes()
-
-
-def test_saving_changes_nothing(path):
-    model = saved(path)
-    before = values(model)
-    keras_svdtune.save_adapter(model, path)
-    assert_same(values(model), before)
+    modes = [stat.S_IMODE(x.stat().st_mode) for x in (path, other)]
+    assert modes[0] == modes[1]
 
 
 def numbered(layers=3, others=0):
@@ -505,33 +392,25 @@ def numbered(layers=3, others=0):
 
 
 @pytest.mark.parametrize("others", [1, 2, 7])
-def test_layers_with_other_numbers_are_found_by_their_kernels(others, tmp_path):
+def test_layers_with_other_numbers_are_found_by_their_kernels(others, path):
     """`dense_1` may be another layer here, or none."""
-    path = tmp_path / "adapter.safetensors"
-    model, x = numbered(), np.ones((2, 4), "float32")
-    keras_svdtune.enable_svf(model)
-    perturb(model)
-    keras_svdtune.save_adapter(model, path)
-    expected = eager(model, x)
-    keras.backend.clear_session(free_memory=False)
-    fresh = numbered(others=others)
-    paths = [layer.path for layer in fresh.layers]
-    assert paths != [layer.path for layer in model.layers]
-    keras_svdtune.load_adapter(fresh, path)
-    assert_same(eager(fresh, x), expected, "into the base")
-    perturb(fresh, seed=6)
-    keras_svdtune.load_adapter(fresh, path)
-    assert_same(eager(fresh, x), expected, "into the adapted one")
-
-
-def test_equal_kernels_with_other_numbers_are_refused(tmp_path):
-    """Which is which, nobody knows."""
-    path = tmp_path / "adapter.safetensors"
-    model = numbered()
-    keras_svdtune.enable_svf(model)
-    keras_svdtune.save_adapter(model, path)
-    keras.backend.clear_session(free_memory=False)
-    fresh = numbered(others=5)
-    fresh.layers[1].kernel.assign(numpy(fresh.layers[0].kernel))
     x = np.ones((2, 4), "float32")
-    refused(fresh, path, "which this model does not have", data=x)
+    model = saved(path, make=numbered)
+    expected = eager(model, x)
+    other = fresh(lambda: numbered(others=others))
+    paths = [layer.path for layer in other.layers]
+    assert paths != [layer.path for layer in model.layers]
+    keras_svdtune.load_adapter(other, path)
+    assert_same(eager(other, x), expected, "into the base")
+    perturb(other, seed=6)
+    keras_svdtune.load_adapter(other, path)
+    assert_same(eager(other, x), expected, "into the adapted one")
+
+
+def test_equal_kernels_with_other_numbers_are_refused(path):
+    """Which is which, nobody knows."""
+    saved(path, make=numbered)
+    other = fresh(lambda: numbered(others=5))
+    other.layers[1].kernel.assign(numpy(other.layers[0].kernel))
+    x = np.ones((2, 4), "float32")
+    refused(other, path, "which this model does not have", data=x)

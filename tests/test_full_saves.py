@@ -2,7 +2,6 @@
 model; adapted ones take them up where they were; hand-built ones keep apart
 what belongs to the base and to the adapter."""
 
-import contextlib
 import dataclasses
 
 import keras
@@ -24,8 +23,6 @@ from helpers import (
     randomise,
     small_data,
     small_model,
-    tiny_gemma,
-    tokens,
     trainables,
     values,
 )
@@ -34,11 +31,23 @@ from helpers import eager as outputs
 import keras_svdtune
 from keras_svdtune.hosts.host import AdapterHost
 
-X, Y = small_data()
+# In one process, which compiles what it repeats once.
+pytestmark = pytest.mark.xdist_group("full_saves")
 
-one_of_each = pytest.mark.parametrize(
-    "method", default_methods(), ids=method_id
-)
+X, Y = small_data()
+Z = np.random.default_rng(1).standard_normal((4, 3, 6)).astype("float32")
+slow = pytest.mark.slow
+
+
+def _fit_rank(method):
+    """The smallest matrices here are 6 x 4 and 4 x 5."""
+    if not hasattr(method, "rank"):
+        return method
+    return dataclasses.replace(method, rank=2)
+
+
+METHODS = [_fit_rank(method) for method in default_methods()]
+one_of_each = pytest.mark.parametrize("method", METHODS, ids=method_id)
 
 
 def fresh(make, seed=0):
@@ -76,8 +85,14 @@ def assert_plain(model):
     assert not any("svf" in v.path for v in model.weights)
 
 
+one_backbone = pytest.mark.parametrize(
+    "name",
+    ["albert", *(pytest.param(x, marks=slow) for x in ("bert", "gemma"))],
+)
+
+
 @pytest.mark.parametrize("kind", ["keras", "weights.h5", "preset"])
-@pytest.mark.parametrize("name", BACKBONES)
+@one_backbone
 def test_backbone_loads_in_plain_keras_hub(name, kind, tmp_path):
     make, data = BACKBONES[name]
     model = make()
@@ -106,23 +121,17 @@ def test_backbone_loads_in_plain_keras_hub(name, kind, tmp_path):
 @one_of_each
 def test_every_method_saves_merged(method, tmp_path):
     model = small_model()
-    keras_svdtune.enable_adapter(model, _fit_rank(method))
+    keras_svdtune.enable_adapter(model, method)
     perturb(model)
+    assert method.name not in model.to_json().lower()
     save(model, tmp_path, "keras")
-    expected = outputs(model, X)
     plain = load_plain(small_model, tmp_path, "keras")
     assert_plain(plain)
-    assert_close(outputs(plain, X), expected, 1e-5)
+    keras_svdtune.merge_adapter(model)
+    assert_same([v for _, v in values(plain)], [v for _, v in values(model)])
 
 
-def _fit_rank(method):
-    """The smallest matrices here are 6 x 4 and 4 x 5."""
-    if not hasattr(method, "rank"):
-        return method
-    return dataclasses.replace(method, rank=2)
-
-
-@pytest.mark.parametrize("name", BACKBONES)
+@one_backbone
 def test_adapted_model_loads_a_plain_file(name, tmp_path):
     """The file's kernels, the adapter at its start on their own basis."""
     make, data = BACKBONES[name]
@@ -145,7 +154,7 @@ def test_adapted_model_loads_a_plain_file(name, tmp_path):
     assert_same([v for _, v in values(model)], [v for _, v in values(plain)])
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@one_backbone
 def test_adapted_model_loads_an_adapted_file(name, tmp_path):
     make, data = BACKBONES[name]
     model = fresh(make)
@@ -162,133 +171,41 @@ def test_adapted_model_loads_an_adapted_file(name, tmp_path):
     assert_same([v for _, v in values(again)], base)
 
 
+SVF, LoRA, PiSSA = keras_svdtune.SVF, keras_svdtune.LoRA, keras_svdtune.PiSSA
+
+
 @pytest.mark.parametrize(
-    "method",
-    [m for m in default_methods() if m.name in ("svf", "adalora")],
-    ids=method_id,
+    "ours, theirs, seed, message",
+    [
+        (SVF(), SVF(), 3, "(first|second).*base|base.*(first|second)"),
+        (SVF(), PiSSA(2), 0, "holds no pissa_a0.*svf_delta"),
+        (LoRA(2, alpha=16.0), LoRA(2), 0, "would not do in layer|holds no"),
+        (
+            keras_svdtune.SVFT("banded", off_diagonals=1),
+            keras_svdtune.SVFT("random", off_diagonals=1),
+            0,
+            "would not do in layer|holds no",
+        ),
+    ],
+    ids=["base", "method", "alpha", "pattern"],
 )
-def test_training_goes_on_after_a_reload(method, tmp_path):
-    """With its optimizer: three epochs in one go, or in two runs."""
-    method = _fit_rank(method)
-
-    def compiled():
-        model = fresh(small_model)
-        keras_svdtune.enable_adapter(model, method)
-        model.compile(keras.optimizers.Adam(0.02), "mse")
-        return model
-
-    def fit(model, epochs):
-        history = model.fit(X, Y, epochs=epochs, shuffle=False, verbose=0)
-        return history.history["loss"]
-
-    whole = compiled()
-    expected = fit(whole, 4)
-    first = compiled()
-    found = fit(first, 2)
-    first.save_weights(tmp_path / "model.weights.h5")
-    second = compiled()
-    # The file holds the optimizer's variables, for one that has them.
-    second.optimizer.build(second.trainable_variables)
-    second.load_weights(tmp_path / "model.weights.h5")
-    found += fit(second, 2)
-    np.testing.assert_array_equal(found, expected)
-    assert_same(trainables(second), trainables(whole))
-
-
-def test_backup_and_restore(tmp_path):
-    """A run that is killed and started again gives the same losses."""
-
-    class Killed(Exception):
-        pass
-
-    class Kill(keras.callbacks.Callback):
-        def on_epoch_begin(self, epoch, logs=None):
-            if epoch == 2:
-                raise Killed
-
-    def run(*callbacks, backup):
-        model = fresh(small_model)
-        keras_svdtune.enable_svf(model)
-        model.compile(keras.optimizers.Adam(0.02), "mse")
-        losses = []
-
-        class Losses(keras.callbacks.Callback):
-            def on_epoch_end(self, epoch, logs=None):
-                losses.append((epoch, logs["loss"]))
-
-        kept = keras.callbacks.BackupAndRestore(tmp_path / backup)
-        with contextlib.suppress(Killed):
-            model.fit(
-                X,
-                Y,
-                epochs=4,
-                shuffle=False,
-                verbose=0,
-                callbacks=[kept, Losses(), *callbacks],
-            )
-        return losses
-
-    expected = run(backup="whole")
-    assert len(expected) == 4
-    first = run(Kill(), backup="parts")
-    second = run(backup="parts")
-    assert [e for e, _ in first + second] == [0, 1, 2, 3]
-    assert first + second == expected
-
-
-def test_wrong_base_is_an_error(tmp_path):
+def test_another_adapted_model_is_an_error(
+    ours, theirs, seed, message, tmp_path
+):
     model = fresh(small_model)
-    keras_svdtune.enable_svf(model)
+    keras_svdtune.enable_adapter(model, ours)
     perturb(model)
     model.save_weights(tmp_path / "model.weights.h5")
-    other = fresh(small_model, seed=3)
-    keras_svdtune.enable_svf(other)
-    with pytest.raises(ValueError) as caught:
+    other = fresh(small_model, seed)
+    keras_svdtune.enable_adapter(other, theirs)
+    before = outputs(other, X)
+    with pytest.raises(ValueError, match=f"(?s){message}"):
         other.load_weights(tmp_path / "model.weights.h5")
-    assert "first" in str(caught.value) or "second" in str(caught.value)
-    assert "base" in str(caught.value)
-
-
-def test_wrong_method_is_an_error(tmp_path):
-    model = fresh(small_model)
-    keras_svdtune.enable_svf(model)
-    model.save_weights(tmp_path / "model.weights.h5")
-    other = fresh(small_model)
-    keras_svdtune.enable_pissa(other, 2)
-    with pytest.raises(ValueError, match="holds no pissa_a0.*svf_delta"):
-        other.load_weights(tmp_path / "model.weights.h5")
-
-
-def test_a_functional_model_saves_as_plain_layers(tmp_path):
-    def make():
-        x = keras.Input((3, 6))
-        y = keras.layers.Dense(8, activation="gelu", name="dense")(x)
-        y = keras.layers.EinsumDense(
-            "btd,ndh->btnh", (None, 2, 4), bias_axes="nh", name="einsum"
-        )(y)
-        model = keras.Model(x, y)
-        randomise(model)
-        return model
-
-    data = np.random.default_rng(0).standard_normal((2, 3, 6)).astype("float32")
-    model = make()
-    keras_svdtune.enable_svf(model)
-    perturb(model)
-    expected = outputs(model, data)
-    model.save(tmp_path / "model.keras")
-    config = model.to_json()
-    assert "svf" not in config.lower()
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert type(loaded.get_layer("dense")) is keras.layers.Dense
-    assert type(loaded.get_layer("einsum")) is keras.layers.EinsumDense
-    assert_close(outputs(loaded, data), expected, 1e-5)
+    if not seed:  # else Keras has read its biases by then
+        assert_same(outputs(other, X), before)
 
 
 # Hand-built models with declared layers.
-
-
-def settings_of(method):
-    return _fit_rank(method).settings()
 
 
 def layer_classes(method):
@@ -302,7 +219,7 @@ def layer_classes(method):
 
 def functional(method):
     dense, einsum = layer_classes(method)
-    settings = settings_of(method)
+    settings = method.settings()
     x = keras.Input((3, 6))
     y = dense(8, activation="tanh", name="dense", **settings)(x)
     y = einsum(
@@ -311,113 +228,90 @@ def functional(method):
     return keras.Model(x, y)
 
 
-def sequential(method):
-    dense, einsum = layer_classes(method)
-    settings = settings_of(method)
-    return keras.Sequential(
-        [
-            keras.layers.Input((3, 6)),
-            dense(8, activation="tanh", **settings),
-            einsum("abc,cd->abd", (None, 5), **settings),
-        ]
-    )
-
-
 @keras.saving.register_keras_serializable(package="tests")
-class Subclassed(keras.Model):
-    def __init__(self, method=None, **kwargs):
-        super().__init__(**kwargs)
-        self.method = method or keras_svdtune.SVF()
-        dense, einsum = layer_classes(self.method)
-        settings = settings_of(self.method)
-        self.blocks = [
-            dense(6, **settings),
-            einsum("abc,cd->abd", (None, 4), **settings),
-        ]
+class Attributes(keras.Model):
+    """Holds its layers in attributes, whose names are those in its files."""
 
-    def build(self, input_shape):
-        for block in self.blocks:
-            block.build(input_shape)
-            input_shape = block.compute_output_shape(input_shape)
+    def __init__(self, dense, einsum, **kwargs):
+        super().__init__(**kwargs)
+        self.dense, self.einsum = dense, einsum
 
     def call(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return x
+        return self.einsum(self.dense(x))
 
     def get_config(self):
+        layers = {"dense": self.dense, "einsum": self.einsum}
         return super().get_config() | {
-            "method": {
-                "name": self.method.name,
-                "settings": self.method.settings(),
-            }
+            k: keras.saving.serialize_keras_object(x) for k, x in layers.items()
         }
 
     @classmethod
     def from_config(cls, config):
-        method = config.pop("method")
-        method = keras_svdtune.METHODS[method["name"]](**method["settings"])
-        return cls(method, **config)
+        for name in ("dense", "einsum"):
+            layer = keras.saving.deserialize_keras_object(config[name])
+            config[name] = layer
+        return cls(**config)
 
 
-def subclassed(method):
-    model = Subclassed(method)
-    model.build((None, 3, 6))
+def attributes(dense, einsum, **settings):
+    model = Attributes(
+        dense(8, activation="tanh", name="dense", **settings),
+        einsum(
+            "btd,ndh->btnh",
+            (None, 2, 3),
+            bias_axes="h",
+            name="einsum",
+            **settings,
+        ),
+    )
+    model(Z)
     return model
 
 
-BUILDS = [functional, sequential, subclassed]
-Z = np.random.default_rng(1).standard_normal((4, 3, 6)).astype("float32")
+def subclassed(method):
+    return attributes(*layer_classes(method), **method.settings())
 
 
-@pytest.mark.parametrize("kind", ["keras", "weights.h5"])
-@pytest.mark.parametrize("build", BUILDS, ids=lambda f: f.__name__)
-@one_of_each
-def test_declared_layers_round_trip(method, build, kind, tmp_path):
-    if build is not functional and method.name not in ("svf", "pissa"):
-        pytest.skip("the model's class makes no difference to a method")
+@pytest.mark.parametrize(
+    "build, method",
+    [
+        *((functional, method) for method in METHODS),
+        (subclassed, SVF()),  # which makes no difference to a method
+    ],
+    ids=lambda x: x.__name__ if callable(x) else method_id(x),
+)
+def test_declared_layers_round_trip(build, method, tmp_path):
     model = fresh(lambda: build(method))
     perturb(model)
-    base = [numpy(x._kernel) for x in flat(model) if isinstance(x, AdapterHost)]
-    expected = outputs(model, Z)
-    save(model, tmp_path, kind)
-    if kind == "keras":
-        loaded = keras.saving.load_model(tmp_path / "model.keras")
-    else:
-        keras.utils.set_random_seed(77)
-        loaded = fresh(lambda: build(method))
-        assert_differ(outputs(loaded, Z), expected)
-        loaded.load_weights(tmp_path / "model.weights.h5")
-    layers = [x for x in flat(loaded) if isinstance(x, AdapterHost)]
-    assert len(layers) == 2
-    assert [type(x) for x in layers] == [
-        type(x) for x in flat(model) if isinstance(x, AdapterHost)
-    ]
-    # Base and adapter apart: nothing was merged.
-    assert_same([numpy(x._kernel) for x in layers], base)
-    assert_same(outputs(loaded, Z), expected)
-    assert len(loaded.trainable_weights) == len(model.trainable_weights)
+    hosts = [x for x in flat(model) if isinstance(x, AdapterHost)]
+    expected, trained = outputs(model, Z), trainables(model)
+    assert {v.path for v in model.trainable_weights} >= set(trained)
+    assert not any(
+        v.path.endswith(("kernel", "bias")) for v in model.trainable_weights
+    )
+    for kind in ("keras", "weights.h5"):
+        save(model, tmp_path, kind)
+        if kind == "keras":
+            loaded = keras.saving.load_model(tmp_path / "model.keras")
+        else:
+            keras.utils.set_random_seed(77)
+            loaded = fresh(lambda: build(method))
+            assert_differ(outputs(loaded, Z), expected)
+            loaded.load_weights(tmp_path / "model.weights.h5")
+        layers = [x for x in flat(loaded) if isinstance(x, AdapterHost)]
+        assert [type(x) for x in layers] == [type(x) for x in hosts]
+        # Base and adapter apart: nothing was merged.
+        assert_same([x._kernel for x in layers], [x._kernel for x in hosts])
+        assert_same(outputs(loaded, Z), expected)
+        assert len(loaded.trainable_weights) == len(model.trainable_weights)
     with keras_svdtune.adapter_disabled(loaded):
         assert_differ(outputs(loaded, Z), expected)
 
 
 @one_of_each
-def test_declared_layers_train_the_adapter_only(method):
-    model = fresh(lambda: functional(method))
-    model.compile(keras.optimizers.Adam(0.02), "mse")
-    before = dict(values(model))
-    targets = outputs(model, Z) + 0.3
-    losses = model.fit(Z, targets, epochs=6, verbose=0).history["loss"]
-    assert losses[-1] < losses[0]
-    trained = {k for k, v in values(model) if not np.array_equal(v, before[k])}
-    assert trained >= set(trainables(model))
-    assert not any(k.endswith(("kernel", "bias")) for k in trained)
-
-
-@one_of_each
 def test_from_layer(method):
     dense, einsum = layer_classes(method)
-    settings = settings_of(method)
+    settings = method.settings()
     plain_dense = keras.layers.Dense(8, activation="gelu", name="dense")
     plain_einsum = keras.layers.EinsumDense(
         "btd,ndh->btnh", (None, 2, 3), bias_axes="nh", name="einsum"
@@ -455,30 +349,6 @@ def test_from_layer_has_the_basis_of_the_copied_kernel():
     assert_same(numpy(layer.adapter.basis), numpy(plain.adapter.basis))
 
 
-class Attributes(keras.Model):
-    """Holds its layers in attributes, whose names are those in its files."""
-
-    def __init__(self, dense, einsum, **settings):
-        super().__init__()
-        self.dense = dense(8, activation="tanh", name="dense", **settings)
-        self.einsum = einsum(
-            "btd,ndh->btnh",
-            (None, 2, 3),
-            bias_axes="h",
-            name="einsum",
-            **settings,
-        )
-
-    def call(self, x):
-        return self.einsum(self.dense(x))
-
-
-def attributes(*args, **settings):
-    model = Attributes(*args, **settings)
-    model(Z)
-    return model
-
-
 @pytest.mark.parametrize("name", ["svf", "svft", "pissa"])
 def test_declared_layers_load_a_plain_file(name, tmp_path):
     """The weights of the same model with plain layers.
@@ -486,13 +356,12 @@ def test_declared_layers_load_a_plain_file(name, tmp_path):
     Where a model holds its layers in a list (so does a Functional one), a
     weights file calls them by their class, and no plain file fits.
     """
-    method = _fit_rank(next(m for m in default_methods() if m.name == name))
+    method = next(m for m in METHODS if m.name == name)
     plain_classes = (keras.layers.Dense, keras.layers.EinsumDense)
     source = fresh(lambda: attributes(*plain_classes))
     randomise(source, seed=4)
     source.save_weights(tmp_path / "model.weights.h5")
-    classes = layer_classes(method)
-    model = fresh(lambda: attributes(*classes, **method.settings()))
+    model = fresh(lambda: subclassed(method))
     perturb(model)
     model.load_weights(tmp_path / "model.weights.h5")
     assert_same(outputs(model, Z), outputs(source, Z))
@@ -521,18 +390,20 @@ def test_declared_layers_that_are_not_built():
             call(model)
 
 
-def test_gemma_in_bfloat16(tmp_path):
-    model = fresh(lambda: tiny_gemma("bfloat16"))
-    model.enable_svf()
+def test_in_bfloat16(tmp_path):
+    def make():
+        return small_model("bfloat16")
+
+    model = fresh(make)
+    keras_svdtune.enable_svf(model)
     perturb(model, size=0.5)
     model.save_weights(tmp_path / "model.weights.h5")
-    plain = fresh(lambda: tiny_gemma("bfloat16"))
+    plain, again = fresh(make), fresh(make)
     plain.load_weights(tmp_path / "model.weights.h5")
-    model_ = fresh(lambda: tiny_gemma("bfloat16"))
-    model_.enable_svf()
-    model_.load_weights(tmp_path / "model.weights.h5")
-    assert_same(outputs(model_, tokens()), outputs(model, tokens()))
-    model.merge_adapter()
+    keras_svdtune.enable_svf(again)
+    again.load_weights(tmp_path / "model.weights.h5")
+    assert_same(outputs(again, X), outputs(model, X))
+    keras_svdtune.merge_adapter(model)
     assert_same([v for _, v in values(plain)], [v for _, v in values(model)])
 
 
@@ -541,33 +412,9 @@ def test_a_failed_load_leaves_an_adapted_backbone_usable(tmp_path):
     keras_svdtune.enable_svf(model)
     model.save_weights(tmp_path / "model.weights.h5")
     (tmp_path / "bad.weights.h5").write_bytes(b"not a weights file")
-    with must_stay(model, X), pytest.raises(Exception):  # noqa: B017
+    with must_stay(model, X, False), pytest.raises(Exception):  # noqa: B017
         model.load_weights(tmp_path / "bad.weights.h5")
     model.load_weights(tmp_path / "model.weights.h5")
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [
-        (keras_svdtune.LoRA(2, alpha=16.0), keras_svdtune.LoRA(2)),
-        (
-            keras_svdtune.SVFT("banded", off_diagonals=1),
-            keras_svdtune.SVFT("random", off_diagonals=1),
-        ),
-    ],
-    ids=["alpha", "pattern"],
-)
-def test_other_settings_are_an_error(ours, theirs, tmp_path):
-    model = small_model()
-    keras_svdtune.enable_adapter(model, ours)
-    perturb(model)
-    model.save_weights(tmp_path / "adapted.weights.h5")
-    keras_svdtune.remove_adapter(model)
-    keras_svdtune.enable_adapter(model, theirs)
-    before = outputs(model, X)
-    with pytest.raises(ValueError, match="would not do in layer|holds no"):
-        model.load_weights(tmp_path / "adapted.weights.h5")
-    assert_same(outputs(model, X), before)
 
 
 def test_random_positions_of_a_model_with_another_name(tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import pathlib
 import random
 import signal
 import struct
@@ -28,9 +29,19 @@ import keras_svdtune
 from keras_svdtune import PiSSA, SavedAdapter
 from keras_svdtune.files.format import read_adapter
 from keras_svdtune.files.save_load import saved_adapter
+from keras_svdtune.runtime import storage
 
-# Of each kind; what is tested is the same code on every backend.
-COUNT = 2500 if keras.backend.backend() == "jax" else 250
+# In one process, which compiles what it repeats once.
+pytestmark = pytest.mark.xdist_group("hostile_files")
+
+# How many files of each kind; it is the same code on every backend.
+counts = pytest.mark.parametrize(
+    "count",
+    [
+        500 if keras.backend.backend() == "jax" else 100,
+        pytest.param(2500, marks=pytest.mark.slow),
+    ],
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +50,13 @@ def model():
     keras_svdtune.enable_adapter(model, PiSSA(rank=2))
     perturb(model)
     return model
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch):
+    """Where to write; thousands of files need not reach the disk."""
+    monkeypatch.setattr(storage.os, "fsync", lambda file: None)
+    return tmp_path / "a.safetensors"
 
 
 def tried(model, path, start):
@@ -93,13 +111,13 @@ def damage(data, rng):
     return bytes(data)
 
 
-def test_damaged_bytes(model, tmp_path):
-    path = tmp_path / "a.safetensors"
+@counts
+def test_damaged_bytes(count, model, path):
     keras_svdtune.save_adapter(model, path)
     good, start, base = path.read_bytes(), trainables(model), values(model)
     rng = random.Random(0)
     loaded = 0
-    for _ in range(COUNT):
+    for _ in range(count):
         bad = damage(good, rng)
         path.write_bytes(bad)
         loaded += tried(model, path, trainables(model)) and bad != good
@@ -155,26 +173,26 @@ def forge(saved, rng):
     return SavedAdapter(about, arrays, "forged")
 
 
-def test_forged_contents(model, tmp_path):
-    path = tmp_path / "a.safetensors"
+@counts
+def test_forged_contents(count, model, path):
     good = saved_adapter(model)
     rng = random.Random(1)
     base = values(model)
     loaded = 0
-    for _ in range(COUNT):
+    for _ in range(count):
         forged = forge(good, rng)
         forged.save(path)
         loaded += tried(model, path, trainables(model))
     # Some changes are harmless, such as other versions, or none at all.
-    assert loaded < COUNT / 4
+    assert loaded < count / 4
     good.save(path)
     keras_svdtune.load_adapter(model, path)
     assert_same(values(model), base)
 
 
-def test_absurd_headers(model, tmp_path):
+@pytest.mark.fast
+def test_absurd_headers(model, path):
     """Lengths beyond the file, and nesting beyond the stack."""
-    path = tmp_path / "a.safetensors"
     deep = json.dumps({"__metadata__": {"keras_svdtune": "[" * 100_000}})
     for length, header in (
         (2**63, b"{}"),
@@ -187,27 +205,33 @@ def test_absurd_headers(model, tmp_path):
         assert not tried(model, path, trainables(model))
 
 
+# Without Keras, which takes seconds to import and is not needed.
 SAVER = """
-import sys, numpy as np
-from keras_svdtune.adapter_file import SavedAdapter
+import sys, types, unittest.mock
+import numpy as np
+sys.modules["keras"] = unittest.mock.MagicMock()
+sys.modules["keras_svdtune"] = package = types.ModuleType("keras_svdtune")
+package.__path__ = [sys.argv[1]]
+from keras_svdtune.files.format import SavedAdapter
 about = {"format_version": 1, "method": "svf", "settings": {}, "layers": {}}
 print("ready", flush=True)
 for i in range(10**6):
     arrays = {"x": np.full(20000, i % 7, "float32")}
-    SavedAdapter(about, arrays, "").save(sys.argv[1])
+    SavedAdapter(about, arrays, "").save(sys.argv[2])
 """
 
 
 @pytest.mark.skipif(
     keras.backend.backend() != "jax", reason="writing knows no backend"
 )
-def test_killed_while_saving(tmp_path):
+def test_killed_while_saving(tmp_path, monkeypatch):
     """At any moment the file is a whole one."""
     path = tmp_path / "a.safetensors"
+    package = pathlib.Path(keras_svdtune.__file__).parent
     rng = random.Random(0)
     for _ in range(4):
         child = subprocess.Popen(
-            [sys.executable, "-c", SAVER, path], stdout=subprocess.PIPE
+            [sys.executable, "-c", SAVER, package, path], stdout=subprocess.PIPE
         )
         assert child.stdout.readline() == b"ready\n"
         for _ in range(10):  # stopped at some point, as if killed there
@@ -220,11 +244,16 @@ def test_killed_while_saving(tmp_path):
         child.kill()
         child.wait()
         check_whole(path)
-        check_whole(path)
     # What was left behind hinders nobody, not even a process of the same id.
-    left = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    moved, replace = [], os.replace
+    monkeypatch.setattr(
+        storage.os, "replace", lambda *x: moved.append(x[0]) or replace(*x)
+    )
+    read_adapter(path).save(path)
+    (left,) = moved
     left.write_bytes(b"half")
     read_adapter(path).save(path)
+    assert moved == [left, left]
     check_whole(path)
     assert not left.exists()
 
@@ -234,8 +263,7 @@ def check_whole(path):
     assert x.shape == (20000,) and np.ptp(x) == 0
 
 
-def test_a_plain_reader_can_read_it(model, tmp_path):
-    path = tmp_path / "a.safetensors"
+def test_a_plain_reader_can_read_it(model, path):
     keras_svdtune.save_adapter(model, path)
     arrays = safetensors.numpy.load_file(path)
     assert_same(arrays, saved_adapter(model).arrays)

@@ -76,13 +76,15 @@ class Watch(keras.callbacks.Callback):
         )
 
 
-def test_ranks_move_to_where_they_matter_and_the_budget_is_exact(capsys):
+def test_ranks_move_to_where_they_matter_and_stay(capsys, tmp_path):
+    """Within the budget exactly, and in the file too."""
     model = two_paths()
     keras_svdtune.enable_adapter(model, AdaLoRA(RANK))
     start = {n: m.sum() for n, m in masks(model).items()}
     assert start == {"matters": FIRST_RANK, "hardly": FIRST_RANK}
     history = train(model, RankAllocator(interval=1))
-    ranks = {n: m.sum() for n, m in masks(model).items()}
+    fixed = masks(model)
+    ranks = {n: m.sum() for n, m in fixed.items()}
     assert sum(ranks.values()) == 2 * RANK
     assert ranks["matters"] == FIRST_RANK > ranks["hardly"]
     assert history["loss"][-1] < 0.7 * history["loss"][0]
@@ -92,17 +94,16 @@ def test_ranks_move_to_where_they_matter_and_the_budget_is_exact(capsys):
         (line,) = [x for x in shown.splitlines() if name in x]
         assert line.split("│")[4].split() == [str(rank)], line
 
-
-def test_masked_triplets_are_zero_and_stay_so():
-    model = two_paths()
-    keras_svdtune.enable_adapter(model, AdaLoRA(RANK))
-    train(model, RankAllocator(interval=1))
-    fixed = masks(model)
     train(model, keras.callbacks.Callback(), epochs=2)
     assert_same(masks(model), fixed)
-    # What is masked has no part in the output, whatever λ says.
     x, _ = data()
     before = predict(model, x)
+    keras_svdtune.save_adapter(model, tmp_path / "a.safetensors")
+    again = two_paths()
+    keras_svdtune.load_adapter(again, tmp_path / "a.safetensors")
+    assert_same(masks(again), fixed)
+    assert_same(predict(again, x), before)
+    # What is masked has no part in the output, whatever λ says.
     for layer in adapted(model).values():
         values = numpy(layer.adapter.singular_values)
         layer.adapter.singular_values.assign(
@@ -157,27 +158,19 @@ def penalty_by_numpy(model, regularization):
     return regularization * np.mean(terms)
 
 
-@pytest.mark.parametrize("regularization", [0.0, 0.5])
-def test_the_penalty_is_in_the_loss_and_in_the_logs(regularization):
-    model = two_paths()
-    method = AdaLoRA(RANK, regularization=regularization)
-    keras_svdtune.enable_adapter(model, method)
-    history = train(model, RankAllocator(), epochs=3)
-    x, y = data()
-    expected = penalty_by_numpy(model, regularization)
-    error = np.mean((predict(model, x).astype("float64") - y) ** 2)
-    loss = model.evaluate(x, y, batch_size=len(x), verbose=0)
-    assert_close(np.array(loss), error + expected, 1e-5)
-    assert_close(np.array(history["orthogonality"][-1]), expected, 1e-5)
-
-
-def test_the_penalty_makes_p_and_q_orthonormal():
+def test_the_penalty_is_in_the_loss_and_makes_p_and_q_orthonormal():
     far = []
     for regularization in (0.0, 1.0):
         model = two_paths()
         method = AdaLoRA(RANK, regularization=regularization)
         keras_svdtune.enable_adapter(model, method)
-        train(model, RankAllocator(), epochs=20)
+        history = train(model, RankAllocator(), epochs=20)
+        x, y = data()
+        expected = penalty_by_numpy(model, regularization)
+        error = np.mean((predict(model, x).astype("float64") - y) ** 2)
+        loss = model.evaluate(x, y, batch_size=len(x), verbose=0)
+        assert_close(np.array(loss), error + expected, 1e-5)
+        assert_close(np.array(history["orthogonality"][-1]), expected, 1e-5)
         far.append(penalty_by_numpy(model, 1.0))
     assert far[1] < 0.1 * far[0]
 
@@ -223,18 +216,6 @@ def read(model, names):
         for path, layer in adapted(model).items()
         for n in names
     }
-
-
-def test_final_ranks_travel_in_the_file(tmp_path):
-    model = two_paths()
-    keras_svdtune.enable_adapter(model, AdaLoRA(RANK))
-    train(model, RankAllocator(interval=1))
-    x, _ = data()
-    keras_svdtune.save_adapter(model, tmp_path / "a.safetensors")
-    again = two_paths()
-    keras_svdtune.load_adapter(again, tmp_path / "a.safetensors")
-    assert_same(masks(again), masks(model))
-    assert_same(predict(again, x), predict(model, x))
 
 
 def test_clear_errors():

@@ -43,25 +43,27 @@ def test_a_name_without_a_page_fails_the_build(hooks, monkeypatch):
         hooks.pages()
 
 
-def test_a_method_without_a_picture_fails_the_build(hooks, monkeypatch):
-    monkeypatch.delitem(hooks.PICTURES, "svf")
-    with pytest.raises(hooks.PluginError, match="a formula and a picture"):
+@pytest.mark.parametrize("missing", ["formula", "picture"])
+def test_a_method_without_one_fails_the_build(hooks, monkeypatch, missing):
+    monkeypatch.delattr(keras_svdtune.SVF, missing)
+    with pytest.raises(
+        hooks.PluginError, match="SVF needs the class attributes"
+    ):
         hooks.pages()
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
-def test_page_of_a_method(hooks, name):
-    page = hooks.method_page(name, METHODS[name])
-    assert page.startswith(f"# {METHODS[name].title}\n")
+@pytest.mark.parametrize("cls", METHODS.values(), ids=lambda x: x.name)
+def test_page_of_a_method(hooks, cls):
+    page = hooks.method_page(cls)
+    assert page.startswith(f"# {cls.title}\n")
     formula = re.search(r"<math.*?</math>", page)[0]
     assert xml.etree.ElementTree.fromstring(formula).tag.endswith("math")
-    assert f"]({name}.svg)" in page
-    picture = hooks.PICTURES[name]()
+    assert f"]({cls.name}.svg)" in page
+    picture = hooks.draw(cls.picture)
     assert xml.etree.ElementTree.fromstring(picture).tag.endswith("svg")
     assert "#d55e00" in picture.lower()  # something trains
-    assert picture == hooks.PICTURES[name]()  # always the same
-    layers = f"{METHODS[name].__name__}Dense"
-    assert f"::: keras_svdtune.{layers}" in page
+    assert picture == hooks.draw(cls.picture)  # always the same
+    assert f"::: keras_svdtune.{cls.__name__}Dense" in page
 
 
 def test_public_docstrings():

@@ -27,14 +27,15 @@ from keras_svdtune import SVF, PiSSA, SVFDense
 from keras_svdtune.hosts import attach
 
 DATA = hosts_data(LINEAR)
+FEW = ("dense_tall", "dense_wide")
 ROUNDING = {"float32": 1e-6, "bfloat16": 2e-2}
 every_dtype = pytest.mark.parametrize("dtype", ROUNDING)
 
 
-def made(dtype="float32", replace=True, moved=True):
+def made(dtype="float32", replace=True, moved=True, names=LINEAR):
     """A model with SVF; equal but for the form."""
     keras.backend.clear_session(free_memory=False)
-    model = hosts_model(dtype, LINEAR)
+    model = hosts_model(dtype, names)
     keras_svdtune.enable_svf(model, replace_kernel=replace)
     if moved:
         perturb(model)
@@ -58,7 +59,8 @@ def test_computes_what_svf_computes(dtype):
     expected = eager(made(dtype, replace=False), DATA)
     assert_differ(expected, base)
     close(eager(model, DATA), expected, dtype, "moved")
-    close(predict(model, DATA), expected, dtype, "compiled")
+    few, data = made(dtype, names=FEW), hosts_data(FEW)
+    close(predict(few, data), eager(few, data), dtype, "compiled")
     with keras_svdtune.adapter_disabled(model):
         close(eager(model, DATA), base, dtype, "disabled")
 
@@ -140,13 +142,13 @@ def test_remove_gives_the_kernel_back_and_merge_the_product(dtype):
 
 def test_an_interrupt_leaves_every_kernel_as_it_was(monkeypatch):
     model = hosts_model(names=LINEAR)
-    real, calls = attach.attach_plan, []
+    attach_plan, calls = attach.attach_plan, []
 
     def interrupted(*args):
         calls.append(args)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        real(*args)
+        return attach_plan(*args)
 
     monkeypatch.setattr(attach, "attach_plan", interrupted)
     with (
@@ -213,8 +215,9 @@ def test_what_it_cannot_do_is_said():
 
 
 def test_the_form_is_no_setting_of_the_adapter():
-    assert SVF(replace_kernel=True) == SVF()
-    assert SVF(replace_kernel=True).settings() == {}
+    folded = SVF(replace_kernel=True)
+    assert folded.trains_like(SVF()) and SVF().trains_like(folded)
+    assert folded.settings() == {}
     assert PiSSA(4, quantize="int4").settings()["quantize"] == "int4"
     model = hosts_model(names=LINEAR)
     keras_svdtune.enable_svf(model, ["dense_tall"], replace_kernel=True)

@@ -19,10 +19,16 @@ from helpers import (
 )
 
 import keras_svdtune
-from keras_svdtune import METHODS, RankAllocator
+from keras_svdtune import RankAllocator
 
 EPOCHS, STEPS = 5, 4
 X, Y = small_data(rows=8 * STEPS)
+
+interrupted = pytest.mark.parametrize("name", ["pissa", "adalora"])
+not_on_torch = pytest.mark.skipif(
+    keras.backend.backend() == "torch",
+    reason="asked for on JAX and TensorFlow; two runs of torch may differ",
+)
 
 
 def compiled_model(name):
@@ -52,19 +58,23 @@ def fit(model, name, callbacks=(), epochs=EPOCHS):
     ).history["loss"]
 
 
-class KillAt(keras.callbacks.Callback):
-    """Kills the process, as a machine that goes away does."""
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
 
-    def __init__(self, epoch, batch):
+
+class StopAt(keras.callbacks.Callback):
+    """Ends a run in mid-epoch: raises, or as a machine that goes away."""
+
+    def __init__(self, epoch, batch, stop):
         super().__init__()
-        self.at = (epoch, batch)
+        self.at, self.stop = (epoch, batch), stop
 
     def on_epoch_begin(self, epoch, logs=None):
         self.epoch = epoch
 
     def on_train_batch_end(self, batch, logs=None):
         if (self.epoch, batch) == self.at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            self.stop()
 
 
 def end_state(model):
@@ -73,38 +83,50 @@ def end_state(model):
     return [*trainables(model).values(), *optimizer]
 
 
-@pytest.mark.skipif(
-    keras.backend.backend() == "torch",
-    reason="asked for on JAX and TensorFlow; two runs of torch may differ",
-)
-@pytest.mark.parametrize("name", ["pissa", "adalora"])
+def run(name, folder, stop=None):
+    """A run that is stopped; or, without `stop`, what starts it again."""
+    model = compiled_model(name)
+    backup = keras.callbacks.BackupAndRestore(os.path.join(folder, "backup"))
+    callbacks = [backup, StopAt(epoch=2, batch=1, stop=stop)]
+    losses = fit(model, name, callbacks if stop else [backup])
+    assert len(losses) == EPOCHS - 2  # two epochs were done before
+    return end_state(model)
+
+
+@not_on_torch
+@interrupted
+def test_interrupted_in_mid_epoch(name, tmp_path):
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(name, tmp_path, stop)
+    found = run(name, tmp_path)
+    model = compiled_model(name)
+    fit(model, name)
+    assert_same(found, end_state(model))
+
+
+@pytest.mark.slow
+@not_on_torch
+@interrupted
 def test_killed_in_mid_epoch(name, tmp_path):
     script = [sys.executable, __file__, name, str(tmp_path)]
-    killed = subprocess.run(script, check=False)
+    killed = subprocess.run([*script, "kill"], check=False)
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "end.npz").exists()
-    # Started again, with the same command; this time it is let live.
-    subprocess.run([*script, "live"], check=True)
+    subprocess.run(script, check=True)
     with np.load(tmp_path / "end.npz") as file:
         found = [file[key] for key in file]
     model = compiled_model(name)
     fit(model, name)
-    expected = end_state(model)
-    assert_same(found, expected)
+    assert_same(found, end_state(model))
 
 
-def run(name, folder, live=None):
-    """What the process that is killed runs."""
-    model = compiled_model(name)
-    backup = keras.callbacks.BackupAndRestore(os.path.join(folder, "backup"))
-    callbacks = [backup] if live else [backup, KillAt(epoch=2, batch=1)]
-    losses = fit(model, name, callbacks)
-    assert len(losses) == EPOCHS - 2  # two epochs were done before
-    np.savez(os.path.join(folder, "end.npz"), *end_state(model))
-
-
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("ending", ["weights.h5", "keras"])
+@pytest.mark.parametrize(
+    "name, ending",
+    [("svf", "weights.h5"), ("adalora", "weights.h5"), ("pissa", "keras")],
+)
 def test_model_checkpoint(name, ending, tmp_path):
     """The weights of an epoch, adapter and optimizer, come back."""
     path = tmp_path / f"epoch.{ending}"
@@ -113,9 +135,6 @@ def test_model_checkpoint(name, ending, tmp_path):
         path, save_weights_only=ending == "weights.h5"
     )
     model.fit(X, Y, 8, 2, verbose=0, shuffle=False, callbacks=[checkpoint])
-    expected = end_state(model)
-    base = [numpy(x._kernel) for x in adapted(model).values()]
-    again = compiled_model(name)
     if ending == "keras":
         # A whole model: the plain one, with the merged kernels.
         plain = keras.saving.load_model(path, compile=False)
@@ -127,6 +146,9 @@ def test_model_checkpoint(name, ending, tmp_path):
         )
         assert not adapted(plain)
         return
+    expected = end_state(model)
+    base = [numpy(x._kernel) for x in adapted(model).values()]
+    again = compiled_model(name)
     again.optimizer.build(again.trainable_variables)
     again.load_weights(path)
     assert_same(end_state(again), expected)
@@ -137,4 +159,6 @@ def test_model_checkpoint(name, ending, tmp_path):
 
 
 if __name__ == "__main__":
-    run(*sys.argv[1:])
+    name, folder, *how = sys.argv[1:]
+    state = run(name, folder, kill if how else None)
+    np.savez(os.path.join(folder, "end.npz"), *state)

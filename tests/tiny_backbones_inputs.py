@@ -1,67 +1,80 @@
-"""Settings and inputs that the tiny backbones share.
+"""What the tiny backbones share: their sizes, and their inputs.
 
 All inputs have a batch of two and are the same every time. One sequence of
 the two ends in padding, so that masks count.
 """
 
+import inspect
+import re
+
 import numpy as np
 
 BATCH, LENGTH, VOCABULARY = 2, 8, 24
 
-# The settings that nearly every transformer has under these names.
-LAYERS = {"num_layers": 2, "hidden_dim": 16, "intermediate_dim": 32}
-ENCODER = {"vocabulary_size": VOCABULARY, "num_heads": 2, **LAYERS}
-# With fewer heads for keys and values than for queries.
-GROUPED = {
+# For the arguments of these names that have no default.
+SIZES = {
     "vocabulary_size": VOCABULARY,
-    "num_query_heads": 4,
-    "num_key_value_heads": 2,
-    **LAYERS,
-}
-# Local and global layers, every norm that a Gemma may have.
-GEMMA = {
-    **GROUPED,
-    "head_dim": 8,
-    "use_post_ffw_norm": True,
-    "use_post_attention_norm": True,
-    "use_sliding_window_attention": True,
-    "sliding_window_size": 4,
-}
-T5_GEMMA = {
-    "vocabulary_size": VOCABULARY,
-    **{
-        f"{side}_{name}": value
-        for side in ("encoder", "decoder")
-        for name, value in {
-            "hidden_dim": 16,
-            "intermediate_dim": 32,
-            "num_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "layer_types": ["sliding_attention", "full_attention"],
-        }.items()
-    },
-    "sliding_window": 4,
-    "cross_attention_hidden_size": 16,
-    "query_pre_attn_scalar": 8.0,
-}
-# Vision and text towers, and what goes with them.
-VISION_TOWER = {
-    "patch_size": 8,
+    "vocab_size": VOCABULARY,
+    "num_layers": 2,
+    "num_hidden_layers": 2,
     "num_heads": 2,
-    "image_shape": (32, 32, 3),
-    **LAYERS,
-}
-TEXT_TOWER = {"embedding_dim": 16, "max_sequence_length": LENGTH, **ENCODER}
-GEMMA_VISION = {
+    # With fewer heads for keys and values than for queries.
+    "num_query_heads": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "head_size": 8,
+    "hidden_dim": 16,
+    "hidden_size": 16,
+    "embedding_dim": 16,
+    "projection_dim": 16,
+    "output_dim": 16,
+    "intermediate_dim": 32,
+    "mlp_dim": 32,
+    "moe_intermediate_dim": 8,
+    "num_experts": 4,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "max_position_embeddings": 32,
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 1.0,
+    "layer_norm_epsilon": 1e-6,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "dropout": 0.0,
+    "dropout_rate": 0.0,
+    "image_shape": (16, 16, 3),
     "image_size": 16,
     "patch_size": 4,
-    "pool_size": 2,
-    "num_heads": 2,
-    "output_dim": 16,
-    **LAYERS,
 }
+# For these also where the default is larger.
+LIMITS = {
+    "max_sequence_length": LENGTH,
+    "sliding_window": 4,
+    "sliding_window_size": 4,
+    "pool_size": 2,
+    "top_k": 2,
+}
+
+
+def sized(cls, **settings):
+    """A tiny model or layer of this class, with other settings by keyword.
+
+    The sizes are those for the names of its arguments: for the encoder and
+    the decoder where it has both.
+    """
+    known = dict(settings)
+    for name, parameter in inspect.signature(cls).parameters.items():
+        size = re.sub("^(encoder|decoder)_|_(enc|dec)$", "", name)
+        if name in settings or parameter.kind is parameter.VAR_KEYWORD:
+            continue
+        if size in LIMITS:
+            known[name] = LIMITS[size]
+        elif parameter.default is parameter.empty and size in SIZES:
+            known[name] = SIZES[size]
+    return cls(**known)
 
 
 def random(*shape, low=-1.0, high=1.0):
@@ -70,7 +83,7 @@ def random(*shape, low=-1.0, high=1.0):
     return values.astype("float32")
 
 
-def images(size=32):
+def images(size=16):
     """Two square images."""
     return random(size, size, 3, low=0.0)
 
@@ -88,10 +101,10 @@ def mask(length=LENGTH):
     return valid
 
 
-def tokens(length=LENGTH, prefix="", **settings):
+def tokens(length=LENGTH, prefix=""):
     """Tokens and their padding mask."""
     return {
-        f"{prefix}token_ids": ids(length, **settings) * mask(length),
+        f"{prefix}token_ids": ids(length) * mask(length),
         f"{prefix}padding_mask": mask(length),
     }
 

@@ -13,28 +13,20 @@ from keras_hub.src.models.qwen3_5.qwen3_5_vision_encoder import (
 )
 from tiny_backbones_inputs import (
     BATCH,
-    ENCODER,
-    GEMMA,
-    GEMMA_VISION,
-    LAYERS,
     LENGTH,
-    T5_GEMMA,
     VOCABULARY,
     images,
     indices,
     marked,
     pairs,
     random,
+    sized,
     tokens,
 )
+from tiny_backbones_text import GEMMA, T5_GEMMA
 from tiny_backbones_vision import MOBILENET_V5
 
 QWEN3_5 = {
-    "vocabulary_size": VOCABULARY,
-    "num_layers": 2,
-    "num_query_heads": 4,
-    "num_key_value_heads": 2,
-    "hidden_dim": 16,
     "head_dim": 16,
     "layer_types": ["linear_attention", "full_attention"],
     "partial_rotary_factor": 0.5,
@@ -44,24 +36,14 @@ QWEN3_5 = {
     "linear_value_head_dim": 4,
     "mrope_section": [2, 1, 1],
 }
-
-
 # The special tokens are in the vocabulary: first those of the language, then
 # those of images, then those of sounds.
 GEMMA_3N = {
     "text_vocab_size": 48,
     "text_hidden_size": 16,
-    "num_hidden_layers": 2,
     "pad_token_id": 0,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
     "intermediate_size": [32, 32],
     "hidden_activation": "gelu_approximate",
-    "layer_types": ["sliding_attention", "full_attention"],
-    "sliding_window": 4,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 16,
     "vocab_size_per_layer_input": 32,
     "hidden_size_per_layer_input": 4,
     "altup_num_inputs": 4,
@@ -80,14 +62,12 @@ GEMMA_3N = {
 
 
 GEMMA_3N_AUDIO = {
-    "hidden_size": 16,
     "input_feat_size": 8,
     "sscp_conv_channel_size": [4, 8],
     "sscp_conv_kernel_size": [(3, 3), (3, 3)],
     "sscp_conv_stride_size": [(2, 2), (2, 2)],
     "sscp_conv_group_norm_eps": 1e-5,
     "num_hidden_layers": 1,
-    "rms_norm_eps": 1e-6,
     "gradient_clipping": 1e10,
     "residual_weight": 0.5,
     "num_attention_heads": 2,
@@ -102,45 +82,32 @@ GEMMA_3N_AUDIO = {
 
 def blip2():
     model = models.BLIP2Backbone(
-        vision_encoder=models.BLIP2VisionEncoder(
-            image_size=16,
-            patch_size=4,
-            num_heads=2,
+        vision_encoder=sized(
+            models.BLIP2VisionEncoder,
             use_patch_bias=True,
             use_class_token=True,
             use_mha_bias=True,
             use_mlp_bias=True,
-            dropout_rate=0.0,
-            layer_norm_epsilon=1e-6,
-            initializer_range=0.02,
-            **LAYERS,
         ),
-        qformer=models.BLIP2QFormer(
+        qformer=sized(
+            models.BLIP2QFormer,
             num_query_tokens=4,
-            num_heads=2,
             vision_dim=16,
             cross_attention_frequency=2,
-            dropout=0.0,
-            layer_norm_epsilon=1e-6,
-            **LAYERS,
         ),
-        language_model=models.BLIP2CustomOPT(
+        language_model=sized(
+            models.BLIP2CustomOPT,
             num_query_tokens=4,
             qformer_hidden_dim=16,
             max_sequence_length=16,
-            dropout=0.0,
-            language_projection=None,
-            **ENCODER,
         ),
     )
     return model, {"images": images(16), **tokens()}
 
 
 def gemma3():
-    encoder = models.Gemma3VisionEncoder(**GEMMA_VISION)
-    model = models.Gemma3Backbone(
-        image_size=16, vision_encoder=encoder, **GEMMA
-    )
+    encoder = sized(models.Gemma3VisionEncoder)
+    model = sized(models.Gemma3Backbone, vision_encoder=encoder, **GEMMA)
     return model, {
         **tokens(12),
         "images": images(16)[:, None],
@@ -154,8 +121,9 @@ def gemma3n():
     vision = models.MobileNetV5Backbone(
         **MOBILENET_V5, use_msfa=False, image_shape=(16, 16, 3)
     )
-    audio = Gemma3nAudioEncoder(**GEMMA_3N_AUDIO)
-    model = models.Gemma3nBackbone(
+    audio = sized(Gemma3nAudioEncoder, **GEMMA_3N_AUDIO)
+    model = sized(
+        models.Gemma3nBackbone,
         vision_encoder_config=vision.get_config(),
         audio_encoder_config=audio.get_config(),
         **GEMMA_3N,
@@ -173,14 +141,12 @@ def gemma3n():
 
 def gemma4():
     """An image, a clip, inputs for each layer, and experts."""
-    settings = {k: v for k, v in GEMMA.items() if "use_post" not in k}
-    model = models.Gemma4Backbone(
-        image_size=16,
-        vision_encoder=models.Gemma4VisionEncoder(
-            head_dim=8,
+    model = sized(
+        models.Gemma4Backbone,
+        vision_encoder=sized(
+            models.Gemma4VisionEncoder,
             num_key_value_heads=2,
             position_embedding_size=4,
-            **GEMMA_VISION,
         ),
         audio_encoder=models.Gemma4AudioEncoder(
             input_feat_size=8,
@@ -202,7 +168,6 @@ def gemma4():
         num_experts=4,
         expert_intermediate_dim=8,
         num_experts_per_token=2,
-        **settings,
     )
     grid = np.stack(np.meshgrid(np.arange(4), np.arange(4)), -1)
     grid = np.tile(grid.reshape(1, 1, 16, 2), (BATCH, 1, 1, 1))
@@ -221,15 +186,15 @@ def gemma4():
 
 
 def pali_gemma():
-    settings = {**GEMMA, "num_key_value_heads": 1}
-    model = models.PaliGemmaBackbone(
-        image_size=16,
+    model = sized(
+        models.PaliGemmaBackbone,
+        num_key_value_heads=1,
         vit_patch_size=4,
         vit_num_layers=2,
         vit_num_heads=2,
         vit_hidden_dim=16,
         vit_intermediate_dim=32,
-        **settings,
+        **GEMMA,
     )
     inputs = {**tokens(), "images": images(16)}
     return model, {**inputs, "response_mask": marked(4, 4)}
@@ -254,16 +219,16 @@ def qwen3_5(name, **settings):
     must have values: these two do not work inside of jit.
     """
     shorten_chunks()
-    encoder = Qwen3_5VisionEncoder(
+    encoder = sized(
+        Qwen3_5VisionEncoder,
         depth=1,
-        hidden_size=16,
-        num_heads=2,
         intermediate_size=32,
         patch_size=4,
         out_hidden_size=16,
         num_position_embeddings=16,
     )
-    model = getattr(models, name)(**QWEN3_5, vision_encoder=encoder, **settings)
+    cls = getattr(models, name)
+    model = sized(cls, vision_encoder=encoder, **QWEN3_5, **settings)
     return model, {
         **tokens(),
         "pixel_values": random(16, 2, 4, 4, 3, low=0.0),
@@ -272,21 +237,12 @@ def qwen3_5(name, **settings):
     }
 
 
-def qwen3_5_moe():
-    return qwen3_5(
-        "Qwen3_5MoeBackbone",
-        moe_intermediate_dim=8,
-        shared_expert_intermediate_size=8,
-        num_experts=4,
-        top_k=2,
-    )
-
-
 def t5_gemma2():
     """With an image; the token after it is the one for its end."""
-    model = models.T5Gemma2Backbone(
+    model = sized(
+        models.T5Gemma2Backbone,
         **T5_GEMMA,
-        vision_encoder=models.Gemma3VisionEncoder(**GEMMA_VISION),
+        vision_encoder=sized(models.Gemma3VisionEncoder),
         eoi_token_index=VOCABULARY - 1,
     )
     inputs = {**pairs(), "images": images(16)[:, None]}
@@ -301,7 +257,9 @@ TINY_LANGUAGE = {
     "Gemma3nBackbone": gemma3n,
     "Gemma4Backbone": gemma4,
     "PaliGemmaBackbone": pali_gemma,
-    "Qwen3_5Backbone": lambda: qwen3_5("Qwen3_5Backbone", intermediate_dim=32),
-    "Qwen3_5MoeBackbone": qwen3_5_moe,
+    "Qwen3_5Backbone": lambda: qwen3_5("Qwen3_5Backbone"),
+    "Qwen3_5MoeBackbone": lambda: qwen3_5(
+        "Qwen3_5MoeBackbone", shared_expert_intermediate_size=8
+    ),
     "T5Gemma2Backbone": t5_gemma2,
 }

@@ -6,16 +6,13 @@ from keras_hub.src.models.stable_diffusion_3.t5_encoder import T5Encoder
 from keras_hub.src.models.vae.vae_backbone import VAEBackbone
 from tiny_backbones_inputs import (
     BATCH,
-    ENCODER,
-    LAYERS,
     LENGTH,
-    TEXT_TOWER,
-    VISION_TOWER,
     VOCABULARY,
     ids,
     images,
     mask,
     random,
+    sized,
     tokens,
 )
 from tiny_backbones_vision import vit_det
@@ -29,17 +26,7 @@ VAE = {
 }
 
 
-def towers(family):
-    """A vision and a text encoder side by side."""
-    vision = getattr(models, f"{family}VisionEncoder")
-    text = getattr(models, f"{family}TextEncoder")
-    return {
-        "vision_encoder": vision(**VISION_TOWER),
-        "text_encoder": text(**TEXT_TOWER),
-    }
-
-
-def two_towers(family, end=VOCABULARY - 1, **settings):
+def two_towers(family, end=VOCABULARY - 1):
     """The three models of a family: both towers, and each of them.
 
     Some take the text's embedding from the place of the token for its end.
@@ -52,24 +39,21 @@ def two_towers(family, end=VOCABULARY - 1, **settings):
     )
     return {
         both.__name__: lambda: (
-            both(**towers(family), **settings),
+            sized(both, vision_encoder=sized(vision), text_encoder=sized(text)),
             {"images": images(), **texts},
         ),
-        vision.__name__: lambda: (
-            vision(**VISION_TOWER),
-            {"images": images()},
-        ),
-        text.__name__: lambda: (text(**TEXT_TOWER), dict(texts)),
+        vision.__name__: lambda: (sized(vision), {"images": images()}),
+        text.__name__: lambda: (sized(text), dict(texts)),
     }
 
 
 def flux():
     """The heads have as many numbers as the axes together."""
-    model = models.FluxBackbone(
+    model = sized(
+        models.FluxBackbone,
         input_channels=8,
         hidden_size=32,
         mlp_ratio=2.0,
-        num_heads=2,
         depth=1,
         depth_single_blocks=1,
         axes_dim=[4, 6, 6],
@@ -94,16 +78,8 @@ def flux():
 
 
 def moonshine():
-    model = models.MoonshineBackbone(
-        vocabulary_size=VOCABULARY,
-        filter_dim=16,
-        encoder_num_layers=2,
-        decoder_num_layers=2,
-        hidden_dim=16,
-        intermediate_dim=32,
-        encoder_num_heads=2,
-        decoder_num_heads=2,
-        feedforward_expansion_factor=2,
+    model = sized(
+        models.MoonshineBackbone, filter_dim=16, feedforward_expansion_factor=2
     )
     # The convolutions make one step of 384 samples.
     return model, {
@@ -115,23 +91,18 @@ def moonshine():
 
 
 def parseq():
-    vit = models.ViTBackbone(
+    vit = sized(
+        models.ViTBackbone,
         image_shape=(16, 32, 3),
         patch_size=(4, 8),
-        num_layers=2,
-        num_heads=2,
-        hidden_dim=16,
-        mlp_dim=32,
         use_class_token=False,
     )
-    model = models.PARSeqBackbone(
+    model = sized(
+        models.PARSeqBackbone,
         image_encoder=vit,
-        vocabulary_size=VOCABULARY,
         max_label_length=LENGTH,
-        decoder_hidden_dim=16,
         num_decoder_layers=1,
         num_decoder_heads=2,
-        decoder_mlp_dim=32,
     )
     return model, {"images": random(16, 32, 3, low=0.0), **tokens()}
 
@@ -147,11 +118,10 @@ def sam():
             input_image_size=(16, 16),
             mask_in_channels=16,
         ),
-        mask_decoder=layers.SAMMaskDecoder(
+        mask_decoder=sized(
+            layers.SAMMaskDecoder,
             num_layers=1,
             hidden_size=8,
-            intermediate_dim=16,
-            num_heads=2,
             embedding_dim=8,
             num_multimask_outputs=3,
             iou_head_depth=2,
@@ -168,36 +138,39 @@ def sam():
 
 
 def sam3():
-    transformer = {**LAYERS, "num_layers": 1, "num_heads": 2}
-    image = {"image_shape": (32, 32, 3), "patch_size": 8}
     model = models.SAM3PromptableConceptBackbone(
-        vision_encoder=layers.SAM3VisionEncoder(
-            **image,
-            **{**transformer, "num_layers": 2},
+        vision_encoder=sized(
+            layers.SAM3VisionEncoder,
+            image_shape=(32, 32, 3),
+            patch_size=8,
             fpn_hidden_dim=16,
             fpn_scale_factors=[4.0, 2.0, 1.0, 0.5],
             pretrain_image_shape=(16, 16, 3),
             window_size=2,
             global_attn_indexes=[1],
         ),
-        text_encoder=layers.SAM3TextEncoder(
-            vocabulary_size=VOCABULARY, embedding_dim=16, **transformer
+        text_encoder=sized(
+            layers.SAM3TextEncoder, num_layers=1, max_sequence_length=32
         ),
-        geometry_encoder=layers.SAM3GeometryEncoder(roi_size=3, **transformer),
-        detr_encoder=layers.SAM3DetrEncoder(**transformer),
-        detr_decoder=layers.SAM3DetrDecoder(
-            num_queries=4, **image, **transformer
+        geometry_encoder=sized(
+            layers.SAM3GeometryEncoder, num_layers=1, roi_size=3
         ),
-        mask_decoder=layers.SAM3MaskDecoder(
-            num_upsampling_stages=3, hidden_dim=16, num_heads=2
+        detr_encoder=sized(layers.SAM3DetrEncoder, num_layers=1),
+        detr_decoder=sized(
+            layers.SAM3DetrDecoder,
+            image_shape=(32, 32, 3),
+            patch_size=8,
+            num_layers=1,
+            num_queries=4,
         ),
+        mask_decoder=sized(layers.SAM3MaskDecoder, num_upsampling_stages=3),
     )
     # The first number of a box is the place of its image in the batch. There
     # is one for each image: KerasHub's mask fails with more.
     box = [0.5, 0.5, 0.4, 0.6]
     boxes = np.float32([[[place, *box]] for place in range(BATCH)])
     return model, {
-        "pixel_values": images(),
+        "pixel_values": images(32),
         **tokens(32),
         "boxes": boxes,
         "box_labels": np.int32([[1], [0]]),
@@ -205,7 +178,11 @@ def sam3():
 
 
 def stable_diffusion_3():
-    clip = {**TEXT_TOWER, "intermediate_output_index": -2}
+    def clip(name):
+        return sized(
+            models.CLIPTextEncoder, name=name, intermediate_output_index=-2
+        )
+
     model = models.StableDiffusion3Backbone(
         mmdit_patch_size=2,
         mmdit_hidden_dim=16,
@@ -215,14 +192,14 @@ def stable_diffusion_3():
         mmdit_qk_norm="rms_norm",
         mmdit_dual_attention_indices=(0,),
         vae=VAEBackbone(**VAE, sampler_method="mode"),
-        clip_l=models.CLIPTextEncoder(**clip, name="clip_l"),
-        clip_g=models.CLIPTextEncoder(**clip, name="clip_g"),
-        t5=T5Encoder(**{**ENCODER, "hidden_dim": 32}),
+        clip_l=clip("clip_l"),
+        clip_g=clip("clip_g"),
+        t5=sized(T5Encoder, hidden_dim=32),
         image_shape=(32, 32, 3),
     )
     texts = ("clip_l", "clip_g", "t5")
     return model, {
-        "images": images(),
+        "images": images(32),
         "latents": random(4, 4, 16),
         **{f"{text}_token_ids": ids() for text in texts},
         **{f"{text}_negative_token_ids": ids()[::-1] for text in texts},
@@ -232,12 +209,9 @@ def stable_diffusion_3():
 
 
 def video_prism():
-    model = models.VideoPrismBackbone(
+    model = sized(
+        models.VideoPrismBackbone,
         num_frames=2,
-        patch_size=4,
-        hidden_dim=16,
-        intermediate_dim=32,
-        num_heads=2,
         num_spatial_layers=1,
         num_temporal_layers=1,
         num_auxiliary_layers=1,
@@ -249,8 +223,8 @@ def video_prism():
 
 
 def whisper():
-    model = models.WhisperBackbone(
-        **ENCODER,
+    model = sized(
+        models.WhisperBackbone,
         num_mels=8,
         max_encoder_sequence_length=16,
         max_decoder_sequence_length=LENGTH,
@@ -262,8 +236,8 @@ def whisper():
 
 
 TINY_MULTIMODAL = {
-    **two_towers("CLIP", projection_dim=16),
-    **two_towers("MetaCLIP2", end=2, projection_dim=16),
+    **two_towers("CLIP"),
+    **two_towers("MetaCLIP2", end=2),
     **two_towers("SigLIP"),
     "FluxBackbone": flux,
     "MoonshineBackbone": moonshine,

@@ -1,7 +1,7 @@
 """The tiny backbones that read only images."""
 
 from keras_hub import models
-from tiny_backbones_inputs import LAYERS, images
+from tiny_backbones_inputs import images, sized
 
 # The first stage must have 64 filters.
 RESNET = {
@@ -23,13 +23,6 @@ MIT = {
     "layerwise_patch_sizes": [7, 3],
     "layerwise_strides": [4, 2],
 }
-VIT = {
-    **LAYERS,
-    "image_shape": (16, 16, 3),
-    "patch_size": 4,
-    "num_heads": 2,
-}
-DINO = {**VIT, "num_register_tokens": 2, "use_mask_token": False}
 # Its blocks are, in this order: edge residual, universal inverted residual,
 # attention. Each halves the image, which the stem has halved before.
 MOBILENET_V5 = {
@@ -67,7 +60,6 @@ HGNET_V2 = {
 }
 D_FINE = {
     "decoder_in_channels": [16, 16],
-    "encoder_hidden_dim": 16,
     "num_labels": 4,
     "num_denoising": 0,
     "learn_initial_query": False,
@@ -75,10 +67,8 @@ D_FINE = {
     "anchor_image_size": (32, 32),
     "feat_strides": [4, 8],
     "num_feature_levels": 2,
-    "hidden_dim": 16,
     "encoder_in_channels": [16, 32],
     "encode_proj_layers": [1],
-    "num_attention_heads": 2,
     "encoder_ffn_dim": 32,
     "num_encoder_layers": 1,
     "hidden_expansion": 0.5,
@@ -139,16 +129,19 @@ def cspnet():
         block_ratio=(1.0, 0.5),
         expand_ratio=(2.0, 1.0),
     )
-    return model, images()
+    return model, images(32)
 
 
 def d_fine():
     features = D_FINE["out_features"]
     encoder = models.HGNetV2Backbone(**HGNET_V2, out_features=features)
-    model = models.DFineBackbone(
-        backbone=encoder, image_shape=(32, 32, 3), **D_FINE
+    model = sized(
+        models.DFineBackbone,
+        backbone=encoder,
+        image_shape=(32, 32, 3),
+        **D_FINE,
     )
-    return model, images()
+    return model, images(32)
 
 
 def deeplab_v3():
@@ -168,12 +161,14 @@ def densenet():
     model = models.DenseNetBackbone(
         stackwise_num_repeats=[2, 2], growth_rate=4, image_shape=(32, 32, 3)
     )
-    return model, images()
+    return model, images(32)
 
 
 def depth_anything():
-    encoder = models.DINOV2Backbone(
-        **{**DINO, "num_layers": 4, "image_shape": (24, 24, 3)},
+    encoder = dino(
+        models.DINOV2Backbone,
+        num_layers=4,
+        image_shape=(24, 24, 3),
         position_embedding_shape=(32, 32, 3),
         apply_layernorm=True,
     )
@@ -189,13 +184,18 @@ def depth_anything():
     return model, images(24)
 
 
+def dino(cls, image_shape=(16, 16, 3), **settings):
+    settings = {"num_register_tokens": 2, "use_mask_token": False, **settings}
+    return sized(cls, image_shape=image_shape, **settings)
+
+
 def dinov2():
-    model = models.DINOV2Backbone(**DINO, position_embedding_shape=(32, 32, 3))
-    return model, {"images": images(16)}
+    model = dino(models.DINOV2Backbone, position_embedding_shape=(32, 32, 3))
+    return model, {"images": images()}
 
 
 def dinov3():
-    return models.DINOV3Backbone(**DINO), {"pixel_values": images(16)}
+    return dino(models.DINOV3Backbone), {"pixel_values": images()}
 
 
 def efficientnet():
@@ -215,7 +215,7 @@ def efficientnet():
         depth_coefficient=1.0,
         num_features=32,
     )
-    return model, images()
+    return model, images(32)
 
 
 def mobilenet():
@@ -237,7 +237,7 @@ def mobilenet():
         last_layer_filter=32,
         image_shape=(32, 32, 3),
     )
-    return model, images()
+    return model, images(32)
 
 
 def mobilenet_v5():
@@ -247,7 +247,7 @@ def mobilenet_v5():
         msfa_output_resolution=4,
         image_shape=(32, 32, 3),
     )
-    return model, images()
+    return model, images(32)
 
 
 def retinanet():
@@ -270,7 +270,7 @@ def swin():
         num_heads=(2, 4),
         window_size=4,
     )
-    return model, images()
+    return model, images(32)
 
 
 def vgg():
@@ -279,26 +279,20 @@ def vgg():
         stackwise_num_filters=[8, 16],
         image_shape=(16, 16, 3),
     )
-    return model, images(16)
+    return model, images()
 
 
-def vit():
-    settings = dict(VIT)
-    settings["mlp_dim"] = settings.pop("intermediate_dim")
-    return models.ViTBackbone(**settings), images(16)
-
-
-def vit_det(**settings):
+def vit_det():
     """Also the image encoder of SAM. One layer has windows, one has not."""
-    settings = {**VIT, **settings}
-    model = models.ViTDetBackbone(
-        hidden_size=settings.pop("hidden_dim"),
+    model = sized(
+        models.ViTDetBackbone,
+        image_shape=(16, 16, 3),
+        patch_size=4,
         global_attention_layer_indices=[1],
         window_size=2,
         num_output_channels=8,
-        **settings,
     )
-    return model, images(16)
+    return model, images()
 
 
 def xception():
@@ -306,7 +300,7 @@ def xception():
         stackwise_conv_filters=[[8, 16], [16, 32], [32, 32]],
         stackwise_pooling=[False, True, False],
     )
-    return model, images()
+    return model, images(32)
 
 
 TINY_VISION = {
@@ -316,25 +310,25 @@ TINY_VISION = {
     "DINOV2Backbone": dinov2,
     "DINOV3Backbone": dinov3,
     "DeepLabV3Backbone": deeplab_v3,
-    "DeiTBackbone": lambda: (models.DeiTBackbone(**VIT), images(16)),
+    "DeiTBackbone": lambda: (sized(models.DeiTBackbone), images()),
     "DenseNetBackbone": densenet,
     "DepthAnythingBackbone": depth_anything,
     "EfficientNetBackbone": efficientnet,
-    "HGNetV2Backbone": lambda: (models.HGNetV2Backbone(**HGNET_V2), images()),
-    "MiTBackbone": lambda: (models.MiTBackbone(**MIT), images()),
+    "HGNetV2Backbone": lambda: (models.HGNetV2Backbone(**HGNET_V2), images(32)),
+    "MiTBackbone": lambda: (models.MiTBackbone(**MIT), images(32)),
     "MobileNetBackbone": mobilenet,
     "MobileNetV5Backbone": mobilenet_v5,
-    "ResNetBackbone": lambda: (models.ResNetBackbone(**RESNET), images()),
+    "ResNetBackbone": lambda: (models.ResNetBackbone(**RESNET), images(32)),
     "RetinaNetBackbone": retinanet,
     "SegFormerBackbone": lambda: (
         models.SegFormerBackbone(
             image_encoder=models.MiTBackbone(**MIT), projection_filters=16
         ),
-        images(),
+        images(32),
     ),
     "SwinTransformerBackbone": swin,
     "VGGBackbone": vgg,
-    "ViTBackbone": vit,
+    "ViTBackbone": lambda: (sized(models.ViTBackbone), images()),
     "ViTDetBackbone": vit_det,
     "XceptionBackbone": xception,
 }
