@@ -30,8 +30,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Markdown
 
-from keras_svdtune import SVF, MiLoRA, PiSSA
-from keras_svdtune.reports import plot_spectrum, spectrum
+from keras_svdtune import SVF, MiLoRA, PiSSA, plot_spectrum, spectrum
 from keras_svdtune.demo import notebook
 
 SMALL = notebook.small()  # False: Gemma, from Kaggle

@@ -32,7 +32,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Markdown
 
-from keras_svdtune.files import compose
+from keras_svdtune import compose
 from keras_svdtune.demo import chat, fit, notebook, pirate
 
 SMALL = notebook.small()

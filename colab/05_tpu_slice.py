@@ -37,8 +37,7 @@ import numpy as np
 from IPython.display import Markdown
 
 import keras_svdtune
-from keras_svdtune.demo import fit, notebook, pirate
-from keras_svdtune.demo.weights import weights
+from keras_svdtune.demo import fit, notebook, pirate, weights
 
 SMALL = notebook.small() or len(keras.distribution.list_devices()) < 8
 STEPS, LENGTH, HELD_OUT = (4, 40, 8) if SMALL else (200, 40, 64)

@@ -7,6 +7,7 @@ own converter: so its logits are KerasHub's before anything is adapted.
 import contextlib
 import copy
 import functools
+import gc
 import json
 import pathlib
 import tempfile
@@ -37,6 +38,9 @@ from keras_svdtune.demo.weights import gguf_to_hf
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
+# Hundreds of thousands of objects for the collector: see conftest.py.
+gc.collect()
+gc.freeze()
 
 TOLERANCE = 1e-4
 WORDS = 48

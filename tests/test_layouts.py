@@ -5,10 +5,10 @@ import math
 import keras
 import keras_hub
 import pytest
-import tiny_backbones
-import tiny_backbones_text
 from helpers import default_methods, method_id, tiny_gemma
 from keras.src.backend.common import global_state
+from tiny_backbones import TINY
+from tiny_backbones_text import DECODERS
 
 import keras_svdtune
 from keras_svdtune.adapter.sharding import adapter_layouts, block_axes
@@ -114,12 +114,17 @@ def mesh(*shape):
     return keras.distribution.DeviceMesh(shape, ("batch", "model"), names)
 
 
-@pytest.mark.parametrize("name", tiny_backbones_text.DECODERS)
+def made(name):
+    """A tiny backbone without values."""
+    with built_without_values():
+        backbone, _ = TINY[name]()
+    return backbone
+
+
+@pytest.mark.parametrize("name", DECODERS)
 def test_layout_map_of_every_decoder(name):
     """Its kernels are split, and no dim by what does not divide it."""
-    settings, _ = tiny_backbones_text.DECODERS[name]
-    with built_without_values():
-        backbone = getattr(keras_hub.models, name)(**settings)
+    backbone = made(name)
     for shape in ((1, 2), (2, 4), (1, 8), (8, 1), (1, 3)):
         found = keras_svdtune.svdtune_layout_map(backbone, mesh(*shape))
         sizes = dict(zip(("batch", "model"), shape, strict=True))
@@ -150,8 +155,7 @@ SLOW_DECODERS = ("Gemma3nBackbone", "Qwen3_5Backbone")
     ],
 )
 def test_layout_map_of_a_decoder_with_images(name):
-    with built_without_values():
-        backbone, _ = tiny_backbones.TINY[name]()
+    backbone = made(name)
     found = keras_svdtune.svdtune_layout_map(backbone, mesh(1, 2))
     kernels = [v for v in backbone.variables if v.path.endswith("kernel")]
     assert held(backbone, found, {"batch": 1, "model": 2})[1]
@@ -161,16 +165,14 @@ def test_layout_map_of_a_decoder_with_images(name):
 
 WITH_A_MAP = [
     name
-    for name in tiny_backbones_text.DECODERS
+    for name in DECODERS
     if hasattr(getattr(keras_hub.models, name), "get_layout_map")
 ]
 
 
 @pytest.mark.parametrize("name", WITH_A_MAP)
 def test_layout_map_leaves_no_more_on_a_device_than_keras_hubs(name):
-    cls = getattr(keras_hub.models, name)
-    with built_without_values():
-        backbone = cls(**tiny_backbones_text.DECODERS[name][0])
+    cls, backbone = getattr(keras_hub.models, name), made(name)
     for shape in ((1, 2), (2, 2), (1, 8)):
         sizes = dict(zip(("batch", "model"), shape, strict=True))
         ours = keras_svdtune.svdtune_layout_map(backbone, mesh(*shape))
@@ -215,9 +217,7 @@ def test_layout_map_is_keras_hubs_where_that_works():
 
 def test_layout_map_pairs_columns_and_rows():
     """Llama's query (d, heads, ·) by heads; KerasHub splits its d."""
-    settings, _ = tiny_backbones_text.DECODERS["Llama3Backbone"]
-    with built_without_values():
-        llama = keras_hub.models.Llama3Backbone(**settings)
+    llama = made("Llama3Backbone")
     found = keras_svdtune.svdtune_layout_map(llama, mesh(1, 2))
     block = "transformer_layer_0"
     axes = {

@@ -4,6 +4,8 @@ PEFT holds W as (out, in), A as (r, in) and B as (out, r): everything is
 transposed on the way, here and back. alpha is 8 at rank 4, a scale of 2.
 """
 
+import gc
+
 import keras
 import numpy as np
 import pytest
@@ -17,6 +19,9 @@ pytestmark = pytest.mark.xdist_group("peft_parity")
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
+# Hundreds of thousands of objects for the collector: see conftest.py.
+gc.collect()
+gc.freeze()
 
 RANK, ALPHA = 4, 8.0
 SCALE = ALPHA / RANK
