@@ -166,6 +166,25 @@ def promises(
         assert_same(after[same], before[same], f"merged: {same}")
 
 
+def same_function(found, expected, variables):
+    """Asserts equal outputs, and equal gradients of these variables.
+
+    Args:
+        found, expected: functions without arguments.
+        variables: none of them without a gradient.
+    """
+    y = numpy(expected())
+    assert_close(found(), y, 1e-5, "output")
+    dy = np.random.default_rng(2).standard_normal(y.shape).astype("float32")
+    both = (
+        gradients(lambda f=f: dot(f(), dy), variables)
+        for f in (found, expected)
+    )
+    for variable, a, b in zip(variables, *both, strict=True):
+        assert_close(a, b, 1e-4, variable.path)
+        assert np.any(a), variable.path
+
+
 # The hosts.
 
 # How far requantizing W' may move an output: half a step of its range.

@@ -11,10 +11,8 @@ from helpers import (
     assert_close,
     assert_differ,
     assert_same,
-    dot,
     eager,
     error,
-    gradient_function,
     must_stay,
     numpy,
     perturb,
@@ -24,7 +22,7 @@ from helpers import (
     tokens,
 )
 from keras import layers, ops
-from test_hosts import experts, normal
+from test_hosts import experts, normal, same_function
 
 import keras_svdtune
 from keras_svdtune import DoRA, LoRA, PiSSA, PiSSADense
@@ -253,19 +251,12 @@ def test_gradients_are_those_of_the_whole_matrix():
         w = ops.convert_to_tensor(q) + 1.5 * ops.matmul(a, b)
         return ops.tanh(ops.matmul(x, w) + layer.bias)
 
-    assert error(layer(x), dense()) < 1e-5
-    dy = np.random.default_rng(2).standard_normal((3, 2, ROWS))
-    dy = dy.astype("float32")
-    trainables = [adapter.delta_a, adapter.delta_b]
-    found = gradient_function(lambda: dot(layer(x), dy), trainables)()
-    expected = gradient_function(lambda: dot(dense(), dy), trainables)()
+    trained = [adapter.delta_a, adapter.delta_b]
+    same_function(lambda: layer(x), dense, trained)
     a, b = adapter.method.low_rank_factors(adapter)
     assert a.shape[1] == 4
     merged = numpy(adapter.merged(q))
     assert error(merged, numpy(q) + numpy(a) @ numpy(b)) < 1e-5
-    for ours, theirs in zip(found, expected, strict=True):
-        assert np.abs(ours).max() > 1e-3
-        assert error(ours, theirs) < 1e-4
 
 
 # Removed, merged, saved: what `test_hosts.py` leaves to say.
@@ -542,7 +533,7 @@ def test_a_declared_layer():
 
 def test_what_needs_the_float_base(tmp_path):
     path = tmp_path / "adapter.safetensors"
-    gemma = tiny_gemma()
+    gemma = tiny_gemma(num_layers=1)
     gemma.enable_pissa(2, quantize="int4", target_layer_names=FEW_NAMES)
     with must_stay(gemma, tokens(), compiled=False):
         for rank in (None, 2):
@@ -556,7 +547,7 @@ def test_what_needs_the_float_base(tmp_path):
     whole = keras_svdtune.compose({path: 1.0})
     expected = eager(gemma, tokens())
     keras.backend.clear_session(free_memory=False)
-    fresh = tiny_gemma()
+    fresh = tiny_gemma(num_layers=1)
     fresh.load_adapter(whole)
     assert_same(eager(fresh, tokens()), expected)
 

@@ -15,6 +15,8 @@ from tiny_backbones_multimodal import TINY_MULTIMODAL
 from tiny_backbones_text import TINY_TEXT
 from tiny_backbones_vision import TINY_VISION
 
+from keras_svdtune.runtime.keras_internals import value_or_none
+
 ABSTRACT = ("Backbone", "FeaturePyramidBackbone")
 # These read the values of an input, and so cannot be compiled: no `predict`.
 EAGER_ONLY = ("Qwen3_5Backbone", "Qwen3_5MoeBackbone")
@@ -34,6 +36,8 @@ def awake(build: Callable[[], tuple[models.Backbone, Any]]):
         initializer = keras.initializers.RandomNormal(stddev=0.1, seed=0)
         for weight in model.trainable_weights:
             matrix = len(weight.shape) > 1 or "output_scale" in weight.path
+            if value_or_none(weight) is None:
+                continue  # built without values
             if matrix and not keras.ops.convert_to_numpy(weight).any():
                 weight.assign(initializer(weight.shape, weight.dtype))
         return model, inputs

@@ -1,5 +1,7 @@
 """The other tiny backbones with several inputs, and those for sound."""
 
+import functools
+
 import numpy as np
 from keras_hub import layers, models
 from keras_hub.src.models.stable_diffusion_3.t5_encoder import T5Encoder
@@ -37,12 +39,13 @@ def two_towers(family, end=VOCABULARY - 1):
         getattr(models, f"{family}{part}")
         for part in ("Backbone", "VisionEncoder", "TextEncoder")
     )
+    seen = functools.partial(sized, vision, image_shape=(16, 16, 3))
     return {
         both.__name__: lambda: (
-            sized(both, vision_encoder=sized(vision), text_encoder=sized(text)),
+            sized(both, vision_encoder=seen(), text_encoder=sized(text)),
             {"images": images(), **texts},
         ),
-        vision.__name__: lambda: (sized(vision), {"images": images()}),
+        vision.__name__: lambda: (seen(), {"images": images()}),
         text.__name__: lambda: (sized(text), dict(texts)),
     }
 
