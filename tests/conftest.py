@@ -36,10 +36,15 @@ import pytest
 
 import keras_svdtune  # noqa: F401
 
-# Half a million objects that live as long as the process: whoever goes through
-# all objects, the collector and every enabling do, need not meet them.
-gc.collect()
-gc.freeze()
+
+def pytest_collection_finish():
+    """Leaves what was imported out of every walk through all objects.
+
+    Half a million objects live as long as the process. Whoever goes through
+    all of them, the collector and every enabling do, need not meet them.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

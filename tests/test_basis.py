@@ -126,9 +126,7 @@ def test_another_basis_is_an_error(method, change, tmp_path, monkeypatch):
             keras_svdtune.enable_adapter(model, method)
         with (
             must_stay(model, X, compiled=False),
-            pytest.raises(
-                ValueError, match="otherwise.*include_basis"
-            ),
+            pytest.raises(ValueError, match="otherwise.*include_basis"),
         ):
             keras_svdtune.load_adapter(model, path)
 

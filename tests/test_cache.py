@@ -86,6 +86,7 @@ def test_a_hit_is_the_same_to_the_bit(needs, shape, folder, computed):
     assert len(computed) == 2
 
 
+@pytest.mark.fast
 def test_what_differs_misses(folder, computed, monkeypatch):
     needs = Needs("top", 3, 2, 0)
     decompose(matrix(), needs)

@@ -113,6 +113,7 @@ def test_one_of_weight_one_is_that_one(method, tmp_path):
     assert a.read_bytes() == b.read_bytes()
 
 
+@pytest.mark.fast
 def test_low_rank_methods_mix(tmp_path):
     a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     first = saved(a, PiSSA(rank=1), seed=1)

@@ -137,6 +137,7 @@ def test_twice_the_rank(method):
     assert report.error < 1e-5
 
 
+@pytest.mark.fast
 def test_pissa_is_the_concatenation():
     """[A A₀]·[B; -B₀], the same columns and rows in another order."""
     model = adapted_hosts(PiSSA(rank=2, alpha=4.0))

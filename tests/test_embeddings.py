@@ -16,39 +16,21 @@ from helpers import (
     method_id,
     numpy,
     perturb,
-    predict,
     tiny_gemma,
     trainables,
-    values,
 )
 from keras import layers, ops
 from keras.src.backend import get_keras_mask
-from test_hosts import TABLES, looked_up, tables
+from test_hosts import looked_up, tables
 
 import keras_svdtune
 from keras_svdtune import AdaLoRA, PiSSA
 
 DIM = 8
+# AdaLoRA leaves embeddings out: a test below.
 every_method = pytest.mark.parametrize(
     "method", [m for m in all_methods() if m.embeddings], ids=method_id
 )
-# AdaLoRA leaves embeddings out: a test below.
-ONE_OF_EACH = [m for m in default_methods() if m.embeddings]
-
-
-def one_of_each(default):
-    """Every method; those not among the names in `default` are slow."""
-    return pytest.mark.parametrize(
-        "method",
-        [
-            pytest.param(
-                m,
-                id=method_id(m),
-                marks=[pytest.mark.slow] * (m.name not in default),
-            )
-            for m in ONE_OF_EACH
-        ],
-    )
 
 
 @every_method
@@ -103,27 +85,6 @@ def _dense_output(layer, indices, x):
         cap = layer.logit_soft_cap
         logits = cap * ops.tanh(logits / cap)
     return ops.matmul(one_hot, table), logits
-
-
-@one_of_each(default=("svf", "lora"))
-def test_fit_trains_the_adapter_alone(method):
-    model, x = tables(), looked_up()
-    first = predict(model, x)
-    # Within reach of scaled singular values, and of thin changes in part.
-    targets = {k: 1.5 * v for k, v in first.items()}
-    base = values(model)
-    keras_svdtune.enable_adapter(model, method, list(TABLES))
-    assert_same(predict(model, x), first, "compiled")
-    before = trainables(model)
-    model.compile(keras.optimizers.Adam(2e-2), "mse")
-    losses = model.fit(x, targets, epochs=10, batch_size=6, verbose=0)
-    losses = losses.history["loss"]
-    assert losses[-1] < 0.98 * losses[0], losses
-    for path, value in trainables(model).items():
-        assert not np.array_equal(value, before[path]), path
-    now = dict(values(model))
-    for path, value in base:
-        assert_same(now[path], value, path)
 
 
 def test_masks_are_those_of_the_plain_layers():
@@ -243,7 +204,9 @@ def test_what_cannot_be_adapted_says_why():
     [layers.Embedding, layers.ReversibleEmbedding],
     ids=["Embedding", "ReversibleEmbedding"],
 )
-@one_of_each(default=("svf", "pissa"))
+@pytest.mark.parametrize(
+    "method", [m for m in default_methods() if m.embeddings], ids=method_id
+)
 def test_declared_layers(method, cls, tmp_path):
     declared = getattr(
         keras_svdtune, method.title.replace("-", "") + cls.__name__

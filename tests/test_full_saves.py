@@ -341,6 +341,7 @@ def test_from_layer(method):
         dense.from_layer(plain_einsum, **settings)
 
 
+@pytest.mark.fast
 def test_from_layer_has_the_basis_of_the_copied_kernel():
     model = small_model()
     plain = model.get_layer("first")

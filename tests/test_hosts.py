@@ -28,8 +28,8 @@ from helpers import (
     method_id,
     numpy,
     perturb,
+    predict,
     randomise,
-    trainables,
 )
 from keras import layers, ops, tree
 from keras_hub.src.models.mixtral.mixtral_decoder import MixtralMoeExperts
@@ -70,6 +70,11 @@ def stepped(model):
     return [
         v for v in model.trainable_variables if not v.overwrite_with_gradient
     ]
+
+
+def learned(model):
+    """Path -> value of these."""
+    return {v.path: numpy(v) for v in stepped(model)}
 
 
 def state(model):
@@ -123,7 +128,7 @@ def promises(
     assert model.trainable_variables
     assert {v.dtype for v in model.trainable_variables} == {"float32"}
     perturb(model, size=size)
-    moved, learned = run.outputs(model), trainables(model)
+    moved, trained = run.outputs(model), learned(model)
     with keras_svdtune.adapter_disabled(model):
         assert_same(run.outputs(model), first, "disabled")
     assert_same(run.outputs(model), moved, "enabled again")
@@ -149,11 +154,11 @@ def promises(
     fresh = made()
     assert_same(state(fresh)["weights"], before["weights"], "the same model")
     keras_svdtune.load_adapter(fresh, adapter)
-    assert_same(trainables(fresh), learned, "loaded")
+    assert_same(learned(fresh), trained, "loaded")
     assert_same(run.outputs(fresh), moved, "loaded")
     perturb(fresh, seed=8)
     fresh.load_weights(full)
-    assert_same(trainables(fresh), learned, "loaded from a full save")
+    assert_same(learned(fresh), trained, "loaded from a full save")
     assert_same(run.outputs(fresh), moved, "loaded from a full save")
 
     # A plain model reads the merged kernels of a full save.
@@ -183,6 +188,19 @@ def same_function(found, expected, variables):
     for variable, a, b in zip(variables, *both, strict=True):
         assert_close(a, b, 1e-4, variable.path)
         assert np.any(a), variable.path
+
+
+def trains_alone(model, x, y, epochs=10):
+    """Trains the adapter of a model, all of it, and nothing else."""
+    frozen = [numpy(v) for v in model.non_trainable_variables]
+    before = learned(model)
+    model.compile(keras.optimizers.Adam(2e-2), "mse")
+    losses = model.fit(x, y, epochs=epochs, verbose=0).history["loss"]
+    assert losses[-1] < 0.98 * losses[0], losses
+    for path, value in learned(model).items():
+        assert not np.array_equal(value, before[path]), path
+    after = [numpy(v) for v in model.non_trainable_variables]
+    assert_same(after, frozen, "what is frozen")
 
 
 # The hosts.
@@ -320,7 +338,7 @@ BANKS = [PiSSA(0.5), *(m for m in default_methods() if m.banks)]
 HOSTS = {
     "int8": of_quantized("int8", ("dense_tall", "einsum_query"), "svf dora"),
     "int4": of_quantized("int4", ("dense_wide", "einsum_output"), "svf pissa"),
-    "lookup": of_tables(("embedding",), EACH),
+    "lookup": of_tables(("embedding",), "svf svft pissa lora"),
     "tied": of_tables(("wide", "square"), "svf dora"),
     "hub": of_tables(("hub",), EACH),
     # SVFT divides by s, and magnifies what bfloat16 rounds.
@@ -342,8 +360,8 @@ HOSTS = {
         tolerance=ROUNDING["int4"],
         replaced=ROUNDING["int4"],
     ),
-    "experts": Host(experts, normal(5, 6), BANKS, EACH),
-    "images": Host(images, normal(2, 4, 4, 4), BANKS, "svf lora"),
+    "experts": Host(experts, normal(5, 6), BANKS, "svf svft pissa dora"),
+    "images": Host(images, normal(2, 4, 4, 4), BANKS, "svf"),
 }
 
 
@@ -380,3 +398,41 @@ def test_keeps_every_promise(kind, method, tmp_path):
         tolerance=host.tolerance,
         replaced=host.replaced,
     )
+
+
+QUICK = ("int4", "lookup", "tied", "qpissa", "experts", "images")
+
+
+@pytest.mark.parametrize(
+    "kind, method",
+    [
+        *(
+            pytest.param(
+                kind,
+                host.methods[0],
+                id=kind,
+                marks=[pytest.mark.slow] * (kind not in QUICK),
+            )
+            for kind, host in HOSTS.items()
+        ),
+        *(
+            pytest.param(
+                "hub",
+                method,
+                id=f"hub-{method.name}",
+                marks=[pytest.mark.slow] * (method.name not in ("svf", "lora")),
+            )
+            for method in default_methods()
+            if method.embeddings
+        ),
+    ],
+)
+def test_compiled_it_trains_the_adapter_alone(kind, method):
+    host = HOSTS[kind]
+    model = host.make()
+    first = predict(model, host.data)
+    keras_svdtune.enable_adapter(model, method, host.names)
+    if host.replaced is None:
+        assert_same(predict(model, host.data), first, "first step")
+    # Within reach of scaled singular values, and of thin changes in part.
+    trains_alone(model, host.data, tree.map_structure(lambda y: 1.5 * y, first))

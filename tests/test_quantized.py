@@ -3,12 +3,9 @@
 That they keep every promise is in `test_hosts.py`.
 """
 
-import keras
 import numpy as np
 import pytest
 from helpers import (
-    assert_same,
-    eager,
     hosts_data,
     hosts_model,
     method_id,
@@ -35,20 +32,6 @@ def test_the_matrix_is_the_dequantized_kernel(mode, levels):
         read = numpy(found[name].matrix())
         assert np.abs(read - w).max() <= 0.51 * np.abs(w).max() / levels, name
         assert len(np.unique(read)) < read.size or mode == "int8", name
-
-
-def test_fit_trains_the_adapter_alone():
-    names = ("dense_tall", "einsum_output")
-    model, x = quantized("int4", names), hosts_data(names)
-    y = {k: 0.5 * v for k, v in eager(model, x).items()}
-    keras_svdtune.enable_svf(model)
-    model.compile(keras.optimizers.SGD(0.1), "mse")
-    frozen = [numpy(v) for v in model.non_trainable_variables]
-    start = [numpy(v) for v in model.trainable_variables]
-    model.fit(x, y, verbose=0)
-    assert_same([numpy(v) for v in model.non_trainable_variables], frozen)
-    for variable, value in zip(model.trainable_variables, start, strict=True):
-        assert (numpy(variable) != value).any(), variable.path
 
 
 def test_an_adapter_of_the_float_base_is_refused(tmp_path):
