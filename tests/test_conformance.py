@@ -83,11 +83,9 @@ def hosts_for(method, policy):
     """All of them for each method in float32. Other policies differ in
     rounding and not in axes, other settings in the matrix and not in where it
     is: for them one of each shape."""
-    if policy != "float32":
-        return FEW
-    return (
-        tuple(HOSTS) if method in default_methods() else (*FEW, "dense_square")
-    )
+    if policy == "float32" and method in default_methods():
+        return tuple(HOSTS)
+    return (*FEW, "dense_square")
 
 
 @pytest.fixture(scope="module")
