@@ -42,6 +42,7 @@ class Eager:
     """Calls a model. What is computed twice is the same to the bit."""
 
     first_step = 0.0
+    moved = 1e-3  # by how much an output must change, relative
     reached = 1.0  # the share of trainables that must get a gradient
 
     def __init__(self, data=None):
@@ -132,7 +133,7 @@ def promises(
     with keras_svdtune.adapter_disabled(model):
         assert_same(run.outputs(model), first, "disabled")
     assert_same(run.outputs(model), moved, "enabled again")
-    differ = [error(moved[i], y) > 1e-3 for i, y in base.items()]
+    differ = [error(moved[i], y) > run.moved for i, y in base.items()]
     assert all(differ) if run.reached == 1.0 else any(differ), differ
 
     found = dict(
@@ -155,20 +156,26 @@ def promises(
     assert_same(state(fresh)["weights"], before["weights"], "the same model")
     keras_svdtune.load_adapter(fresh, adapter)
     assert_same(learned(fresh), trained, "loaded")
-    assert_same(run.outputs(fresh), moved, "loaded")
+    # Of equal weights torch rounds products by where in memory they lie.
+    rounding = 0.0 if exactly else 1e-6
+    assert_close(run.outputs(fresh), moved, rounding, "loaded")
     perturb(fresh, seed=8)
     fresh.load_weights(full)
     assert_same(learned(fresh), trained, "loaded from a full save")
-    assert_same(run.outputs(fresh), moved, "loaded from a full save")
+    assert_close(run.outputs(fresh), moved, rounding, "loaded from a full save")
 
     # A plain model reads the merged kernels of a full save.
     keras_svdtune.merge_adapter(fresh)
     assert_close(run.outputs(fresh), moved, tolerance, "merged")
     model.load_weights(full)
-    assert_same(state(model), state(fresh), "merged in a full save")
-    after = state(model)
-    for same in before.keys() - {"weights"} if exactly else ():
-        assert_same(after[same], before[same], f"merged: {same}")
+    after, merged = state(model), state(fresh)
+    pairs = zip(after.pop("weights"), merged.pop("weights"), strict=True)
+    for found, expected in pairs:
+        assert_close(found, expected, rounding, "merged in a full save")
+    assert_same(after, merged, "merged in a full save")
+    if exactly:
+        del before["weights"]
+        assert_same(after, before, "merged")
 
 
 def same_function(found, expected, variables):
