@@ -26,6 +26,7 @@ https://doi.org/10.1137/0707001 (the bound).
 """
 
 import numpy as np
+from scipy.sparse import linalg
 
 # The largest sine of the angle between the span found and the true one.
 TOLERANCE = 1e-7
@@ -48,9 +49,6 @@ def largest(
         same to the bit each time. None where they are too many for this to be
         fast, or are not certain to be the largest.
     """
-    # Not imported with the package: it takes a fifth of a second.
-    from scipy.sparse import linalg
-
     n = len(gram)
     if count > min(n // _FEW, _MOST):
         return None

@@ -1,6 +1,7 @@
 """SVFT: a sparse trainable matrix between U and Vᵀ."""
 
 import dataclasses
+import functools
 import itertools
 import warnings
 
@@ -284,14 +285,10 @@ def _distinct(n: int, count: int, random: np.random.RandomState) -> np.ndarray:
     return chosen
 
 
-_said: set[str] = set()
-
-
+@functools.cache
 def _say_once_that_top_k_is_banded() -> None:
-    if "top_k" not in _said:
-        _said.add("top_k")
-        warnings.warn(
-            "SVFT's top_k pattern is defined for square matrices only; the "
-            "others get the banded pattern with as many parameters.",
-            stacklevel=2,
-        )
+    warnings.warn(
+        "SVFT's top_k pattern is defined for square matrices only; the "
+        "others get the banded pattern with as many parameters.",
+        stacklevel=2,
+    )
