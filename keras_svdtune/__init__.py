@@ -40,12 +40,13 @@ from keras_svdtune.files.save_load import load_adapter, save_adapter
 from keras_svdtune.layout_map import svdtune_layout_map
 from keras_svdtune.matrix.cache import set_decomposition_cache
 from keras_svdtune.methods.base import METHODS, Method
+from keras_svdtune.model import hooks as _hooks
 from keras_svdtune.model.enable import (
-    adapter_disabled,
     enable_adapter,
     merge_adapter,
     remove_adapter,
 )
+from keras_svdtune.model.for_a_while import adapter_disabled, adapter_merged
 from keras_svdtune.reports.cost import (
     Cost,
     LayerCost,
@@ -63,6 +64,7 @@ from keras_svdtune.reports.spectrum import LayerSpectrum, Spectrum, spectrum
 from keras_svdtune.version import __version__ as __version__
 
 _keras_hub_methods.patch_keras_hub()
+_hooks.watch()
 
 _IMPORTED = [
     name

@@ -17,11 +17,11 @@ from keras_svdtune.files.hub import push_adapter
 from keras_svdtune.files.save_load import load_adapter, save_adapter
 from keras_svdtune.methods.base import Method, for_every_method
 from keras_svdtune.model.enable import (
-    adapter_disabled,
     enable_adapter,
     merge_adapter,
     remove_adapter,
 )
+from keras_svdtune.model.for_a_while import adapter_disabled, adapter_merged
 from keras_svdtune.reports.cost import adapter_summary
 from keras_svdtune.reports.plot_spectrum import plot_spectrum
 from keras_svdtune.reports.quantization_error import quantization_error
@@ -36,6 +36,7 @@ ON_MODELS: dict[str, Callable[..., Any]] = {
         merge_adapter,
         remove_adapter,
         adapter_disabled,
+        adapter_merged,
         save_adapter,
         load_adapter,
         push_adapter,

@@ -97,6 +97,8 @@ class Adapter(keras.layers.Layer):
                     dtype=weight.dtype,
                     autocast=weight.dtype is None,
                 )
+            # Known by this to what saves an optimizer's state for it.
+            variable.of_converted_layer = not self.self_contained
             place_variable(variable, self._shardings.get(weight.name))
             setattr(self, weight.name, variable)
         self._first_value = None
@@ -125,6 +127,16 @@ class Adapter(keras.layers.Layer):
     def call(self, base: LinearMap) -> Tensor:
         """Returns the adapted product (tokens, out)."""
         return self.method.call(self, base)
+
+    def quantize(self, *args: object, **kwargs: object) -> None:
+        """Raises a ValueError: Keras would leave the layer around it as it is.
+
+        A model that was made before this package was imported comes here.
+        """
+        raise ValueError(
+            f"'{self.path}' is an adapter. Quantize the model before you "
+            "enable one, or call `merge_adapter()` first."
+        )
 
     def reverse(self, base: ReverseMap) -> Tensor:
         """Returns x·W'ᵀ (tokens, in), for layers that multiply by Wᵀ too."""

@@ -1,7 +1,5 @@
 """Checks that an adapter file belongs to a model, down to its effect."""
 
-import re
-
 import numpy as np
 from keras import ops
 
@@ -13,6 +11,7 @@ from keras_svdtune.adapter.fingerprint import (
 )
 from keras_svdtune.adapter.plan import AdapterPlan, Values
 from keras_svdtune.files.format import EFFECTS, FINGERPRINTS, SavedAdapter
+from keras_svdtune.files.renumbered import without_numbers
 from keras_svdtune.hosts.target import Target
 from keras_svdtune.methods.base import (
     METHODS,
@@ -26,9 +25,6 @@ from keras_svdtune.model.targets import layers_by_path
 from keras_svdtune.runtime.keras_internals import layers_in
 from keras_svdtune.runtime.processes import to_numpy
 from keras_svdtune.runtime.types import Json, Model
-
-# The numbers that Keras appends to layer names, and ours to equal paths.
-_NUMBER = re.compile(r"_\d+(?=[/#]|$)|#\d+$")
 
 
 def methods_of(adapter: SavedAdapter) -> tuple[Method, dict[str, Method]]:
@@ -100,19 +96,17 @@ def _renumbered(
 ) -> Target | None:
     """Finds the model's target for the `row`-th layer of a file by its kernel.
 
-    Keras numbers layers without a name in the order in which a process makes
-    them: `conv2d_8` is `conv2d_21` in the second model. Such paths are equal
-    without their numbers; the fingerprint of the kernel tells the layers
-    apart. Returns None unless exactly one target agrees in path, shape and
-    kernel.
+    The paths are equal without their numbers; the fingerprint of the kernel
+    tells the layers apart. Returns None unless exactly one target agrees in
+    path, shape and kernel.
     """
     path, entry = list(adapter.about["layers"].items())[row]
     theirs = adapter.arrays[FINGERPRINTS][row]
-    stem, shape = _NUMBER.sub("", path), tuple(entry["kernel_shape"])
+    stem, shape = without_numbers(path), tuple(entry["kernel_shape"])
     found = [
         target
         for other, target in ours.items()
-        if _NUMBER.sub("", other) == stem
+        if without_numbers(other) == stem
         and target.view.kernel_shape == shape
         and matches(
             fingerprint_of(target), theirs, entry["dtype"], target.base_dtype
@@ -129,7 +123,7 @@ def values_for(
     """Returns the file's arrays for each layer, by weight name, all checked."""
     values: dict[str, Values] = {}
     arrays = adapter.arrays
-    known = {FINGERPRINTS, EFFECTS, *adapter.statistics}
+    known = {FINGERPRINTS, EFFECTS, *adapter.beside}
     for path, target in targets.items():
         method, view = methods[path], target.view
         values[path] = {}

@@ -119,11 +119,11 @@ def compose(
     if len(parts) == 1 and parts[0].weight == 1.0 and rank is None:
         return parts[0].file
     for part in parts:
-        if part.file.statistics:
+        if part.file.beside:
             raise ValueError(
-                f"{part.file.source} holds moving statistics of "
-                "BatchNormalization, which belong to its weights alone and "
-                "cannot be added up."
+                f"{part.file.source} also holds what trained besides the "
+                f"adapter ({', '.join(part.file.beside[:3])} ...), which "
+                "cannot be added up. Save it with `adapter_only=True`."
             )
     linear = all(x.linear for p in parts for x in p.methods.values())
     if linear and len({part.method.name for part in parts}) > 1:

@@ -16,9 +16,9 @@ base kernels, `effects` what the adapter does to them
 
 The digest is of all arrays and of that text without the digest. A layer's entry
 has `settings` of its own where they were decided for it. The file also holds
-frozen weights that cannot be computed again, or were asked for. Files of
-release 0.1 may hold moving statistics of BatchNormalization too, under
-`<layer path>/moving_mean`: `statistics` lists these keys.
+frozen weights that cannot be computed again, or were asked for; and what
+trained besides the adapters, such as the head of a Task, under
+`<layer path>/<variable>`: `beside` has these keys (`beside.py`).
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from keras_svdtune.runtime.types import Json
 
 FORMAT_VERSION = 1
 FINGERPRINTS, EFFECTS = "base_fingerprints", "effects"
-STATISTICS = "statistics"
+BESIDE, STATISTICS = "beside", "statistics"
 _KEY, _DIGEST = "keras_svdtune", "sha256"
 
 
@@ -55,9 +55,10 @@ class SavedAdapter:
     source: str
 
     @property
-    def statistics(self) -> list[str]:
-        """Keys of the moving statistics that the file holds."""
-        return self.about.get(STATISTICS, [])
+    def beside(self) -> list[str]:
+        """Keys of what the file holds besides the adapters."""
+        old: list[str] = self.about.get(STATISTICS, [])
+        return [*self.about.get(BESIDE, {}), *old]
 
     def __repr__(self) -> str:
         return (
@@ -127,13 +128,17 @@ def _check_about(
     for key, kind in expected.items():
         if not isinstance(about.get(key), kind):
             raise ValueError(f"The metadata of {source} has no valid '{key}'.")
-    statistics = about.get(STATISTICS, [])
-    if not isinstance(statistics, list) or not all(
-        isinstance(key, str) and key in arrays for key in statistics
+    beside, statistics = about.get(BESIDE, {}), about.get(STATISTICS, [])
+    if (
+        not isinstance(beside, dict)
+        or not isinstance(statistics, list)
+        or not all(isinstance(x, str) and x in arrays for x in statistics)
+        or not all(_is_beside(x) for x in beside.values())
+        or not set(beside) <= set(arrays)
     ):
         raise ValueError(
-            f"The metadata of {source} has no valid '{STATISTICS}': "
-            f"{statistics!r}"
+            f"The metadata of {source} has no valid '{BESIDE}' or "
+            f"'{STATISTICS}': {beside!r}, {statistics!r}"
         )
     for layer_path, entry in about["layers"].items():
         if (
@@ -146,6 +151,16 @@ def _check_about(
                 f"The metadata of {source} has no valid entry for layer "
                 f"'{layer_path}': {entry!r}"
             )
+
+
+def _is_beside(entry: object) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("inside"), bool)
+        and isinstance(entry.get("index"), int)
+        and isinstance(entry.get("count"), int)
+        and 0 <= entry["index"] < entry["count"]
+    )
 
 
 def _text(about: Json) -> str:

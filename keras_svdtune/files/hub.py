@@ -10,6 +10,7 @@ import tempfile
 import keras_hub
 
 from keras_svdtune.files import hub_client
+from keras_svdtune.files.format import BESIDE
 from keras_svdtune.files.hub_client import CARD, FILE, MARK, NAME, Place
 from keras_svdtune.files.save_load import saved_adapter
 from keras_svdtune.methods.base import Method
@@ -25,6 +26,7 @@ def push_adapter(
     base_preset: str | None = None,
     private: bool = False,
     include_basis: bool = False,
+    adapter_only: bool = False,
 ) -> None:
     """Uploads the enabled adapter to a model hub, for `load_adapter`.
 
@@ -43,7 +45,7 @@ def push_adapter(
             not know it.
         private: whether only you can read it. For Hugging Face; Kaggle makes
             every new model private.
-        include_basis: as for `save_adapter`.
+        include_basis, adapter_only: as for `save_adapter`.
 
     Raises:
         ImportError: `pip install keras_svdtune[hub]` is needed.
@@ -63,12 +65,12 @@ def push_adapter(
     require_adapted(root)
     if base_preset is not None:
         _check_preset(base_preset, root)
-    saved = saved_adapter(root, include_basis)
+    saved = saved_adapter(model, include_basis, adapter_only)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         saved.save(folder / FILE)
         size = (folder / FILE).stat().st_size
-        text = _card(place, root, saved.about, size, base_preset)
+        text = _card(place, model, saved.about, size, base_preset)
         (folder / CARD).write_text(text, encoding="utf-8")
         hub_client.upload(place, folder, private)
 
@@ -88,7 +90,7 @@ def _check_preset(preset: str, root: Model) -> None:
 
 def _card(
     place: Place,
-    root: Model,
+    model: Model,
     about: Json,
     size: int,
     preset: str | None,
@@ -97,7 +99,7 @@ def _card(
 
     `about` is the metadata of its file, `size` the bytes of that.
     """
-    cost = cost_of(root)
+    cost = cost_of(model)
     method, base, trainable = cost.method, cost.model_parameters, cost.trainable
     dtypes = sorted({x["dtype"] for x in about["layers"].values()})
     versions = {"keras_svdtune": __version__, **about["versions"]}
@@ -108,6 +110,7 @@ def _card(
         "preset of the base": preset and f"`{preset}`",
         "adapted layers": f"{len(about['layers']):,}, in {', '.join(dtypes)}",
         "trainable parameters": f"{trainable:,} ({trainable / base:.4%})",
+        "also trained": ", ".join(f"`{x}`" for x in about.get(BESIDE, {})),
         "file": f"`{FILE}`, {size / 1024:,.1f} KiB",
         "written with": ", ".join(f"{k} {v}" for k, v in versions.items()),
     }
@@ -120,9 +123,11 @@ def _card(
     code = ["import keras_svdtune", ""]
     if preset:
         code = ["import keras_hub", *code]
-        code += [f'model = keras_hub.models.Backbone.from_preset("{preset}")']
+        name = about.get("saved_from", "Backbone")
+        code += [f'model = keras_hub.models.{name}.from_preset("{preset}")']
     else:
-        code += [f"# `model` is the {about['model_class']} it belongs to"]
+        name = about.get("saved_from", about["model_class"])
+        code += [f"# `model` is the {name} it belongs to"]
     code += [f'keras_svdtune.load_adapter(model, "{place.uri}")']
     return "\n".join(
         [

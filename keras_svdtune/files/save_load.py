@@ -4,7 +4,9 @@ Loading checks everything before it changes anything: a file that does not
 belong to this model never loads. `format.py` describes the file.
 """
 
+import functools
 import os
+import warnings
 
 import keras
 import keras_hub
@@ -13,6 +15,11 @@ from keras import ops
 
 from keras_svdtune.adapter.fingerprint import effect
 from keras_svdtune.adapter.plan import AdapterPlan
+from keras_svdtune.files.beside import (
+    assign_beside,
+    find_beside,
+    saved_beside,
+)
 from keras_svdtune.files.compatibility import (
     array_key,
     check_effect,
@@ -25,23 +32,23 @@ from keras_svdtune.files.compatibility import (
     values_for,
 )
 from keras_svdtune.files.format import (
+    BESIDE,
     EFFECTS,
     FINGERPRINTS,
     FORMAT_VERSION,
-    STATISTICS,
     SavedAdapter,
     checked_path,
     read_adapter,
 )
-from keras_svdtune.files.statistics import set_statistics, statistics_for
-from keras_svdtune.model.checks import check_fit
+from keras_svdtune.model.beside import variables_beside
+from keras_svdtune.model.checks import check_fit, check_trained
+from keras_svdtune.model.commit import commit
 from keras_svdtune.model.enable import attach_plans
 from keras_svdtune.model.planning import plan_adapters
 from keras_svdtune.model.state import (
     adapted_part,
     enabled_method,
     require_adapted,
-    statistics_of,
 )
 from keras_svdtune.model.targets import adapted_targets, matrices_in
 from keras_svdtune.runtime.processes import shared, to_numpy
@@ -52,16 +59,18 @@ def save_adapter(
     model: Model,
     path: str | os.PathLike[str],
     include_basis: bool = False,
+    adapter_only: bool = False,
 ) -> None:
     """Writes the trainable weights of the enabled adapter to one file.
+
+    What else trains in `model` is in the file too: the head of a Task, layers
+    around a backbone or thawed by hand, moving statistics of a
+    BatchNormalization that is not frozen. Give the Task and not its backbone,
+    to have its head in the file.
 
     The file is written under a temporary name and renamed, so that `path`
     holds the old file or the new one, never half of one. With several
     processes all call this, and the first one writes.
-
-    Moving statistics of BatchNormalization are not in the file: an enable
-    freezes these layers. If you thaw one (`layer.trainable = True`), save its
-    statistics yourself.
 
     Args:
         model: a model with an adapter.
@@ -70,18 +79,23 @@ def save_adapter(
             matrix for SVF and SVFT). Without them, loading computes the
             singular vectors from W again and checks that they came out the
             same; with them, it computes nothing and cannot differ.
+        adapter_only: whether to leave out what trains besides the adapter.
 
     Raises:
-        ValueError: the model has no adapter, or `path` another ending.
+        ValueError: the model has no adapter, `path` another ending, or what
+            trained holds NaN or infinity.
     """
     path = checked_path(path)
-    saved = saved_adapter(model, include_basis)
+    saved = saved_adapter(model, include_basis, adapter_only)
     shared(0, lambda: saved.save(path))
 
 
-def saved_adapter(model: Model, include_basis: bool = False) -> SavedAdapter:
+def saved_adapter(
+    model: Model, include_basis: bool = False, adapter_only: bool = False
+) -> SavedAdapter:
     """Returns what `save_adapter` writes, in memory."""
     root = adapted_part(model)
+    check_trained(require_adapted(root), "saved")
     method = enabled_method(root)
     arrays: dict[str, np.ndarray] = {}
     layers: Json = {}
@@ -105,9 +119,9 @@ def saved_adapter(model: Model, include_basis: bool = False) -> SavedAdapter:
         layers[path] = entry
     arrays[FINGERPRINTS] = np.stack(fingerprints)
     arrays[EFFECTS] = np.stack(effects)
-    statistics = statistics_of(root)
-    arrays |= {k: to_numpy(v.value) for k, (v, _) in statistics.items()}
-    about = {
+    beside, entries = ({}, {}) if adapter_only else saved_beside(model)
+    arrays |= beside
+    about: Json = {
         "format_version": FORMAT_VERSION,
         "method": method.name,
         "settings": method.settings(),
@@ -117,13 +131,16 @@ def saved_adapter(model: Model, include_basis: bool = False) -> SavedAdapter:
             "keras_hub": keras_hub.__version__,
         },
         "layers": layers,
-        STATISTICS: sorted(statistics),
     }
+    if entries:
+        about |= {"saved_from": type(model).__name__, BESIDE: entries}
     return SavedAdapter(about, arrays, f"the adapter of '{root.name}'")
 
 
 def load_adapter(
-    model: Model, adapter: str | os.PathLike[str] | SavedAdapter
+    model: Model,
+    adapter: str | os.PathLike[str] | SavedAdapter,
+    adapter_only: bool = False,
 ) -> None:
     """Loads an adapter file into the base model that it was trained on.
 
@@ -132,12 +149,17 @@ def load_adapter(
     compiled anew. With several processes all call this, and the first one reads
     for all.
 
+    What trained besides the adapter, such as the head of a Task, is assigned
+    too; `remove_adapter` undoes that. While this runs, no other thread may use
+    the model.
+
     Args:
         model: the base model, or the same with the same method enabled.
         adapter: a file that `save_adapter` wrote; the URI of what
             `push_adapter` uploaded, `"hf://user/name"`, also with
             `"@revision"`, or `"kaggle://user/model/keras/variation"`, also
             with `"/version"`; or what `compose` returned.
+        adapter_only: whether to leave out what trained besides the adapter.
 
     Raises:
         ImportError: a URI needs `pip install keras_svdtune[hub]`.
@@ -171,7 +193,9 @@ def load_adapter(
             "`remove_adapter()` first, then load."
         )
     values = values_for(adapter, targets, methods)
-    statistics = statistics_for(root, adapter)
+    beside = {} if adapter_only else find_beside(model, adapter)
+    if not beside and not adapter_only:
+        _warn_of_head(model, adapter)
     match_bases(adapter, targets, methods, ours)
     if not adapted:
         plans = plan_adapters(
@@ -179,8 +203,8 @@ def load_adapter(
         )
         for row, (path, target) in enumerate(targets.items()):
             check_effect(adapter, row, target, plans[path])
-        attach_plans(root, method, targets, plans)
-        set_statistics(root, statistics)
+        assign = functools.partial(assign_beside, root, beside)
+        attach_plans(root, method, targets, plans, assign)
         return
     for row, (path, target) in enumerate(targets.items()):
         ours_now = target.adapted
@@ -192,7 +216,23 @@ def load_adapter(
         plan = AdapterPlan(ours_now.method, new, ours_now.base_fingerprint)
         check_frozen_weights(adapter, path, target, values[path])
         check_effect(adapter, row, target, plan)
-    for path, target in targets.items():
-        for name, value in values[path].items():
-            getattr(target.adapted, name).assign(value)
-    set_statistics(root, statistics)
+    with commit(root) as undo:
+        for path, target in targets.items():
+            for name, value in values[path].items():
+                variable = getattr(target.adapted, name)
+                undo.callback(variable.assign, ops.copy(variable.value))
+                variable.assign(value)
+        assign_beside(root, beside, undo)
+
+
+def _warn_of_head(model: Model, adapter: SavedAdapter) -> None:
+    """Warns of a head that the file does not hold."""
+    head = [k for k, x in variables_beside(model).items() if not x.inside]
+    if head:
+        warnings.warn(
+            f"{adapter.source} holds the adapter alone. What '{model.name}' "
+            f"has besides keeps its values: {', '.join(head[:4])}"
+            f"{' ...' if len(head) > 4 else ''}. `adapter_only=True` says "
+            "that you know.",
+            stacklevel=3,
+        )

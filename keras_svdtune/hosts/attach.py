@@ -24,10 +24,11 @@ from keras_svdtune.methods.base import Method
 from keras_svdtune.runtime.keras_internals import (
     build_inside,
     drop_sublayer,
+    track_parameters,
     unlocked,
 )
 from keras_svdtune.runtime.placement import placement_of, to_devices
-from keras_svdtune.runtime.types import Layer
+from keras_svdtune.runtime.types import Layer, Tensor
 
 
 def plain_targets(layer: Layer) -> list[Target]:
@@ -80,6 +81,7 @@ def attach(
         build_inside(owner, adapter)
         setattr(owner, target.slot, adapter)
     owner.__class__ = host_class or _converted_class(target)
+    track_parameters(owner)
     return adapter
 
 
@@ -128,33 +130,37 @@ def place_values(target: Target, method: Method, values: Values) -> Values:
 
 def detach(target: Target) -> None:
     """Removes the adapter; the layer is a plain Keras layer again."""
+    _take_away(target, target.adapted)
+
+
+def _take_away(target: Target, adapter: Adapter) -> None:
+    """Removes an adapter. It may be called again, if it was interrupted."""
     owner = target.owner
-    drop_sublayer(owner, target.slot)
+    drop_sublayer(owner, target.slot, adapter)
     if isinstance(owner, AdapterHost) or (
         isinstance(owner, ReadsMerged) and not adapted_directly(owner)
     ):
         owner.__class__ = owner.plain
+    track_parameters(owner)
 
 
-def put_back(target: Target, adapter: Adapter, host_class: type) -> None:
-    """Undoes `detach`: gives a target its former adapter and owner's class.
+class Merge:
+    """Merges the adapter of a target into its kernel and removes it.
 
-    The target may be plain, in between, or adapted again since.
+    It is called; and called again, if it was interrupted.
     """
-    owner = target.owner
-    if target.adapter not in (None, adapter):
-        drop_sublayer(owner, target.slot)
-    with unlocked(owner):
-        setattr(owner, target.slot, adapter)
-    owner.__class__ = host_class
 
+    def __init__(self, target: Target):
+        self._target = target
+        self._adapter = target.adapted
+        self._merged: dict[str, Tensor] | None = None
 
-def merge(target: Target) -> None:
-    """Merges the adapter into the kernel and removes it."""
-    merged = target.merged_variables()
-    for name, variable in target.kernel_variables().items():
-        variable.assign(merged[name])
-    detach(target)
+    def __call__(self) -> None:
+        if self._merged is None:
+            self._merged = self._target.merged_variables()
+        for name, variable in self._target.kernel_variables().items():
+            variable.assign(self._merged[name])
+        _take_away(self._target, self._adapter)
 
 
 def remove(target: Target) -> None:
@@ -165,6 +171,6 @@ def remove(target: Target) -> None:
     """
     if target.replaced:
         target.adapted.reset()
-        merge(target)
+        Merge(target)()
     else:
         detach(target)

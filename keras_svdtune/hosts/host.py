@@ -84,6 +84,16 @@ class AdapterHost:
     # Keras calls these instead if the kernel is quantized.
     _int8_call = _int4_call = call
 
+    def enable_lora(self, *args: object, **kwargs: object) -> None:
+        """Raises a ValueError: Keras' own methods know no other adapter."""
+        raise ValueError(
+            f"Layer '{self.target.path}' has an adapter already "
+            f"({self.adapter.method}). Call `merge_adapter()` or "
+            "`remove_adapter()` on the model first."
+        )
+
+    enable_dora = enable_lora
+
     def _bias(self) -> Tensor:
         layer: Layer = self
         return layer.bias

@@ -3,8 +3,7 @@
 QPiSSA's base is not W but what its low-rank start leaves of it, in int8 or
 int4. All such kernels are made before the first layer is touched, by Keras' own
 quantization, each in a copy of its layer. Then each layer is quantized and gets
-the prepared values. Until the last one is done every layer can be restored: its
-float kernel is kept. SVF's `replace_kernel` does the same in float.
+the prepared values. SVF's `replace_kernel` does the same in float.
 """
 
 import dataclasses
@@ -22,7 +21,6 @@ from keras_svdtune.hosts.quantized import (
 from keras_svdtune.hosts.target import Target
 from keras_svdtune.methods.base import Method
 from keras_svdtune.methods.replaced_base import ReplacesBase
-from keras_svdtune.runtime.keras_internals import remember_state
 from keras_svdtune.runtime.placement import (
     place_variable,
     placement_of,
@@ -81,20 +79,14 @@ def put_in_place(target: Target, kernel: NewKernel) -> None:
         getattr(layer, name).assign(value)
 
 
-def remember(target: Target, kernel: NewKernel) -> Callable[[], None]:
-    """Returns a function that undoes `put_in_place`, even half done.
+def remember_value(target: Target, kernel: NewKernel) -> Callable[[], None]:
+    """Returns a function that restores the value that `put_in_place` changes.
 
-    It restores attributes, variables and their order, as the same objects, and
-    the value of the kernel.
+    Quantization gives the layer another variable instead, so there is nothing
+    to restore.
     """
+    if kernel.mode is not None:
+        return lambda: None
     variable = target.kernel
-    # Quantization gives the layer another variable; else this one is assigned.
-    before = ops.copy(variable.value) if kernel.mode is None else None
-    restore_state = remember_state(target.owner)
-
-    def restore() -> None:
-        restore_state()
-        if before is not None:
-            variable.assign(before)
-
-    return restore
+    before = ops.copy(variable.value)
+    return lambda: variable.assign(before)

@@ -13,7 +13,7 @@ from keras_svdtune.hosts.embeddings import AdaptedEmbedding
 from keras_svdtune.hosts.host import HOSTS, AdaptedConvolution, AdapterHost
 from keras_svdtune.hosts.quantized import variable_names
 from keras_svdtune.runtime.keras_internals import own_variables
-from keras_svdtune.runtime.types import Layer, Store, Tensor
+from keras_svdtune.runtime.types import Json, Layer, Store, Tensor
 
 
 class SavesMerged(AdapterHost):
@@ -33,6 +33,12 @@ class SavesMerged(AdapterHost):
     def load_own_variables(self, store: Store) -> None:
         self.target.begin_loading()
         super().load_own_variables(store)  # type: ignore[misc]
+
+    @classmethod
+    def from_config(cls, config: Json) -> Layer:
+        """Makes the plain layer: a config holds no adapter."""
+        layer: Layer = cls.plain.from_config(config)  # type: ignore[attr-defined]
+        return layer
 
 
 class SavesMergedEmbedding(SavesMerged):
@@ -69,6 +75,12 @@ class OwnerSavesMerged(ReadsMerged):
         for target in adapted_directly(self):
             target.begin_loading()
         super().load_own_variables(store)  # type: ignore[misc]
+
+    @classmethod
+    def from_config(cls, config: Json) -> Layer:
+        """Makes the plain layer: a config holds no adapter."""
+        layer: Layer = cls.plain.from_config(config)  # type: ignore[attr-defined]
+        return layer
 
 
 def _in_place(host: type[AdapterHost]) -> type:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import keras
+from keras import ops
 
 from keras_svdtune.hosts.embeddings import is_reversible, why_not_adaptable
 from keras_svdtune.hosts.target import Target
@@ -128,3 +129,16 @@ def _not_to_replace(target: Target, method: ReplacesBase) -> str:
     if method.quantization and target.owner.compute_dtype == "float16":
         return "computes in float16, which Keras does not quantize"
     return ""
+
+
+def check_trained(targets: dict[str, Target], verb: str) -> None:
+    """Raises a ValueError that names a layer whose adapter is not finite."""
+    for path, target in targets.items():
+        for name, variable in target.adapted.variables_by_name(True).items():
+            if not bool(ops.all(ops.isfinite(variable))):
+                raise ValueError(
+                    f"'{name}' of layer '{path}' holds NaN or infinity, so the "
+                    f"adapter cannot be {verb}. The training diverged: take a "
+                    "lower learning rate, or `remove_adapter()`. The model is "
+                    "as it was."
+                )

@@ -1,29 +1,40 @@
-"""Enables, merges, removes and disables adapters on a model."""
+"""Enables, merges and removes adapters on a model.
+
+Each verb computes everything that takes long first, and then changes the model
+in one `commit`, so that an error or an interrupt leaves the model as it was.
+"""
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable
 
-import numpy as np
+from keras import ops
 
 from keras_svdtune.adapter.plan import AdapterPlan
 from keras_svdtune.hosts import attach
-from keras_svdtune.hosts.replace_base import put_in_place, remember
+from keras_svdtune.hosts.replace_base import put_in_place, remember_value
 from keras_svdtune.hosts.target import Target
 from keras_svdtune.methods.base import Method
-from keras_svdtune.model.checks import checked_method, targets_for
+from keras_svdtune.model.checks import (
+    check_trained,
+    checked_method,
+    targets_for,
+)
+from keras_svdtune.model.commit import commit
 from keras_svdtune.model.freezing import freeze
 from keras_svdtune.model.planning import plan_adapters
-from keras_svdtune.model.recompile import prepare_reset
+from keras_svdtune.model.recompile import bring_up_to_date, note_change
 from keras_svdtune.model.state import (
     Enabled,
     adapted_part,
     enabled_models,
+    enabled_record,
     keep_record,
     record_of,
     require_adapted,
 )
-from keras_svdtune.runtime.processes import to_numpy
+from keras_svdtune.runtime.interrupts import run_to_the_end
 from keras_svdtune.runtime.types import Model
 
 
@@ -39,10 +50,10 @@ def enable_adapter(
     compile the ops around it into other loops, and round those differently:
     1e-6 relative on real models.) All targets are decomposed before the first
     is touched, so an error or an interrupt leaves the model as it was.
-    Functions that the model, or a Task around it, had compiled are dropped, and
-    an optimizer in use is replaced by a fresh one with the same settings.
-    BatchNormalization is frozen too, as Keras' LoRA freezes it;
-    `layer.trainable = True` thaws a layer by hand.
+    Functions that the model, or a Task around it, had compiled are dropped. An
+    optimizer in use stays the same object with the same settings, and begins
+    anew with the new trainables. BatchNormalization is frozen too, as Keras'
+    LoRA freezes it; `layer.trainable = True` thaws a layer by hand.
 
     Args:
         model: a KerasHub Backbone; a Task, which means its backbone; or any
@@ -76,31 +87,30 @@ def attach_plans(
     method: Method,
     targets: dict[str, Target],
     plans: dict[str, AdapterPlan],
+    also: Callable[[contextlib.ExitStack], None] | None = None,
 ) -> None:
-    """Attaches planned adapters to all layers, or on an error to none."""
-    reset = prepare_reset(x.owner for x in targets.values())
-    with contextlib.ExitStack() as undo:
+    """Attaches planned adapters to all layers, or on an error to none.
+
+    Args:
+        also: what else belongs to the change, given the stack on which to say
+            how to undo it.
+    """
+    with commit(root) as undo:
         for path, target in targets.items():
             base = plans[path].replaced
             if base is not None and base.kernel is not None:
-                undo.callback(remember(target, base.kernel))
+                undo.callback(remember_value(target, base.kernel))
                 put_in_place(target, base.kernel)
         unfreeze = freeze(root)
-        undo.callback(unfreeze)
-        undo.callback(_detach_all, targets)
         for path, target in targets.items():
             # pop, so that no value is held beside the variable made of it.
             adapter = attach.attach_plan(target, plans.pop(path))
             adapter.share = 1.0 / len(targets)
-        undo.pop_all()
-    keep_record(root, Enabled(method, unfreeze))
-    reset()
-
-
-def _detach_all(targets: dict[str, Target]) -> None:
-    for target in targets.values():
-        if target.adapter is not None:
-            attach.detach(target)
+        keep_record(root, Enabled(method, unfreeze))
+        if also is not None:
+            also(undo)
+        note_change(x.owner for x in targets.values())
+    bring_up_to_date(root)
 
 
 def replace_adapters(
@@ -119,20 +129,16 @@ def replace_adapters(
     """
     targets = require_adapted(root)
     owners = enabled_models(root, targets)
-    before = {p: (x.adapted, type(x.owner)) for p, x in targets.items()}
-    reset = prepare_reset(x.owner for x in targets.values())
-    try:
+    with commit(root):
         for path, target in targets.items():
+            share = target.adapted.share
             attach.detach(target)
-            adapter = attach.attach_plan(target, plans[path])
-            adapter.share = before[path][0].share
-    except BaseException:
-        for path, target in targets.items():
-            attach.put_back(target, *before[path])
-        raise
-    reset()
-    for owner in owners:
-        keep_record(owner, dataclasses.replace(record_of(owner), method=method))
+            attach.attach_plan(target, plans[path]).share = share
+        for owner in owners:
+            record = dataclasses.replace(record_of(owner), method=method)
+            keep_record(owner, record)
+        note_change(x.owner for x in targets.values())
+    bring_up_to_date(root)
 
 
 def merge_adapter(model: Model) -> None:
@@ -148,8 +154,31 @@ def merge_adapter(model: Model) -> None:
     Raises:
         ValueError: the model has no adapter.
     """
-    for enabled in _give_back(model, attach.merge):
-        enabled.unfreeze()
+    root = adapted_part(model)
+    targets = require_adapted(root)
+    owners = enabled_models(root, targets)
+    check_trained(targets, "merged")
+    # One layer after the other, so that no second copy of all kernels is held.
+    # So it cannot be undone in the middle, and an interrupt waits for the end.
+    steps: list[Callable[[], None]] = [
+        attach.Merge(target) for target in targets.values()
+    ]
+    steps.append(functools.partial(_unfreeze, root, owners, targets))
+    run_to_the_end(steps)
+    bring_up_to_date(root)
+
+
+def _unfreeze(
+    root: Model, owners: list[Model], targets: dict[str, Target]
+) -> None:
+    """Gives back what was frozen, and forgets what was enabled."""
+    with commit(root):
+        for owner in owners:
+            record = enabled_record(owner)
+            if record is not None:
+                record.unfreeze()
+                keep_record(owner, None)
+        note_change(x.owner for x in targets.values())
 
 
 def remove_adapter(model: Model) -> None:
@@ -166,80 +195,20 @@ def remove_adapter(model: Model) -> None:
     Raises:
         ValueError: the model has no adapter.
     """
-    for enabled in _give_back(model, attach.remove):
-        for variable, base in enabled.statistics.values():
-            variable.assign(base)
-        enabled.unfreeze()
-
-
-def _give_back(model: Model, end: Callable[[Target], None]) -> list[Enabled]:
     root = adapted_part(model)
     targets = require_adapted(root)
     owners = enabled_models(root, targets)
-    reset = prepare_reset(x.owner for x in targets.values())
-    for target in targets.values():
-        end(target)
-    reset()
-    done = [record_of(owner) for owner in owners]
-    for owner in owners:
-        keep_record(owner, None)
-    return done
-
-
-@contextlib.contextmanager
-def adapter_disabled(model: Model) -> Iterator[None]:
-    """Temporarily disables the adapter: outputs equal the base's exactly.
-
-    If enabling quantized the base, they equal those just after enabling.
-
-    The trainables are set to values that change nothing, and restored at the
-    end, so compiled functions stay valid. Training within is an error at the
-    end, since it could not be kept.
-
-    Args:
-        model: a model with an adapter.
-
-    Example:
-
-    ```python
-    with adapter_disabled(gemma):
-        before = gemma.generate("Hello")
-    ```
-
-    Raises:
-        ValueError: the model has no adapter, or it was enabled on a model
-            around this one.
-        RuntimeError: the trainables changed within.
-    """
-    targets = require_adapted(model)
-    adapters = [x.adapted for x in targets.values()]
-    trained = [
-        (v, to_numpy(v.value).copy())
-        for adapter in adapters
-        for v in adapter.variables_by_name(trainable=True).values()
-    ]
-    statistics = [
-        (variable, base, to_numpy(variable.value).copy())
-        for owner in enabled_models(adapted_part(model), targets)
-        for variable, base in record_of(owner).statistics.values()
-    ]
-    neutral: list[np.ndarray] = []
-    after: list[np.ndarray] = []
-    try:
-        for adapter in adapters:
-            adapter.reset()
-        neutral = [to_numpy(v.value).copy() for v, _ in trained]
-        for variable, base, _ in statistics:
-            variable.assign(base)
-        yield
-        after = [to_numpy(v.value).copy() for v, _ in trained]
-    finally:
-        for variable, value in trained:
-            variable.assign(value)
-        for variable, _, value in statistics:
-            variable.assign(value)
-    if not all(map(np.array_equal, after, neutral)):
-        raise RuntimeError(
-            "The adapter was trained or loaded while it was disabled. It has "
-            "its earlier values again; train outside `adapter_disabled()`."
-        )
+    with commit(root) as undo:
+        for owner in owners:
+            for variable, base in record_of(owner).beside.values():
+                undo.callback(variable.assign, ops.copy(variable.value))
+                variable.assign(base)
+        for target in targets.values():
+            if target.replaced:
+                for variable in target.adapted.variables:
+                    undo.callback(variable.assign, ops.copy(variable.value))
+                for variable in target.kernel_variables().values():
+                    undo.callback(variable.assign, ops.copy(variable.value))
+            attach.remove(target)
+        _unfreeze(root, owners, targets)
+    bring_up_to_date(root)

@@ -1,105 +1,174 @@
-"""Drops functions that were compiled before the model changed.
+"""Brings models up to date after some of their layers changed.
 
-After a layer has changed its class and the model its trainables, a compiled
-`fit` would train detached variables (TensorFlow) or fail in mid-step, when
-Keras on JAX has already given up the weights. And a KerasHub Backbone does not
-know the Task around it. So every live model that holds a changed layer is
-found, and its compiled functions are dropped.
+After a layer has changed its class and a model its trainables, a `fit` that was
+compiled before would train detached variables (TensorFlow) or fail in mid-step,
+when Keras on JAX has already given up the weights. An optimizer knows other
+variables, and on torch `model.parameters()` lists them.
+
+A layer does not know the models that hold it: a KerasHub Backbone does not know
+the Task around it. So a change is only noted, and a model compares notes when
+it is used next: when one of the attributes below is read, or one of torch's
+methods called.
 """
 
-import gc
+import functools
+import itertools
+import weakref
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import keras
 
 from keras_svdtune.runtime.keras_internals import (
     COMPILED_FUNCTIONS,
-    copy_decay_exclusions,
+    built_for,
+    forget_trainables,
     layers_in,
-    optimizer_config,
+    track_parameters,
 )
-from keras_svdtune.runtime.placement import place_like, undistributed
-from keras_svdtune.runtime.types import Layer, Model, Optimizer
+from keras_svdtune.runtime.types import Layer, Model
+
+_TORCH_METHODS = ("named_parameters", "state_dict", "load_state_dict", "export")
+
+_ticks = itertools.count(1)
+_now = 0
+# The change that a layer has seen last, by number.
+_CHANGED: weakref.WeakKeyDictionary[Layer, int] = weakref.WeakKeyDictionary()
+# The number of a change that will be undone, by that of the change before.
+_FOR_A_WHILE: dict[int, int] = {}
 
 
-def prepare_reset(layers: Iterable[Layer]) -> Callable[[], None]:
-    """Finds every live model that holds one of `layers`, to recompile it.
+class _Known:
+    """What is known of one model: when it was looked at, and its functions."""
 
-    Call this before the layers change, since it may raise: an optimizer that
-    has seen other trainables is replaced by a fresh one with the same settings,
-    so that `fit` works without another `compile`.
+    def __init__(self) -> None:
+        self.looked_at = 0
+        self.changes: frozenset[int] = frozenset()
+        # Compiled functions, by the changes of the layers that they are for.
+        self.aside: dict[frozenset[int], dict[str, Any]] = {}
 
-    Returns:
-        A function that makes those models compile anew. It does not fail.
 
-    Raises:
-        ValueError: an optimizer cannot be made again from its config.
+# It is kept on the model itself: functions refer to their model, so a dict from
+# here would keep every model alive for ever.
+_KNOWN = "_svdtune_known"
+
+
+def note_change(layers: Iterable[Layer]) -> None:
+    """Notes that layers have changed, for all models that hold them."""
+    global _now
+    _now = next(_ticks)
+    for layer in layers:
+        _CHANGED[layer] = _now
+
+
+def note_change_for_a_while(layers: Iterable[Layer]) -> Callable[[], None]:
+    """Notes a change that will be undone; returns how to note that.
+
+    What models had compiled is used again then, and what they compile meanwhile
+    at the next such change.
     """
-    changed = {id(layer) for layer in layers}
-    found: list[tuple[Model, Optimizer | None]] = []
-    for model in _live_models():
-        try:
-            inside = layers_in(model)
-        except AttributeError:
-            # Its constructor raised, or has not reached `Layer.__init__` yet:
-            # it holds no layers and has compiled nothing.
-            continue
-        if not any(id(layer) in changed for layer in inside):
-            continue
-        optimizer = getattr(model, "optimizer", None)
-        if optimizer is not None and optimizer.built:
-            found.append((model, _fresh(optimizer, model)))
-        else:
-            found.append((model, None))
+    global _now
+    before = {layer: _CHANGED.get(layer, 0) for layer in layers}
+    _now = next(_ticks)
+    for layer, change in before.items():
+        _CHANGED[layer] = _FOR_A_WHILE.setdefault(change, _now)
 
-    def reset() -> None:
-        for model, optimizer in found:
-            for name in COMPILED_FUNCTIONS:
-                if getattr(model, name, None) is not None:
-                    setattr(model, name, None)
-            if optimizer is not None:
-                model.optimizer = optimizer
+    def undone() -> None:
+        global _now
+        _CHANGED.update(before)
+        _now = next(_ticks)
 
-    return reset
+    return undone
 
 
-def _fresh(optimizer: Optimizer, model: Model) -> Optimizer:
-    """Returns an optimizer with the same settings that is not built."""
+def bring_up_to_date(model: Model) -> None:
+    """Makes a model ready for use, if one of its layers has changed.
+
+    What it compiled is dropped. Its optimizer stays the same object, and
+    forgets the variables that it was built for if they are not the model's
+    trainables any more.
+    """
+    known = model.__dict__.setdefault(_KNOWN, _Known())
+    if known.looked_at == _now:
+        return
+    now = _now
     try:
-        with undistributed():
-            fresh = _again(optimizer)
-    except Exception as error:
-        raise ValueError(
-            f"Model '{model.name}' is compiled with {optimizer!r}, which must "
-            "be made anew for other trainables, and its config does not allow "
-            f"it ({type(error).__name__}: {error}). Mend its `get_config`, or "
-            "compile the model with another optimizer first. The model is as "
-            "it was."
-        ) from error
-    # Its counters go to the devices of the old ones, whatever
-    # `keras.distribution` is in effect now.
-    for ours, theirs in zip(fresh.variables, optimizer.variables, strict=False):
-        place_like(ours, theirs)
-    return fresh
+        layers = layers_in(model)
+    except AttributeError:
+        return  # its constructor has not come to its layers yet
+    changes = frozenset(_CHANGED[x] for x in layers if x in _CHANGED)
+    if changes != known.changes:
+        _update(model, layers, known, changes)
+    # Last, so that what was interrupted is done again.
+    known.changes, known.looked_at = changes, now
 
 
-def _again(optimizer: Optimizer) -> Optimizer:
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        return type(optimizer)(
-            _again(optimizer.inner_optimizer),
-            initial_scale=optimizer.initial_scale,
-            dynamic_growth_steps=optimizer.dynamic_growth_steps,
-            name=optimizer.name,
-        )
-    fresh = type(optimizer).from_config(optimizer_config(optimizer))
-    copy_decay_exclusions(optimizer, fresh)
-    return fresh
+def _update(
+    model: Model,
+    layers: list[Layer],
+    known: _Known,
+    changes: frozenset[int],
+) -> None:
+    before, held = known.changes, model.__dict__
+    for_a_while = not (changes | before).isdisjoint(_FOR_A_WHILE.values())
+    if for_a_while:
+        known.aside[before] = {x: held.get(x) for x in COMPILED_FUNCTIONS}
+    else:
+        known.aside.clear()
+    found = known.aside.get(changes, {})
+    for name in COMPILED_FUNCTIONS:
+        if name in held:
+            held[name] = found.get(name)
+    for layer in layers:
+        track_parameters(layer)
+    optimizer = held.get("optimizer")
+    if optimizer is None or not optimizer.built or for_a_while:
+        return
+    trained = [id(x) for x in model.trainable_variables]
+    if [id(x) for x in built_for(optimizer)] != trained:
+        forget_trainables(optimizer)
 
 
-def _live_models() -> list[Model]:
-    # type() and not isinstance(): the latter asks an object for __class__,
-    # and a lazy proxy among all live objects would import its module. There
-    # are far fewer types than objects.
-    objects = gc.get_objects()
-    models = {x for x in set(map(type, objects)) if issubclass(x, keras.Model)}
-    return [x for x in objects if type(x) in models]
+class _UpToDate:
+    """An attribute of models that is read after `bring_up_to_date`."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __get__(self, model: Model | None, cls: type | None = None) -> Any:
+        if model is None:
+            return self
+        bring_up_to_date(model)
+        try:
+            return model.__dict__[self._name]
+        except KeyError:
+            raise AttributeError(
+                f"'{type(model).__name__}' object has no attribute "
+                f"'{self._name}'"
+            ) from None
+
+    def __set__(self, model: Model, value: Any) -> None:
+        model.__dict__[self._name] = value
+
+    def __delete__(self, model: Model) -> None:
+        model.__dict__.pop(self._name, None)
+
+
+def _after_update(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def updated(model: Model, *args: Any, **kwargs: Any) -> Any:
+        bring_up_to_date(model)
+        return method(model, *args, **kwargs)
+
+    return updated
+
+
+@functools.cache
+def watch_models() -> None:
+    """Lets every `keras.Model` bring itself up to date when it is used."""
+    for name in (*COMPILED_FUNCTIONS, "optimizer"):
+        setattr(keras.Model, name, _UpToDate(name))
+    if keras.backend.backend() == "torch":
+        for name in _TORCH_METHODS:
+            method = getattr(keras.Model, name)
+            setattr(keras.Model, name, _after_update(method))

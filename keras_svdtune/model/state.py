@@ -22,14 +22,14 @@ class Enabled:
     Attributes:
         method: the method, with the user's settings.
         unfreeze: function that restores what was trainable before.
-        statistics: moving statistics that an adapter file has set, by key: the
-            variable, and its value without the adapter. Files of release 0.1
-            have some; BatchNormalization is frozen now.
+        beside: what an adapter file has set besides the adapters, such as the
+            head of a Task, by key: the variable, and its value without the
+            file.
     """
 
     method: Method
     unfreeze: Callable[[], None]
-    statistics: dict[str, tuple[Variable, np.ndarray]] = dataclasses.field(
+    beside: dict[str, tuple[Variable, np.ndarray]] = dataclasses.field(
         default_factory=dict
     )
 
@@ -46,15 +46,33 @@ def record_of(model: Model) -> Enabled:
     return found
 
 
+def enabled_record(model: Model) -> Enabled | None:
+    """Returns the record of a model, or None if it has none."""
+    return model.__dict__.get(_RECORD)
+
+
 def keep_record(model: Model, enabled: Enabled | None) -> None:
     """Keeps the record of a model on it; None deletes it."""
     # Not by setattr: Keras would look into it for layers and variables.
     if enabled is None:
-        object.__delattr__(model, _RECORD)
         _ENABLED.discard(model)
+        model.__dict__.pop(_RECORD, None)
     else:
         object.__setattr__(model, _RECORD, enabled)
         _ENABLED.add(model)
+
+
+def remember_enabled() -> Callable[[], None]:
+    """Returns a function that restores the records that models have now."""
+    before = [(model, record_of(model)) for model in list(_ENABLED)]
+
+    def restore() -> None:
+        for model in list(_ENABLED):
+            keep_record(model, None)
+        for model, enabled in before:
+            keep_record(model, enabled)
+
+    return restore
 
 
 def enabled_models(root: Model, targets: dict[str, Target]) -> list[Model]:
@@ -105,7 +123,7 @@ def enabled_method(model: Model) -> Method:
     return next(iter(require_adapted(root).values())).adapted.method
 
 
-def statistics_of(model: Model) -> dict[str, tuple[Variable, np.ndarray]]:
-    """Returns the `Enabled.statistics` of a model; empty if it has none."""
-    root = adapted_part(model)
-    return record_of(root).statistics if root in _ENABLED else {}
+def set_beside(model: Model) -> dict[str, tuple[Variable, np.ndarray]]:
+    """Returns the `Enabled.beside` of a model; empty if it has no record."""
+    record = enabled_record(adapted_part(model))
+    return {} if record is None else record.beside

@@ -126,18 +126,19 @@ def find_targets(
 
 def layers_by_path(layers: Iterable[Layer]) -> dict[str, Layer]:
     """Returns layers by path; a repeated path gets `#1`, `#2`, ..."""
-    return _numbered(layers, lambda layer: layer.path or layer.name)
+    return numbered(layers, lambda layer: layer.path or layer.name)
 
 
 def _by_path(targets: Iterable[Target]) -> dict[str, Target]:
-    found = _numbered(targets, lambda x: re.sub(r"#\d+$", "", x.path))
+    found = numbered(targets, lambda x: re.sub(r"#\d+$", "", x.path))
     return {
         path: x if x.path == path else dataclasses.replace(x, path=path)
         for path, x in found.items()
     }
 
 
-def _numbered(items: Iterable[T], path_of: Callable[[T], str]) -> dict[str, T]:
+def numbered(items: Iterable[T], path_of: Callable[[T], str]) -> dict[str, T]:
+    """Returns items by path; a repeated path gets `#1`, `#2`, ..."""
     found: dict[str, T] = {}
     for item in items:
         path = stem = path_of(item)

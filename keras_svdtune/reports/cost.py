@@ -15,6 +15,7 @@ from keras_svdtune.matrix.factors import Needs, rank_of_energy
 from keras_svdtune.methods.base import Method
 from keras_svdtune.methods.low_rank import RankedMethod
 from keras_svdtune.methods.replaced_base import ReplacesBase
+from keras_svdtune.model.beside import trained_beside
 from keras_svdtune.model.checks import checked_method, targets_for
 from keras_svdtune.model.state import (
     adapted_part,
@@ -60,12 +61,15 @@ class Cost(PrintsTable):
         model_parameters: int, parameters of the model without the adapter.
         decomposition_seconds: float or None, about how long enabling will
             take on this machine; None once it is enabled.
+        beside: what else trains in the model, by `<layer path>/<variable>`:
+            its shape. The head of a Task, for example.
     """
 
     method: Method
     layers: tuple[LayerCost, ...]
     model_parameters: int
     decomposition_seconds: float | None = None
+    beside: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def trainable(self) -> int:
@@ -92,6 +96,7 @@ class Cost(PrintsTable):
                 f"{self.model_parameters:,} parameters are trained. Suggested "
                 f"learning rate: {self.method.suggested_learning_rate:g}"
                 + (f". Enabling takes about {seconds:.1f} s" if seconds else "")
+                + self._also()
             ),
             layers=self.layers,
             columns=("rank", "trainable", "extra frozen", "MiB"),
@@ -99,6 +104,13 @@ class Cost(PrintsTable):
             footer=("", *_cells(self.layers)[1:]),
             highlight="trainable",
         )
+
+    def _also(self) -> str:
+        if not self.beside:
+            return ""
+        each = (f"{key} {shape}" for key, shape in self.beside.items())
+        count = sum(math.prod(shape) for shape in self.beside.values())
+        return f". Besides, {count:,} parameters train: {', '.join(each)}"
 
 
 def _cells(layers: Sequence[LayerCost]) -> tuple[str, str, str, str]:
@@ -112,6 +124,8 @@ def _cells(layers: Sequence[LayerCost]) -> tuple[str, str, str, str]:
 
 def adapter_summary(model: Model) -> Cost:
     """Prints the cost of the enabled adapter as a table, and returns it.
+
+    It names what else trains in `model`, such as the head of a Task.
 
     Args:
         model: a model with an adapter.
@@ -132,7 +146,13 @@ def cost_of(model: Model) -> Cost:
         for path, target in require_adapted(root).items()
     )
     extra = sum(x.trainable + x.frozen for x in costs)
-    return Cost(enabled_method(root), costs, root.count_params() - extra)
+    beside = {k: tuple(x.shape) for k, x in trained_beside(model).items()}
+    return Cost(
+        enabled_method(root),
+        costs,
+        root.count_params() - extra,
+        beside=beside,
+    )
 
 
 def estimate(

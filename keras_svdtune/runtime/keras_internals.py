@@ -11,12 +11,13 @@ those that the classes of `hosts/` define or read because Keras asks for them.
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
 from keras.src.backend import set_keras_mask
 from keras.src.backend.common import global_state
+from keras.src.legacy.saving import legacy_h5_format
 
 from keras_svdtune.runtime.types import (
     Layer,
@@ -34,6 +35,9 @@ COMPILED_FUNCTIONS = (
     "predict_function",
     "generate_function",
 )
+
+# Writes `model.save("model.h5")`, by its function `save_model_to_hdf5`.
+h5_writer = legacy_h5_format
 
 # What has an attribute, the attribute, and what this package needs it for.
 RELIED_ON = (
@@ -57,7 +61,12 @@ RELIED_ON = (
     ("a tracker", "untrack", "taking a sublayer away"),
     ("a variable", "_value", "knowing whether it has a value yet"),
     ("a variable", "_layout", "putting it on the devices of another one"),
-    ("an optimizer", "_learning_rate", "keeping a schedule"),
+    ("an optimizer", "_variables", "building it for other variables"),
+    ("an optimizer", "_trainable_variables", "building it for others"),
+    ("an optimizer", "_trainable_variables_indices", "the same"),
+    ("an optimizer", "_iterations", "counting its steps from 0"),
+    ("an optimizer", "_learning_rate", "keeping its learning rate"),
+    ("an optimizer", "_tracker", "forgetting what it was built for"),
 )
 
 
@@ -121,11 +130,14 @@ def build_inside(layer: Layer, sublayer: Layer) -> None:
         sublayer.build(None)
 
 
-def drop_sublayer(layer: Layer, name: str) -> None:
-    """Removes a sublayer; deleting the attribute alone keeps it tracked."""
-    sublayer = getattr(layer, name)
+def drop_sublayer(layer: Layer, name: str, sublayer: Layer) -> None:
+    """Removes a sublayer; deleting the attribute alone keeps it tracked.
+
+    It may be called again, if it was interrupted.
+    """
     with unlocked(layer):
-        delattr(layer, name)
+        if hasattr(layer, name):
+            delattr(layer, name)
         layer._tracker.untrack(sublayer)
 
 
@@ -161,30 +173,49 @@ def set_own_trainable_flag(layer: Layer, flag: bool) -> bool:
     return before
 
 
-def remember_state(layer: Layer) -> Callable[[], None]:
-    """Returns a function that restores a layer's attributes and variables.
+class Structure:
+    """The structure of some layers, to be restored: all but variables' values.
 
-    Variables come back in order, as the same objects, with values untouched.
+    That is their classes, attributes, sublayers and variables in order, and
+    which variables are trainable.
     """
-    attributes = dict(layer.__dict__)
-    tracker = layer._tracker
-    stores = {name: list(x) for name, (_, x) in tracker.config.items()}
-    ids = {name: set(x) for name, x in tracker.stored_ids.items()}
 
-    def restore() -> None:
-        with unlocked(layer):
-            for name in set(layer.__dict__) - set(attributes):
-                delattr(layer, name)
-            for name, value in attributes.items():
-                if layer.__dict__.get(name) is not value:
-                    setattr(layer, name, value)
-            for name, (_, store) in tracker.config.items():
-                store[:] = stores[name]
-                tracker.stored_ids[name] = set(ids[name])
-            if hasattr(layer, "_torch_params"):  # torch keeps its own list
-                layer._track_variables()
+    def __init__(self, layers: Iterable[Layer]):
+        self._layers = []
+        self._trainable = []
+        self._contents: list[tuple[Any, Any]] = []
+        for layer in layers:
+            tracker = layer._tracker
+            self._layers.append((layer, type(layer), dict(layer.__dict__)))
+            self._trainable += [(v, v.trainable) for v in own_variables(layer)]
+            # Lists such as `_layers`, and torch's dicts of modules: whatever
+            # is not replaced as a whole when a layer changes.
+            for x in (
+                *layer.__dict__.values(),
+                *tracker.stored_ids.values(),
+                *(store for _, store in tracker.config.values()),
+            ):
+                if type(x) in (list, dict, set):
+                    self._contents.append((x, x.copy()))
+            self._contents.append((tracker.__dict__, dict(tracker.__dict__)))
 
-    return restore
+    def restore(self) -> None:
+        """Puts everything back. It may be called again."""
+        for layer, cls, attributes in self._layers:
+            object.__setattr__(layer, "__class__", cls)
+            _refill(layer.__dict__, attributes)
+        for container, contents in self._contents:
+            _refill(container, contents)
+        for variable, trainable in self._trainable:
+            variable.trainable = trainable
+
+
+def _refill(container: Any, contents: Any) -> None:
+    container.clear()
+    if isinstance(container, list):
+        container.extend(contents)
+    else:
+        container.update(contents)
 
 
 def forget_variable(layer: Layer, variable: Variable) -> None:
@@ -214,28 +245,43 @@ def float_kernel_shape(layer: Layer) -> tuple[int, ...] | None:
     return None if shape is None else tuple(shape)
 
 
-def optimizer_config(optimizer: Optimizer) -> dict[str, Any]:
-    """Returns an optimizer's config, a learning rate schedule as an object.
+def forget_trainables(optimizer: Optimizer) -> None:
+    """Makes an optimizer forget the variables that it was built for.
 
-    A schedule or a function need not have a config of its own.
+    It stays the same object with the same settings, counts its steps from 0,
+    and is built anew by the next training. Variables that a subclass keeps as
+    attributes of its own are kept.
     """
-    rate = optimizer._learning_rate
-    scheduled = callable(rate) and not isinstance(rate, keras.Variable)
-    if scheduled:
-        optimizer._learning_rate = None
-    try:
-        config: dict[str, Any] = optimizer.get_config()
-    finally:
-        optimizer._learning_rate = rate
-    return config | {"learning_rate": rate} if scheduled else config
+    scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    if scaled:
+        forget_trainables(optimizer.inner_optimizer)
+    if not optimizer.built:
+        return
+    kept = {id(optimizer._iterations), id(optimizer._learning_rate)}
+    if not scaled:
+        kept |= {id(x) for x in vars(optimizer).values()}
+    for variable in list(optimizer._variables):
+        if id(variable) not in kept:
+            optimizer._tracker.untrack(variable)
+    optimizer._trainable_variables = []
+    optimizer._trainable_variables_indices = {}
+    optimizer._iterations.assign(0)
+    optimizer.built = False
 
 
-def copy_decay_exclusions(optimizer: Optimizer, other: Optimizer) -> None:
-    """Copies what `exclude_from_weight_decay` was told; no config has it."""
-    for name in ("", "_pattern"):
-        name = f"_exclude_from_weight_decay{name}"
-        if hasattr(optimizer, name):
-            setattr(other, name, getattr(optimizer, name))
+def built_for(optimizer: Optimizer) -> list[Variable]:
+    """Returns the variables that an optimizer was built for."""
+    return list(optimizer._trainable_variables)
+
+
+def track_parameters(layer: Layer) -> None:
+    """Brings the parameters that torch sees of a layer up to date.
+
+    A Keras layer on torch lists them when it is built. On other backends, or
+    before that, there is nothing to do.
+    """
+    if hasattr(layer, "_torch_params"):
+        layer._track_variables()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,140 @@
+"""Saves what trained besides the adapters, and finds it in a model again.
+
+The metadata has a `beside`, by key: whether the variable is inside the part of
+the model that is adapted, and which it is of how many that look alike. Keras
+numbers layers without a name in the order in which a process makes them
+(`dense_1` is `dense_4` in the second model), so that a key alone does not find
+the variable of another model.
+
+Files of release 0.1 have `statistics` instead, the keys of BatchNormalization's
+moving statistics, which an enable did not freeze then.
+"""
+
+import contextlib
+from collections.abc import Iterable
+
+import numpy as np
+from keras import ops
+
+from keras_svdtune.files.format import BESIDE, SavedAdapter
+from keras_svdtune.files.renumbered import without_numbers
+from keras_svdtune.model.beside import Beside, variables_beside
+from keras_svdtune.model.state import set_beside
+from keras_svdtune.runtime.processes import to_numpy
+from keras_svdtune.runtime.types import Json, Model, Variable
+
+# By key: the variable, and the value to assign.
+Values = dict[str, tuple[Variable, np.ndarray]]
+
+
+def saved_beside(model: Model) -> tuple[dict[str, np.ndarray], Json]:
+    """Returns the arrays of what trained besides the adapters, and their entry.
+
+    That is what trains in `model` now, and what an adapter file has set.
+
+    Raises:
+        ValueError: one of them holds NaN or infinity.
+    """
+    everything = variables_beside(model)
+    by_file = {id(x) for x, _ in set_beside(model).values()}
+    arrays, entry = {}, {}
+    for key, beside in everything.items():
+        variable = beside.variable
+        if not beside.trains and id(variable) not in by_file:
+            continue
+        value = variable.value
+        if variable.dtype in ("bfloat16", "float16"):
+            value = ops.cast(value, "float32")
+        array = np.ascontiguousarray(to_numpy(value))
+        if not np.isfinite(array).all():
+            raise ValueError(
+                f"'{key}', which trains besides the adapter, holds NaN or "
+                "infinity, so it cannot be saved. The training diverged."
+            )
+        alike = _alike(key, variable.shape, beside.inside, everything)
+        arrays[key] = array
+        entry[key] = {
+            "inside": beside.inside,
+            "index": alike.index(key),
+            "count": len(alike),
+        }
+    return arrays, entry
+
+
+def find_beside(model: Model, adapter: SavedAdapter) -> Values:
+    """Returns the file's values, with the variables of `model` for them.
+
+    Raises:
+        ValueError: the model does not have such a variable.
+    """
+    everything = variables_beside(model)
+    found: Values = {}
+    for key in adapter.beside:
+        value = adapter.arrays[key]
+        beside = _found(key, value, adapter, everything)
+        if beside is None or not np.isfinite(value).all():
+            raise ValueError(
+                f"{adapter.source} holds '{key}' of shape {value.shape}, "
+                f"finite: {np.isfinite(value).all()}. It trained besides the "
+                f"adapter, in a {adapter.about.get('saved_from')}, and "
+                f"'{model.name}', a {type(model).__name__}, has no such "
+                "variable. Load the file into the model that it was saved "
+                "from, or with `adapter_only=True` to leave it out."
+            )
+        found[key] = (beside.variable, value)
+    return found
+
+
+def assign_beside(
+    model: Model, values: Values, undo: contextlib.ExitStack
+) -> None:
+    """Assigns the values of a file; those of an earlier file are undone first.
+
+    Says to `undo` how to undo that.
+    """
+    kept = set_beside(model)
+    before = dict(kept)
+    undo.callback(kept.update, before)
+    undo.callback(kept.clear)
+    for variable, base in before.values():
+        undo.callback(variable.assign, ops.copy(variable.value))
+        variable.assign(base)
+    kept.clear()
+    for key, (variable, value) in values.items():
+        undo.callback(variable.assign, ops.copy(variable.value))
+        kept[key] = (variable, to_numpy(variable.value).copy())
+        variable.assign(value)
+
+
+def _found(
+    key: str,
+    value: np.ndarray,
+    adapter: SavedAdapter,
+    everything: dict[str, Beside],
+) -> Beside | None:
+    entry = adapter.about.get(BESIDE, {}).get(key)
+    if entry is None:  # moving statistics of an old file
+        beside = everything.get(key)
+        fits = beside and tuple(beside.variable.shape) == value.shape
+        return beside if fits else None
+    alike = _alike(key, value.shape, entry["inside"], everything)
+    if len(alike) != entry["count"]:
+        return None
+    return everything[alike[entry["index"]]]
+
+
+def _alike(
+    key: str,
+    shape: Iterable[int],
+    inside: bool,
+    everything: dict[str, Beside],
+) -> list[str]:
+    """Returns the keys of variables that differ by their numbers alone."""
+    stem, shape = without_numbers(key), tuple(shape)
+    return [
+        other
+        for other, x in everything.items()
+        if x.inside == inside
+        and tuple(x.variable.shape) == shape
+        and without_numbers(other) == stem
+    ]
