@@ -399,7 +399,7 @@ def test_interrupt_leaves_the_model_as_it_was(monkeypatch):
     places = [
         *((low_rank_change, "thin_product", 2), (attach, "detach", 2)),
         *((attach, "Adapter", 1), (attach, "Adapter", 2)),
-        *((attach, "attach_plan", 2), (enable, "prepare_reset", 1)),
+        *((attach, "attach_plan", 2), (enable, "note_change", 1)),
         *((Adapter, "add_weight", 2), (Adapter, "add_weight", 4)),
     ]
     errors = KeyboardInterrupt, MemoryError

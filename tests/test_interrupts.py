@@ -145,7 +145,10 @@ VERBS = {
         lambda: trained(SVF),
         lambda m, _: keras_svdtune.remove_adapter(m),
     ),
-    "merge": (lambda: trained(SVF), lambda m, _: keras_svdtune.merge_adapter(m)),
+    "merge": (
+        lambda: trained(SVF),
+        lambda m, _: keras_svdtune.merge_adapter(m),
+    ),
     "convert": (
         lambda: trained(SVF),
         lambda m, _: keras_svdtune.to_lora(m, rank=2),

@@ -28,7 +28,6 @@ from keras import ops
 import keras_svdtune
 from keras_svdtune import DoRA, MiLoRA, PiSSA
 from keras_svdtune.methods import svft as svft_file
-from keras_svdtune.model import enable
 
 NAMES = ("dense_tall", "dense_wide", "dense_square", "einsum_query")
 ACTIVATIONS = {"dense_tall": np.tanh}
@@ -38,13 +37,6 @@ SETTINGS = [
     keras_svdtune.AdaLoRA(rank=2, initial_rank=4, alpha=8.0),
 ]
 every_method = pytest.mark.parametrize("method", SETTINGS, ids=method_id)
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled(monkeypatch):
-    """Enabling looks for compiled functions to drop, which takes longer than
-    all else here; there are none."""
-    monkeypatch.setattr(enable, "prepare_reset", lambda layers: lambda: None)
 
 
 # The equations. Each takes W (in, out), the settings, and the adapter's

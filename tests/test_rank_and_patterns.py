@@ -22,7 +22,6 @@ from keras import ops
 import keras_svdtune
 from keras_svdtune import SVFT, AdaLoRA, DoRA, LoRA, LoRAXS, MiLoRA, PiSSA
 from keras_svdtune.matrix import decompose
-from keras_svdtune.model import enable
 from keras_svdtune.model.state import enabled_method
 from keras_svdtune.reports import cost as cost_report
 
@@ -100,9 +99,8 @@ def expected_ranks(method):
 @pytest.fixture(autouse=True)
 def no_timing(monkeypatch):
     """What takes longest and is not tested here: `estimate` decomposes a
-    matrix to time it, and enabling looks for compiled functions to drop."""
+    matrix to time it."""
     monkeypatch.setattr(cost_report, "_seconds_per_operation", lambda: 1e-9)
-    monkeypatch.setattr(enable, "prepare_reset", lambda layers: lambda: None)
 
 
 # Energy.

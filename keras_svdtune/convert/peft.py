@@ -20,6 +20,7 @@ import functools
 import json
 import os
 import pathlib
+import warnings
 
 import numpy as np
 import safetensors.numpy
@@ -40,6 +41,7 @@ from keras_svdtune.convert.low_rank_change import (
 from keras_svdtune.convert.to_lora import Conversion
 from keras_svdtune.hosts.target import Target
 from keras_svdtune.methods.dora import DoRA
+from keras_svdtune.model.beside import trained_beside
 from keras_svdtune.model.state import (
     adapted_part,
     enabled_method,
@@ -106,6 +108,12 @@ def export_peft(
     root = adapted_part(model)
     method = enabled_method(root)
     targets = require_adapted(root)
+    if beside := trained_beside(model):
+        warnings.warn(
+            "The folder holds the adapter alone. What trains besides is not "
+            f"exported: {', '.join(beside)}",
+            stacklevel=2,
+        )
     family = family_of(root)
     modules: dict[str, dict[str, str]] = {}
     for path in targets:

@@ -212,8 +212,10 @@ def load_adapter(
             w.name: getattr(ours_now, w.name).value
             for w in ours_now.method.weights(ours_now.shape)
         } | values[path]
-        assert ours_now.base_fingerprint is not None
-        plan = AdapterPlan(ours_now.method, new, ours_now.base_fingerprint)
+        base = ours_now.base_fingerprint
+        if base is None:  # of a declared layer
+            base = fingerprint_of(target)
+        plan = AdapterPlan(ours_now.method, new, base)
         check_frozen_weights(adapter, path, target, values[path])
         check_effect(adapter, row, target, plan)
     with commit(root) as undo:

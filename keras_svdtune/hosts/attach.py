@@ -81,7 +81,7 @@ def attach(
         build_inside(owner, adapter)
         setattr(owner, target.slot, adapter)
     owner.__class__ = host_class or _converted_class(target)
-    track_parameters(owner)
+    track_parameters([owner])
     return adapter
 
 
@@ -141,7 +141,7 @@ def _take_away(target: Target, adapter: Adapter) -> None:
         isinstance(owner, ReadsMerged) and not adapted_directly(owner)
     ):
         owner.__class__ = owner.plain
-    track_parameters(owner)
+    track_parameters([owner])
 
 
 class Merge:

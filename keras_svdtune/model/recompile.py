@@ -119,8 +119,7 @@ def _update(
     for name in COMPILED_FUNCTIONS:
         if name in held:
             held[name] = found.get(name)
-    for layer in layers:
-        track_parameters(layer)
+    track_parameters(layers)
     optimizer = held.get("optimizer")
     if optimizer is None or not optimizer.built or for_a_while:
         return

@@ -274,14 +274,20 @@ def built_for(optimizer: Optimizer) -> list[Variable]:
     return list(optimizer._trainable_variables)
 
 
-def track_parameters(layer: Layer) -> None:
-    """Brings the parameters that torch sees of a layer up to date.
+def track_parameters(layers: Iterable[Layer]) -> None:
+    """Brings the parameters that torch sees of layers up to date.
 
     A Keras layer on torch lists them when it is built. On other backends, or
     before that, there is nothing to do.
     """
-    if hasattr(layer, "_torch_params"):
-        layer._track_variables()
+    seen: set[Any] = set()
+    for layer in layers:
+        if not hasattr(layer, "_torch_params"):
+            continue
+        # A Sequential holds a model that is no sublayer in Keras.
+        for _, module in list(layer.named_modules(memo=seen)):
+            if hasattr(module, "_track_variables"):
+                module._track_variables()
 
 
 @contextlib.contextmanager
