@@ -168,7 +168,7 @@ def same(one, other):
 
 
 def seen(model):
-    numbers = [numpy(v.value) for v in model.weights]
+    numbers = [numpy(v) for v in model.weights]
     return [state(model), *numbers]
 
 

@@ -87,12 +87,12 @@ def test_h5(tmp_path):
     loaded = keras.models.load_model(tmp_path / "m.h5", compile=False)
     assert close(outputs(loaded), before)
     # In mid-training, where the compiled step and the moments must stay.
-    moments = [numpy(x.value) for x in model.optimizer.variables]
+    moments = [numpy(x) for x in model.optimizer.variables]
     step = model.train_function
     model.save(tmp_path / "again.h5")
     assert model.train_function is step
     for now, then in zip(model.optimizer.variables, moments, strict=True):
-        assert_same(numpy(now.value), then)
+        assert_same(numpy(now), then)
     checkpoint = keras.callbacks.ModelCheckpoint(tmp_path / "c.h5")
     model.fit(X, Y, epochs=2, verbose=0, callbacks=[checkpoint])
     loaded = keras.models.load_model(tmp_path / "c.h5", compile=False)
@@ -103,11 +103,11 @@ def test_an_adapted_model_reads_its_optimizer_back(tmp_path):
     model = trained()
     file = tmp_path / "m.weights.h5"
     model.save_weights(file)
-    moments = [numpy(x.value) for x in model.optimizer.variables]
+    moments = [numpy(x) for x in model.optimizer.variables]
     model.fit(X, Y, epochs=2, verbose=0)
     model.load_weights(file)
     for now, then in zip(model.optimizer.variables, moments, strict=True):
-        assert_same(numpy(now.value), then)
+        assert_same(numpy(now), then)
     other = trained(keras_svdtune.LoRA(rank=2))
     file = tmp_path / "lora.weights.h5"
     other.save_weights(file)
@@ -190,15 +190,15 @@ def test_where_a_layer_has_only_its_weights():
     """As KerasHub's exporters read them: `layer.weights[0]`."""
     model = trained()
     before = outputs(model)
-    base = [numpy(x.weights[0].value) for x in adapted(model).values()]
+    base = [numpy(x.weights[0]) for x in adapted(model).values()]
     layers = list(adapted(model).values())
     merged = [numpy(x.merged_kernel()) for x in layers]
     with keras_svdtune.adapter_merged(model):
         assert plain_layers(model)
         for layer, kernel in zip(layers, merged, strict=True):
-            assert_same(numpy(layer.weights[0].value), kernel)
+            assert_same(numpy(layer.weights[0]), kernel)
     for layer, kernel in zip(layers, base, strict=True):
-        assert_same(numpy(layer.weights[0].value), kernel)
+        assert_same(numpy(layer.weights[0]), kernel)
     assert_same(outputs(model), before)
 
 
