@@ -1,6 +1,7 @@
 """Checks that an adapter file belongs to a model, down to its effect."""
 
 import re
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from keras import ops
@@ -10,6 +11,7 @@ from keras_svdtune.adapter.fingerprint import (
     fingerprint,
     matches,
     same_effect,
+    which_match,
 )
 from keras_svdtune.adapter.plan import AdapterPlan, Values
 from keras_svdtune.files.format import EFFECTS, FINGERPRINTS, SavedAdapter
@@ -58,6 +60,64 @@ def _method(name: str, settings: Json, source: str) -> Method:
         ) from None
 
 
+class Kernels:
+    """The layers of a model or a file, to be found by their kernels.
+
+    Keras numbers layers without a name in the order in which a process makes
+    them: `conv2d_8` is `conv2d_21` in the second model. Such paths are equal
+    without their numbers; shape and fingerprint of the kernel tell the layers
+    apart.
+
+    Args:
+        layers: path, kernel shape and dtype of each.
+        fingerprint_of: function from a path to the kernel's fingerprint. It is
+            called for those layers alone that may be a wanted one.
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[tuple[str, tuple[int, ...], str]],
+        fingerprint_of: Callable[[str], np.ndarray],
+    ):
+        self._groups: dict[tuple[str, tuple[int, ...]], dict[str, str]] = {}
+        for path, shape, dtype in layers:
+            self._groups.setdefault((stem_of(path), shape), {})[path] = dtype
+        self._fingerprint_of = fingerprint_of
+        self._fingerprints: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}
+
+    def like(
+        self,
+        path: str,
+        shape: tuple[int, ...],
+        dtype: str,
+        fingerprint: np.ndarray,
+    ) -> list[str]:
+        """Returns the paths of all layers that may be this one."""
+        key = stem_of(path), shape
+        group = self._groups.get(key)
+        if group is None:
+            return []
+        if key not in self._fingerprints:
+            self._fingerprints[key] = np.stack(
+                [self._fingerprint_of(other) for other in group]
+            )
+        dtypes = {dtype, *group.values()}
+        found = which_match(self._fingerprints[key], fingerprint, *dtypes)
+        return [path for path, same in zip(group, found, strict=True) if same]
+
+
+def stem_of(path: str) -> str:
+    """Returns a path without the numbers that differ between two models."""
+    return _NUMBER.sub("", path)
+
+
+def check_rows(adapter: SavedAdapter) -> None:
+    """Checks that the file identifies the base of each of its layers."""
+    count = len(adapter.about["layers"])
+    for name, columns in ((FINGERPRINTS, 5), (EFFECTS, 8)):
+        checked_array(adapter, name, (count, columns), "float32")
+
+
 def find_targets_of(
     adapter: SavedAdapter, ours: dict[str, Target], root: Model
 ) -> dict[str, Target]:
@@ -66,12 +126,19 @@ def find_targets_of(
     `ours` holds the model's targets by path; `root`, the model, is for error
     messages. Raises a ValueError unless path and kernel shape agree.
     """
+    check_rows(adapter)
     targets = {}
-    for row, (path, entry) in enumerate(adapter.about["layers"].items()):
+    layers = adapter.about["layers"]
+    kernels = _kernels_of(ours)
+    for row, (path, entry) in enumerate(layers.items()):
         expected = tuple(entry["kernel_shape"])
         target = ours.get(path)
-        if target is None or target.view.kernel_shape != expected:
-            target = _renumbered(adapter, row, ours) or target
+        # Of more layers than the model has, one has no target in any case: no
+        # kernel is compared for a file of a million layers.
+        if len(layers) <= len(ours) and (
+            target is None or target.view.kernel_shape != expected
+        ):
+            target = _renumbered(adapter, path, row, ours, kernels) or target
         if target is None:
             other = layers_by_path(layers_in(root)).get(path)
             if other is not None:
@@ -95,30 +162,44 @@ def find_targets_of(
     return targets
 
 
+def _kernels_of(ours: dict[str, Target]) -> Kernels:
+    return Kernels(
+        ((p, x.view.kernel_shape, x.base_dtype) for p, x in ours.items()),
+        lambda path: fingerprint_of(ours[path]),
+    )
+
+
 def _renumbered(
-    adapter: SavedAdapter, row: int, ours: dict[str, Target]
+    adapter: SavedAdapter,
+    path: str,
+    row: int,
+    ours: dict[str, Target],
+    kernels: Kernels,
 ) -> Target | None:
     """Finds the model's target for the `row`-th layer of a file by its kernel.
 
-    Keras numbers layers without a name in the order in which a process makes
-    them: `conv2d_8` is `conv2d_21` in the second model. Such paths are equal
-    without their numbers; the fingerprint of the kernel tells the layers
-    apart. Returns None unless exactly one target agrees in path, shape and
-    kernel.
+    Returns None if there is none; raises a ValueError if there are several.
     """
-    path, entry = list(adapter.about["layers"].items())[row]
-    theirs = adapter.arrays[FINGERPRINTS][row]
-    stem, shape = _NUMBER.sub("", path), tuple(entry["kernel_shape"])
-    found = [
-        target
-        for other, target in ours.items()
-        if _NUMBER.sub("", other) == stem
-        and target.view.kernel_shape == shape
-        and matches(
-            fingerprint_of(target), theirs, entry["dtype"], target.base_dtype
+    entry = adapter.about["layers"][path]
+    found = kernels.like(
+        path,
+        tuple(entry["kernel_shape"]),
+        entry["dtype"],
+        adapter.arrays[FINGERPRINTS][row],
+    )
+    if len(found) > 1:
+        raise ValueError(
+            f"{adapter.source} has an adapter for layer '{path}', which is "
+            "ambiguous here: Keras has numbered the layers of this model "
+            f"otherwise, and the kernels of {listed(found)} are equal. Build "
+            "the model first in its process, or name its layers."
         )
-    ]
-    return found[0] if len(found) == 1 else None
+    return ours[found[0]] if found else None
+
+
+def listed(paths: list[str]) -> str:
+    """Returns the first of these paths, in words."""
+    return " and ".join(f"'{path}'" for path in paths[:3])
 
 
 def values_for(
@@ -136,15 +217,13 @@ def values_for(
         for weight in method.weights(view.shape):
             key = array_key(path, method, weight.name)
             if weight.saved or (key in arrays and not weight.overwritten):
-                values[path][weight.name] = _checked(
+                values[path][weight.name] = checked_array(
                     adapter,
                     key,
                     view.batch + weight.shape,
                     dtype_in_file(weight),
                 )
                 known.add(key)
-    for name, count in ((FINGERPRINTS, 5), (EFFECTS, 8)):
-        _checked(adapter, name, (len(targets), count), "float32")
     unknown = sorted(set(arrays) - known)
     if unknown:
         raise ValueError(
@@ -154,9 +233,10 @@ def values_for(
     return values
 
 
-def _checked(
+def checked_array(
     adapter: SavedAdapter, key: str, shape: tuple[int, ...], dtype: str
 ) -> np.ndarray:
+    """Returns an array of the file, having checked what it holds."""
     array = adapter.arrays.get(key)
     if array is None or array.shape != shape:
         found = "nothing" if array is None else f"shape {array.shape}"
@@ -179,6 +259,7 @@ def match_bases(
     ours: dict[str, Target],
 ) -> None:
     """Checks that the kernels are the file's; renumbers targets by kernel."""
+    kernels = _kernels_of(ours)
     for row, (path, target) in enumerate(targets.items()):
         entry = adapter.about["layers"][path]
         theirs = adapter.arrays[FINGERPRINTS][row]
@@ -196,7 +277,7 @@ def match_bases(
                 f"model in {dtypes[0]}."
             )
         if not matches(fingerprint_of(target), theirs, *dtypes):
-            other = _renumbered(adapter, row, ours)
+            other = _renumbered(adapter, path, row, ours, kernels)
             if other is not None:
                 targets[path] = other
                 continue

@@ -38,6 +38,9 @@ FORMAT_VERSION = 1
 FINGERPRINTS, EFFECTS = "base_fingerprints", "effects"
 STATISTICS = "statistics"
 _KEY, _DIGEST = "keras_svdtune", "sha256"
+# Reading an array takes some ten microseconds, so a file of millions is refused
+# at once. The largest models have some hundreds of layers.
+MOST_ARRAYS = 2**16
 
 
 @dataclasses.dataclass
@@ -73,6 +76,7 @@ class SavedAdapter:
             ValueError: `path` does not end in `.safetensors`.
         """
         path = checked_path(path)
+        _check_size(len(self.arrays), self.about, self.source)
         digest = digest_of(_text(self.about), self.arrays)
         metadata = {_KEY: _text({**self.about, _DIGEST: digest})}
         write_atomically(path, safetensors.numpy.save(self.arrays, metadata))
@@ -91,7 +95,12 @@ def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            keys = list(file.keys())
+            arrays = (
+                {key: file.get_tensor(key) for key in keys}
+                if len(keys) <= MOST_ARRAYS
+                else {}
+            )
     except FileNotFoundError:
         raise ValueError(f"There is no file {source}.") from None
     except Exception as error:
@@ -111,6 +120,7 @@ def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
             f"{source} has format version {version}; this release reads "
             f"version {FORMAT_VERSION}. Update keras_svdtune."
         )
+    _check_size(len(keys), about, source)
     if about.pop(_DIGEST, None) != digest_of(_text(about), arrays):
         raise ValueError(
             f"{source} is damaged, or was changed after it was written: its "
@@ -118,6 +128,17 @@ def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
         )
     _check_about(about, arrays, source)
     return SavedAdapter(about, arrays, source)
+
+
+def _check_size(arrays: int, about: Json, source: str) -> None:
+    """Raises a ValueError if an adapter is larger than any model's can be."""
+    layers = about.get("layers")
+    count = len(layers) if isinstance(layers, dict) else 0
+    if arrays > MOST_ARRAYS or count > arrays:
+        raise ValueError(
+            f"{source} holds {arrays} arrays for {count} layers. An adapter "
+            f"has one or more for each layer, and at most {MOST_ARRAYS}."
+        )
 
 
 def _check_about(
@@ -138,7 +159,8 @@ def _check_about(
     for layer_path, entry in about["layers"].items():
         if (
             not isinstance(entry, dict)
-            or not isinstance(entry.get("kernel_shape"), list)
+            or not isinstance(shape := entry.get("kernel_shape"), list)
+            or not all(isinstance(n, int) for n in shape)
             or not isinstance(entry.get("dtype"), str)
             or not isinstance(entry.get("settings", {}), dict)
         ):
