@@ -34,7 +34,12 @@ _NUMBER = re.compile(r"_\d+(?=[/#]|$)|#\d+$")
 
 
 def methods_of(adapter: SavedAdapter) -> tuple[Method, dict[str, Method]]:
-    """Returns the file's method, and the method of each layer by its path."""
+    """Returns the file's method, and the method of each layer by its path.
+
+    Raises a ValueError if this release has no such method, or if the file
+    lacks what identifies its layers.
+    """
+    _check_rows(adapter)
     about, source = adapter.about, adapter.source
     method = _method(about["method"], about["settings"], source)
     return method, {
@@ -43,6 +48,13 @@ def methods_of(adapter: SavedAdapter) -> tuple[Method, dict[str, Method]]:
         else method
         for layer_path, entry in about["layers"].items()
     }
+
+
+def _check_rows(adapter: SavedAdapter) -> None:
+    """Checks that the file identifies the base of each of its layers."""
+    count = len(adapter.about["layers"])
+    for name, columns in ((FINGERPRINTS, 5), (EFFECTS, 8)):
+        checked_array(adapter, name, (count, columns), "float32")
 
 
 def _method(name: str, settings: Json, source: str) -> Method:
@@ -111,13 +123,6 @@ def stem_of(path: str) -> str:
     return _NUMBER.sub("", path)
 
 
-def check_rows(adapter: SavedAdapter) -> None:
-    """Checks that the file identifies the base of each of its layers."""
-    count = len(adapter.about["layers"])
-    for name, columns in ((FINGERPRINTS, 5), (EFFECTS, 8)):
-        checked_array(adapter, name, (count, columns), "float32")
-
-
 def find_targets_of(
     adapter: SavedAdapter, ours: dict[str, Target], root: Model
 ) -> dict[str, Target]:
@@ -126,7 +131,6 @@ def find_targets_of(
     `ours` holds the model's targets by path; `root`, the model, is for error
     messages. Raises a ValueError unless path and kernel shape agree.
     """
-    check_rows(adapter)
     targets = {}
     layers = adapter.about["layers"]
     kernels = _kernels_of(ours)

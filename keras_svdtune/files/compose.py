@@ -14,7 +14,6 @@ from keras_svdtune.adapter.fingerprint import effect_of_product
 from keras_svdtune.files.compatibility import (
     Kernels,
     array_key,
-    check_rows,
     listed,
     methods_of,
     stem_of,
@@ -51,7 +50,6 @@ class _File:
             )
         self.weight = float(weight)
         self.file = read_adapter(path)
-        check_rows(self.file)
         self.layers: Json = self.file.about["layers"]
         self.method, self.methods = methods_of(self.file)
         # The path that the file itself has for each layer, and its row.
@@ -272,7 +270,8 @@ def _same_layers(first: _File, second: _File) -> dict[str, str]:
                     f"({listed(like[path])}). Save both from models built "
                     "first in their process, or name the layers."
                 )
-            same |= {path: x for x in like[path]}
+            if like[path]:
+                same[path] = like[path][0]
     matched = set(same.values())
     for path in second.layers:
         if path in first.layers and path not in same and path not in matched:

@@ -38,9 +38,10 @@ FORMAT_VERSION = 1
 FINGERPRINTS, EFFECTS = "base_fingerprints", "effects"
 STATISTICS = "statistics"
 _KEY, _DIGEST = "keras_svdtune", "sha256"
-# Reading an array takes some ten microseconds, so a file of millions is refused
-# at once. The largest models have some hundreds of layers.
-MOST_ARRAYS = 2**16
+# A safetensors file begins with the length of its header in bytes. An adapter
+# of a thousand layers has a quarter of a megabyte; one of a million would take
+# a minute to look through.
+_LENGTH, _LONGEST_HEADER = 8, 2**23
 
 
 @dataclasses.dataclass
@@ -76,10 +77,11 @@ class SavedAdapter:
             ValueError: `path` does not end in `.safetensors`.
         """
         path = checked_path(path)
-        _check_size(len(self.arrays), self.about, self.source)
         digest = digest_of(_text(self.about), self.arrays)
         metadata = {_KEY: _text({**self.about, _DIGEST: digest})}
-        write_atomically(path, safetensors.numpy.save(self.arrays, metadata))
+        data = safetensors.numpy.save(self.arrays, metadata)
+        _check_header(data[:_LENGTH], self.source)
+        write_atomically(path, data)
 
 
 def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
@@ -93,16 +95,17 @@ def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
         hub_client.fetch(str(path)) if hub_client.is_uri(path) else path
     )
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            keys = list(file.keys())
-            arrays = (
-                {key: file.get_tensor(key) for key in keys}
-                if len(keys) <= MOST_ARRAYS
-                else {}
-            )
+        with open(path, "rb") as start:
+            length = start.read(_LENGTH)
     except FileNotFoundError:
         raise ValueError(f"There is no file {source}.") from None
+    except OSError as error:
+        raise ValueError(f"{source} cannot be read: {error}") from None
+    _check_header(length, source)
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except Exception as error:
         raise ValueError(
             f"{source} is not a safetensors file, or is damaged: {error}"
@@ -120,7 +123,6 @@ def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
             f"{source} has format version {version}; this release reads "
             f"version {FORMAT_VERSION}. Update keras_svdtune."
         )
-    _check_size(len(keys), about, source)
     if about.pop(_DIGEST, None) != digest_of(_text(about), arrays):
         raise ValueError(
             f"{source} is damaged, or was changed after it was written: its "
@@ -130,14 +132,14 @@ def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
     return SavedAdapter(about, arrays, source)
 
 
-def _check_size(arrays: int, about: Json, source: str) -> None:
-    """Raises a ValueError if an adapter is larger than any model's can be."""
-    layers = about.get("layers")
-    count = len(layers) if isinstance(layers, dict) else 0
-    if arrays > MOST_ARRAYS or count > arrays:
+def _check_header(length: bytes, source: str) -> None:
+    """Raises a ValueError if a file's header is longer than any adapter's."""
+    found = int.from_bytes(length, "little")
+    if found > _LONGEST_HEADER:
         raise ValueError(
-            f"{source} holds {arrays} arrays for {count} layers. An adapter "
-            f"has one or more for each layer, and at most {MOST_ARRAYS}."
+            f"{source} has a header of {found:,} bytes, or is damaged. An "
+            f"adapter's has at most {_LONGEST_HEADER:,}, enough for ten "
+            "thousands of layers."
         )
 
 
