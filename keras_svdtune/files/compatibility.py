@@ -24,6 +24,7 @@ from keras_svdtune.methods.base import (
     nearest,
 )
 from keras_svdtune.methods.replaced_base import ReplacesBase
+from keras_svdtune.model.checks import check_holders
 from keras_svdtune.model.targets import layers_by_path
 from keras_svdtune.runtime.keras_internals import layers_in
 from keras_svdtune.runtime.processes import to_numpy
@@ -163,6 +164,10 @@ def find_targets_of(
                 f"expected {expected}."
             )
         targets[path] = target
+    try:
+        check_holders(root, targets)
+    except ValueError as error:
+        raise ValueError(f"{adapter.source} does not fit. {error}") from None
     return targets
 
 
