@@ -218,3 +218,115 @@ def test_the_total_error_counts_layers_that_fit_exactly(tmp_path):
         for x in total.values()
     )
     assert error["total"] == pytest.approx(np.sqrt(lost / size), rel=1e-4)
+
+
+def unnamed(convolutions=3, before=0):
+    """A net of unnamed layers, the same each time, whatever their numbers."""
+    for _ in range(before):
+        keras.layers.Conv2D(4, 3)
+    layers = [
+        keras.layers.Conv2D(4, 3, padding="same") for _ in range(convolutions)
+    ]
+    model = keras.Sequential(
+        [keras.Input((4, 4, 4)), *layers, keras.layers.Dense(3)]
+    )
+    randomise(model)
+    return model
+
+
+def saved_unnamed(path, seed, kept=(0, 1, 2, 3), method=None, **numbers):
+    """Writes an adapter of some of its layers; returns ΔW by index, and the
+    paths."""
+    model = unnamed(**numbers)
+    names = [model.layers[i].name for i in kept]
+    keras_svdtune.enable_adapter(model, method or SVF(), names)
+    perturb(model, seed=seed)
+    keras_svdtune.save_adapter(model, path)
+    return changes_by_index(model), [model.layers[i].path for i in kept]
+
+
+def changes_by_index(model):
+    found = changes(model)
+    return {
+        i: found[layer.path]
+        for i, layer in enumerate(model.layers)
+        if layer.path in found
+    }
+
+
+def loaded_into_another(adapter):
+    model = unnamed()
+    keras_svdtune.load_adapter(model, adapter)
+    return changes_by_index(model)
+
+
+@pytest.mark.parametrize("method", [SVF(), LoRA(rank=1)], ids=method_id)
+def test_layers_that_keras_numbered_otherwise(method, tmp_path):
+    """`conv2d`, `conv2d_3` and `conv2d_6` are one layer of three models."""
+    files = [tmp_path / f"{x}.safetensors" for x in "abc"]
+    weights = dict(zip(files, (0.7, -0.3, 2.0), strict=True))
+    found = [
+        saved_unnamed(path, seed, method=method)
+        for seed, path in enumerate(files)
+    ]
+    paths = [x for _, x in found]
+    assert paths[0] != paths[1] != paths[2]
+    total = compose(weights)
+    assert list(total.about["layers"]) == paths[0]
+    expected = {
+        i: sum(
+            w * each[i]
+            for w, (each, _) in zip(weights.values(), found, strict=True)
+        )
+        for i in range(4)
+    }
+    assert_close(loaded_into_another(total), expected, 2e-6)
+
+
+@pytest.mark.parametrize(
+    "first, second", [((1,), (0, 1, 2, 3)), ((0, 1, 2), (2, 1)), ((0,), (2, 3))]
+)
+def test_numbered_otherwise_and_on_fewer_layers(first, second, tmp_path):
+    """A number that another layer has in the first file is not taken for it."""
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    one, paths = saved_unnamed(a, 1, first)
+    keras.backend.clear_session(free_memory=False)
+    # `conv2d_1`, in both files, is the second and the first convolution.
+    two, _ = saved_unnamed(b, 2, second, before=1)
+    total = compose({a: 1.0, b: 0.5})
+    assert list(total.about["layers"])[: len(paths)] == paths
+    assert len(total.about["layers"]) == len({*first, *second})
+    expected = {
+        i: one.get(i, 0.0) + 0.5 * two.get(i, np.zeros(1))
+        for i in {*first, *second}
+    }
+    assert_close(loaded_into_another(total), expected, 2e-6)
+
+
+def test_a_third_file_is_compared_with_both(tmp_path):
+    """Its numbers are those of the second file, whose layer the first one
+    does not have; the layer that both have is numbered otherwise in each."""
+    a, b, c = (tmp_path / f"{x}.safetensors" for x in "abc")
+    one, _ = saved_unnamed(a, 1, (0,))
+    keras.backend.clear_session(free_memory=False)
+    two, _ = saved_unnamed(b, 2, (1,), before=3)
+    keras.backend.clear_session(free_memory=False)
+    three, _ = saved_unnamed(c, 3, (0, 1), before=3)
+    expected = {0: one[0] + three[0], 1: two[1] + three[1]}
+    found = loaded_into_another(compose({a: 1.0, b: 1.0, c: 1.0}))
+    assert_close(found, expected, 2e-6)
+
+
+def test_equal_kernels_numbered_otherwise_are_ambiguous(tmp_path):
+    """Nobody knows which is which; with equal numbers all do."""
+    files = [tmp_path / f"{x}.safetensors" for x in "abc"]
+    for path, before in zip(files, (0, 0, 1), strict=True):
+        keras.backend.clear_session(free_memory=False)
+        model = unnamed(before=before)
+        model.layers[1].set_weights(model.layers[0].get_weights())
+        keras_svdtune.enable_svf(model)
+        keras_svdtune.save_adapter(model, path)
+    a, b, c = files
+    assert len(compose({a: 1.0, b: 1.0}).about["layers"]) == 4
+    with pytest.raises(ValueError, match="ambiguous: .*'sequential/conv2d'"):
+        compose({a: 1.0, c: 1.0})

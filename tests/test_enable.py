@@ -27,6 +27,7 @@ from helpers import (
     tiny_gemma,
     tokens,
 )
+from keras import ops
 
 import keras_svdtune
 from keras_svdtune import SVF, LoRA, Method, PiSSA
@@ -36,6 +37,7 @@ from keras_svdtune.keras_hub_methods import ON_MODELS, add_to_keras_hub
 from keras_svdtune.matrix.view import MatrixView
 from keras_svdtune.model import planning
 from keras_svdtune.runtime import parallel
+from keras_svdtune.runtime.keras_internals import unlocked
 
 X, Y = small_data()
 
@@ -291,6 +293,135 @@ def test_a_kernel_constraint():
         ]
     )
     refused(model, ("limited' has a constraint on its kernel", "build it"))
+
+
+def test_a_constraint_on_a_kernel_that_is_read_directly():
+    layer = keras.layers.SeparableConv1D(
+        2, 3, pointwise_constraint="non_neg", name="separable"
+    )
+    model = keras.Sequential([keras.layers.Input((4, 3)), layer])
+    message = "separable/pointwise_kernel' has a constraint on its kernel"
+    refused(model, message, data=np.ones((2, 4, 3), "float32"))
+
+
+class Reader(keras.layers.Layer):
+    """Multiplies by the kernel of another layer, or holds it in a list."""
+
+    def __init__(self, other, **kwargs):
+        super().__init__(**kwargs)
+        self.held = [other.weights[0]]
+
+    def call(self, x):
+        return ops.matmul(x, self.held[0])
+
+
+class Pair(keras.layers.Layer):
+    """A layer of KerasHub's, by its name, whose kernels are one variable."""
+
+    __module__ = "keras_hub.pair"
+
+    def build(self, shape):
+        self.gate_up_proj = self.add_weight((3, 4, 4), name="both")
+        self.down_proj = self.gate_up_proj
+
+    def call(self, x):
+        return ops.einsum(
+            "bi,eij,ejk->bk", x, self.gate_up_proj, self.down_proj
+        )
+
+
+def tied(first, second, shape, dtype="float32"):
+    """A model in which `second` has the kernel of `first`."""
+    x = keras.Input(shape, dtype=dtype)
+    y = first(x)
+    z = second(x if dtype == "int32" else y)
+    name = "_embeddings" if dtype == "int32" else "_kernel"
+    with unlocked(second):
+        second._untrack_variable(getattr(second, name))
+        setattr(second, name, getattr(first, name))
+    return keras.Model(x, [y, z])
+
+
+def tied_dense(cls=keras.layers.Dense):
+    a, b = (cls(6, use_bias=False, name=name) for name in "ab")
+    return tied(a, b, (6,))
+
+
+@pytest.mark.parametrize("targets", [None, ["a"], ["b"]])
+def test_two_layers_with_one_kernel(targets):
+    """Also where the other one has no adapter, or cannot have one."""
+    message = (
+        "'a' and 'b' share one kernel"
+        if targets != ["b"]
+        else "'b' and 'a' share one kernel",
+        "a kernel of its own",
+    )
+    refused(tied_dense(), message, targets=targets)
+
+    class Other(keras.layers.Dense):
+        """Of a class that is never adapted."""
+
+    if targets != ["b"]:
+        model = tied(
+            keras.layers.Dense(6, use_bias=False, name="a"),
+            Other(6, use_bias=False, name="b"),
+            (6,),
+        )
+        refused(model, message, targets=targets)
+
+
+def test_two_tables_that_are_one():
+    a, b = (keras.layers.Embedding(5, 4, name=name) for name in "ab")
+    model = tied(a, b, (3,), "int32")
+    data = np.ones((2, 3), "int32")
+    for targets in (["a", "b"], ["a"]):
+        refused(model, "'a' and 'b' share one", targets=targets, data=data)
+
+
+def test_a_kernel_that_another_layer_reads():
+    x = keras.Input((6,))
+    a = keras.layers.Dense(6, name="a")
+    y = a(x)
+    model = keras.Model(x, [y, Reader(a, name="reader")(x)])
+    refused(model, "'a' and 'reader' share one kernel")
+    inner = keras.Model(x, y)
+    keras_svdtune.enable_svf(inner)  # which knows nothing of the other
+
+
+def test_two_direct_kernels_that_are_one():
+    x = keras.Input((4,))
+    Pair.__name__ = "GptOssExperts"
+    model = keras.Model(x, Pair(name="pair")(x))
+    message = "'pair/gate_up_proj' and 'pair/down_proj' share one kernel"
+    refused(model, message, data=X[:, :4])
+
+
+def test_a_wrapper_that_writes_to_a_kernel():
+    """Even to one that is no target: the base must stay what it is."""
+    wrapped = keras.layers.SpectralNormalization(
+        keras.layers.Dense(5, name="inner"), name="spectral"
+    )
+    model = keras.Sequential(
+        [keras.layers.Input((6,)), keras.layers.Dense(4, name="first"), wrapped]
+    )
+    for targets in (None, ["first"], ["inner"]):
+        message = ("spectral' writes to the kernel of", "inner'", "in place")
+        refused(model, message, targets=targets)
+
+
+def test_a_file_for_a_kernel_that_two_layers_have(tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    x = keras.Input((6,))
+    model = keras.Model(x, keras.layers.Dense(6, use_bias=False, name="a")(x))
+    keras_svdtune.enable_svf(model)
+    keras_svdtune.save_adapter(model, path)
+    other = tied_dense()
+    other.get_layer("a").kernel.assign(model.get_layer("a")._kernel)
+    with (
+        must_stay(other, X, compiled=False),
+        pytest.raises(ValueError, match="does not fit. Layers 'a' and 'b' sh"),
+    ):
+        keras_svdtune.load_adapter(other, path)
 
 
 def test_keras_lora():

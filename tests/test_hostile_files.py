@@ -27,6 +27,7 @@ from helpers import (
 
 import keras_svdtune
 from keras_svdtune import PiSSA, SavedAdapter
+from keras_svdtune.files import format, renumbered
 from keras_svdtune.files.format import read_adapter
 from keras_svdtune.files.save_load import saved_adapter
 from keras_svdtune.runtime import storage
@@ -203,6 +204,79 @@ def test_absurd_headers(model, path):
     ):
         path.write_bytes(struct.pack("<Q", length) + header)
         assert not tried(model, path, trainables(model))
+
+
+def test_a_million_layers(model, path, monkeypatch):
+    """The length of the header tells, and nobody looks further."""
+    good = saved_adapter(model)
+    entry = good.about["layers"]["small/first"]
+    about = copy.deepcopy(good.about)
+    about["layers"] |= {f"small/first_{i}": entry for i in range(10**6)}
+    metadata = {"keras_svdtune": json.dumps(about)}
+    path.write_bytes(safetensors.numpy.save(good.arrays, metadata))
+    for name in ("safe_open", "numpy"):
+        monkeypatch.setattr(format.safetensors, name, None)
+    assert not tried(model, path, trainables(model))
+    with pytest.raises(ValueError, match="bytes, or is damaged. An adapter's"):
+        keras_svdtune.compose({path: 0.5})
+    # Nor in memory, where there is no header.
+    with pytest.raises(ValueError, match=r"of shape \(1000002, 5\). Found"):
+        keras_svdtune.load_adapter(
+            model, SavedAdapter(about, good.arrays, "forged")
+        )
+
+
+def test_more_than_can_be_read_is_not_written(model, path):
+    good = saved_adapter(model)
+    good.about["settings"]["x"] = "x" * 2**23
+    with pytest.raises(ValueError, match="adapter of 'small' has a header of"):
+        good.save(path)
+    assert not path.exists()
+
+
+def test_more_layers_than_the_model_has(model, monkeypatch):
+    """Each might be one of the model's by its kernel, but not all of them: so
+    no kernel is compared."""
+    forged = with_layers(saved_adapter(model), 20_000)
+    calls = []
+    monkeypatch.setattr(
+        renumbered, "which_match", lambda *x: calls.append(x)
+    )
+    with pytest.raises(ValueError, match="'small/first_0' of a Sequential, wh"):
+        keras_svdtune.load_adapter(model, forged)
+    assert not calls
+
+
+def test_more_layers_than_can_be_compared(model, path):
+    forged = with_layers(saved_adapter(model), 10_000)
+    other = path.with_name("b.safetensors")
+    forged.save(path)
+    forged.save(other)
+    with pytest.raises(ValueError, match="10002 layers, too many to compare"):
+        keras_svdtune.compose({path: 1, other: 1})
+
+
+def with_layers(saved, count):
+    """An adapter with so many layers more, like its first one."""
+    about, arrays = copy.deepcopy(saved.about), dict(saved.arrays)
+    entry = about["layers"]["small/first"]
+    about["layers"] |= {f"small/first_{i}": entry for i in range(count)}
+    for name in (format.FINGERPRINTS, format.EFFECTS):
+        more = np.repeat(arrays[name][:1], count, axis=0)
+        arrays[name] = np.concatenate([arrays[name], more])
+    return SavedAdapter(about, arrays, "forged")
+
+
+@pytest.mark.parametrize(
+    "name", ["small/first/pissa_a0", "base_fingerprints", "effects"]
+)
+def test_arrays_that_are_missing(name, model, path):
+    forged = saved_adapter(model)
+    del forged.arrays[name]
+    forged.save(path)
+    assert not tried(model, path, trainables(model))
+    with pytest.raises(ValueError, match=f"should hold '{name}'.*Found: noth"):
+        keras_svdtune.compose({path: 0.5})
 
 
 # Without Keras, which takes seconds to import and is not needed.

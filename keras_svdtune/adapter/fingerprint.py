@@ -52,9 +52,22 @@ def matches(ours: np.ndarray, theirs: np.ndarray, *dtypes: str) -> bool:
     """
     if ours.shape != theirs.shape or not np.isfinite(theirs).all():
         return False
+    return bool(which_match(ours[None], theirs, *dtypes)[0])
+
+
+def which_match(
+    ours: np.ndarray, theirs: np.ndarray, *dtypes: str
+) -> np.ndarray:
+    """Returns, for each row of `ours` (count, 5), whether it matches `theirs`.
+
+    Args:
+        theirs: (5,), finite.
+        dtypes: the dtypes in which the matrices were held.
+    """
     tolerance = max(_BASE_TOLERANCE.get(d, 1e-5) for d in dtypes)
     difference = np.abs(ours.astype("float64") - theirs.astype("float64"))
-    return bool((difference <= tolerance * ours[0] + 1e-12).all())
+    allowed = tolerance * ours[:, :1].astype("float64") + 1e-12
+    return np.asarray((difference <= allowed).all(axis=1))
 
 
 def effect(method: Method, weights: Weights, matrix: Tensor) -> np.ndarray:

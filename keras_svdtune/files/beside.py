@@ -11,13 +11,12 @@ moving statistics, which an enable did not freeze then.
 """
 
 import contextlib
-from collections.abc import Iterable
 
 import numpy as np
 from keras import ops
 
 from keras_svdtune.files.format import BESIDE, SavedAdapter
-from keras_svdtune.files.renumbered import without_numbers
+from keras_svdtune.files.renumbered import stem_of
 from keras_svdtune.model.beside import Beside, variables_beside
 from keras_svdtune.model.state import set_beside
 from keras_svdtune.runtime.processes import to_numpy
@@ -25,6 +24,9 @@ from keras_svdtune.runtime.types import Json, Model, Variable
 
 # By key: the variable, and the value to assign.
 Values = dict[str, tuple[Variable, np.ndarray]]
+# Keys in the model's order, by what is equal of variables that look alike: the
+# key without numbers, the shape, and `Beside.inside`.
+Groups = dict[tuple[str, tuple[int, ...], bool], list[str]]
 
 
 def saved_beside(model: Model) -> tuple[dict[str, np.ndarray], Json]:
@@ -37,6 +39,7 @@ def saved_beside(model: Model) -> tuple[dict[str, np.ndarray], Json]:
     """
     everything = variables_beside(model)
     by_file = {id(x) for x, _ in set_beside(model).values()}
+    groups = _groups(everything)
     arrays, entry = {}, {}
     for key, beside in everything.items():
         variable = beside.variable
@@ -51,7 +54,7 @@ def saved_beside(model: Model) -> tuple[dict[str, np.ndarray], Json]:
                 f"'{key}', which trains besides the adapter, holds NaN or "
                 "infinity, so it cannot be saved. The training diverged."
             )
-        alike = _alike(key, variable.shape, beside.inside, everything)
+        alike = groups[stem_of(key), tuple(variable.shape), beside.inside]
         arrays[key] = array
         entry[key] = {
             "inside": beside.inside,
@@ -68,10 +71,11 @@ def find_beside(model: Model, adapter: SavedAdapter) -> Values:
         ValueError: the model does not have such a variable.
     """
     everything = variables_beside(model)
+    groups = _groups(everything)
     found: Values = {}
     for key in adapter.beside:
         value = adapter.arrays[key]
-        beside = _found(key, value, adapter, everything)
+        beside = _found(key, value, adapter, everything, groups)
         if beside is None or not np.isfinite(value).all():
             raise ValueError(
                 f"{adapter.source} holds '{key}' of shape {value.shape}, "
@@ -111,30 +115,23 @@ def _found(
     value: np.ndarray,
     adapter: SavedAdapter,
     everything: dict[str, Beside],
+    groups: Groups,
 ) -> Beside | None:
     entry = adapter.about.get(BESIDE, {}).get(key)
     if entry is None:  # moving statistics of an old file
         beside = everything.get(key)
         fits = beside and tuple(beside.variable.shape) == value.shape
         return beside if fits else None
-    alike = _alike(key, value.shape, entry["inside"], everything)
+    alike = groups.get((stem_of(key), value.shape, entry["inside"]), [])
     if len(alike) != entry["count"]:
         return None
     return everything[alike[entry["index"]]]
 
 
-def _alike(
-    key: str,
-    shape: Iterable[int],
-    inside: bool,
-    everything: dict[str, Beside],
-) -> list[str]:
+def _groups(everything: dict[str, Beside]) -> Groups:
     """Returns the keys of variables that differ by their numbers alone."""
-    stem, shape = without_numbers(key), tuple(shape)
-    return [
-        other
-        for other, x in everything.items()
-        if x.inside == inside
-        and tuple(x.variable.shape) == shape
-        and without_numbers(other) == stem
-    ]
+    groups: Groups = {}
+    for key, x in everything.items():
+        alike = stem_of(key), tuple(x.variable.shape), x.inside
+        groups.setdefault(alike, []).append(key)
+    return groups

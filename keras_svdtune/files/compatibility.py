@@ -11,7 +11,7 @@ from keras_svdtune.adapter.fingerprint import (
 )
 from keras_svdtune.adapter.plan import AdapterPlan, Values
 from keras_svdtune.files.format import EFFECTS, FINGERPRINTS, SavedAdapter
-from keras_svdtune.files.renumbered import without_numbers
+from keras_svdtune.files.renumbered import Kernels, listed
 from keras_svdtune.hosts.target import Target
 from keras_svdtune.methods.base import (
     METHODS,
@@ -21,6 +21,7 @@ from keras_svdtune.methods.base import (
     nearest,
 )
 from keras_svdtune.methods.replaced_base import ReplacesBase
+from keras_svdtune.model.checks import check_holders
 from keras_svdtune.model.targets import layers_by_path
 from keras_svdtune.runtime.keras_internals import layers_in
 from keras_svdtune.runtime.processes import to_numpy
@@ -28,7 +29,12 @@ from keras_svdtune.runtime.types import Json, Model
 
 
 def methods_of(adapter: SavedAdapter) -> tuple[Method, dict[str, Method]]:
-    """Returns the file's method, and the method of each layer by its path."""
+    """Returns the file's method, and the method of each layer by its path.
+
+    Raises a ValueError if this release has no such method, or if the file
+    lacks what identifies its layers.
+    """
+    _check_rows(adapter)
     about, source = adapter.about, adapter.source
     method = _method(about["method"], about["settings"], source)
     return method, {
@@ -37,6 +43,13 @@ def methods_of(adapter: SavedAdapter) -> tuple[Method, dict[str, Method]]:
         else method
         for layer_path, entry in about["layers"].items()
     }
+
+
+def _check_rows(adapter: SavedAdapter) -> None:
+    """Checks that the file identifies the base of each of its layers."""
+    count = len(adapter.about["layers"])
+    for name, columns in ((FINGERPRINTS, 5), (EFFECTS, 8)):
+        checked_array(adapter, name, (count, columns), "float32")
 
 
 def _method(name: str, settings: Json, source: str) -> Method:
@@ -63,11 +76,17 @@ def find_targets_of(
     messages. Raises a ValueError unless path and kernel shape agree.
     """
     targets = {}
-    for row, (path, entry) in enumerate(adapter.about["layers"].items()):
+    layers = adapter.about["layers"]
+    kernels = _kernels_of(ours)
+    for row, (path, entry) in enumerate(layers.items()):
         expected = tuple(entry["kernel_shape"])
         target = ours.get(path)
-        if target is None or target.view.kernel_shape != expected:
-            target = _renumbered(adapter, row, ours) or target
+        # Of more layers than the model has, one has no target in any case: no
+        # kernel is compared for a file of a million layers.
+        if len(layers) <= len(ours) and (
+            target is None or target.view.kernel_shape != expected
+        ):
+            target = _renumbered(adapter, path, row, ours, kernels) or target
         if target is None:
             other = layers_by_path(layers_in(root)).get(path)
             if other is not None:
@@ -88,31 +107,46 @@ def find_targets_of(
                 f"expected {expected}."
             )
         targets[path] = target
+    try:
+        check_holders(root, targets)
+    except ValueError as error:
+        raise ValueError(f"{adapter.source} does not fit. {error}") from None
     return targets
 
 
+def _kernels_of(ours: dict[str, Target]) -> Kernels:
+    return Kernels(
+        ((p, x.view.kernel_shape, x.base_dtype) for p, x in ours.items()),
+        lambda path: fingerprint_of(ours[path]),
+    )
+
+
 def _renumbered(
-    adapter: SavedAdapter, row: int, ours: dict[str, Target]
+    adapter: SavedAdapter,
+    path: str,
+    row: int,
+    ours: dict[str, Target],
+    kernels: Kernels,
 ) -> Target | None:
     """Finds the model's target for the `row`-th layer of a file by its kernel.
 
-    The paths are equal without their numbers; the fingerprint of the kernel
-    tells the layers apart. Returns None unless exactly one target agrees in
-    path, shape and kernel.
+    Returns None if there is none; raises a ValueError if there are several.
     """
-    path, entry = list(adapter.about["layers"].items())[row]
-    theirs = adapter.arrays[FINGERPRINTS][row]
-    stem, shape = without_numbers(path), tuple(entry["kernel_shape"])
-    found = [
-        target
-        for other, target in ours.items()
-        if without_numbers(other) == stem
-        and target.view.kernel_shape == shape
-        and matches(
-            fingerprint_of(target), theirs, entry["dtype"], target.base_dtype
+    entry = adapter.about["layers"][path]
+    found = kernels.like(
+        path,
+        tuple(entry["kernel_shape"]),
+        entry["dtype"],
+        adapter.arrays[FINGERPRINTS][row],
+    )
+    if len(found) > 1:
+        raise ValueError(
+            f"{adapter.source} has an adapter for layer '{path}', which is "
+            "ambiguous here: Keras has numbered the layers of this model "
+            f"otherwise, and the kernels of {listed(found)} are equal. Build "
+            "the model first in its process, or name its layers."
         )
-    ]
-    return found[0] if len(found) == 1 else None
+    return ours[found[0]] if found else None
 
 
 def values_for(
@@ -130,15 +164,13 @@ def values_for(
         for weight in method.weights(view.shape):
             key = array_key(path, method, weight.name)
             if weight.saved or (key in arrays and not weight.overwritten):
-                values[path][weight.name] = _checked(
+                values[path][weight.name] = checked_array(
                     adapter,
                     key,
                     view.batch + weight.shape,
                     dtype_in_file(weight),
                 )
                 known.add(key)
-    for name, count in ((FINGERPRINTS, 5), (EFFECTS, 8)):
-        _checked(adapter, name, (len(targets), count), "float32")
     unknown = sorted(set(arrays) - known)
     if unknown:
         raise ValueError(
@@ -148,9 +180,10 @@ def values_for(
     return values
 
 
-def _checked(
+def checked_array(
     adapter: SavedAdapter, key: str, shape: tuple[int, ...], dtype: str
 ) -> np.ndarray:
+    """Returns an array of the file, having checked what it holds."""
     array = adapter.arrays.get(key)
     if array is None or array.shape != shape:
         found = "nothing" if array is None else f"shape {array.shape}"
@@ -173,6 +206,7 @@ def match_bases(
     ours: dict[str, Target],
 ) -> None:
     """Checks that the kernels are the file's; renumbers targets by kernel."""
+    kernels = _kernels_of(ours)
     for row, (path, target) in enumerate(targets.items()):
         entry = adapter.about["layers"][path]
         theirs = adapter.arrays[FINGERPRINTS][row]
@@ -190,7 +224,7 @@ def match_bases(
                 f"model in {dtypes[0]}."
             )
         if not matches(fingerprint_of(target), theirs, *dtypes):
-            other = _renumbered(adapter, row, ours)
+            other = _renumbered(adapter, path, row, ours, kernels)
             if other is not None:
                 targets[path] = other
                 continue

@@ -1,5 +1,6 @@
 """The sum of adapter files, as an adapter. No model is needed."""
 
+import collections
 import dataclasses
 import math
 import os
@@ -9,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 from keras import ops
 
-from keras_svdtune.adapter.fingerprint import effect_of_product, matches
+from keras_svdtune.adapter.fingerprint import effect_of_product
 from keras_svdtune.files.compatibility import array_key, methods_of
 from keras_svdtune.files.format import (
     EFFECTS,
@@ -17,15 +18,24 @@ from keras_svdtune.files.format import (
     SavedAdapter,
     read_adapter,
 )
+from keras_svdtune.files.renumbered import Kernels, listed, stem_of
 from keras_svdtune.matrix.decompose import top_on_host
 from keras_svdtune.methods.base import Method, WeightValues
 from keras_svdtune.methods.lora import LoRA
 from keras_svdtune.methods.replaced_base import ReplacesBase
 from keras_svdtune.runtime.types import Json
 
+# Of kernels, a second's worth: ten thousand layers in each of two files.
+_MOST_COMPARISONS = 10**8
+
 
 class _File:
-    """One adapter file, its weight in the sum, and its layers' methods."""
+    """One adapter file, its weight in the sum, and its layers' methods.
+
+    Attributes:
+        layers: the file's entry of each layer, and
+        methods: its method; both by the path that it has in the sum.
+    """
 
     def __init__(self, path: str | os.PathLike[str], weight: object):
         if not isinstance(weight, (int, float)) or not math.isfinite(weight):
@@ -37,20 +47,46 @@ class _File:
         self.file = read_adapter(path)
         self.layers: Json = self.file.about["layers"]
         self.method, self.methods = methods_of(self.file)
-        self._rows = {layer: i for i, layer in enumerate(self.layers)}
+        # The path that the file itself has for each layer, and its row.
+        self._own = {layer: (layer, i) for i, layer in enumerate(self.layers)}
+        self._keys: dict[str, list[str]] = {}
+        for key in self.file.arrays:
+            layer, _, name = key.rpartition("/")
+            self._keys.setdefault(layer, []).append(name)
+
+    def rename(self, names: dict[str, str]) -> None:
+        """Gives each layer the path that it has in the sum."""
+        self.layers = {names[k]: v for k, v in self.layers.items()}
+        self.methods = {names[k]: v for k, v in self.methods.items()}
+        self._own = {names[k]: v for k, v in self._own.items()}
 
     def row(self, table: str, layer: str) -> np.ndarray:
         """Returns the layer's row of `base_fingerprints` or `effects`."""
-        return self.file.arrays[table][self._rows[layer]]
+        return self.file.arrays[table][self._own[layer][1]]
+
+    def kernel(self, layer: str) -> tuple[tuple[int, ...], str]:
+        """Returns shape and dtype of the layer's kernel."""
+        entry = self.layers[layer]
+        return tuple(entry["kernel_shape"]), entry["dtype"]
 
     def arrays(self, layer: str) -> dict[str, np.ndarray]:
         """Returns the arrays of one layer, by weight name."""
-        start = array_key(layer, self.methods[layer], "")
-        return {
-            key.removeprefix(start): value
-            for key, value in self.file.arrays.items()
-            if key.startswith(start)
+        own, _ = self._own[layer]
+        method = self.methods[layer]
+        start = f"{method.name}_"
+        found = {
+            name.removeprefix(start): self.file.arrays[f"{own}/{name}"]
+            for name in self._keys.get(own, [])
+            if name.startswith(start)
         }
+        size = math.prod(self.layers[layer]["kernel_shape"])
+        for weight in method.weights((size, size)):
+            if weight.saved and weight.name not in found:
+                raise ValueError(
+                    f"{self.file.source} should hold "
+                    f"'{array_key(own, method, weight.name)}'. Found: nothing"
+                )
+        return found
 
 
 @dataclasses.dataclass
@@ -85,7 +121,9 @@ def compose(
 
     whose rank is the sum of the ranks (2r for PiSSA and MiLoRA), or the best
     approximation of a given rank. A layer that a file does not have counts as
-    unchanged there.
+    unchanged there. A layer that Keras has numbered otherwise in another file
+    (`conv2d_8` and `conv2d_21`) is known by its kernel, and has the path of the
+    first file that has it.
 
     Args:
         adapters: weight of each file. `{path: 1.0}` is that adapter itself.
@@ -100,7 +138,8 @@ def compose(
 
     Raises:
         ValueError: a file cannot be read, the files belong to different base
-            models or cannot be added, or `rank` does not fit.
+            models or cannot be added, it is ambiguous which of their layers are
+            the same, or `rank` does not fit.
 
     Example:
 
@@ -137,10 +176,10 @@ def compose(
             f"`rank` is for low-rank methods; {parts[0].method.title} adds up "
             f"exactly without. Received: rank={rank!r}"
         )
+    _give_common_paths(parts)
     sums: dict[str, _LayerSum] = {}
     for layer in dict.fromkeys(x for part in parts for x in part.layers):
         having = [part for part in parts if layer in part.layers]
-        _check_same_base(layer, having)
         sums[layer] = (
             _add(layer, having) if linear else _concatenate(layer, having, rank)
         )
@@ -155,20 +194,87 @@ def compose(
     return _result(parts, sums, composition)
 
 
-def _check_same_base(layer: str, parts: list[_File]) -> None:
-    first, *others = parts
-    for part in others:
-        ours, theirs = first.layers[layer], part.layers[layer]
-        if ours["kernel_shape"] != theirs["kernel_shape"] or not matches(
-            first.row(FINGERPRINTS, layer),
-            part.row(FINGERPRINTS, layer),
-            ours["dtype"],
-            theirs["dtype"],
+def _give_common_paths(parts: list[_File]) -> None:
+    """Renames layers, so that the same ones have the same path in all files."""
+    own = [dict(part.layers) for part in parts]
+    names: list[dict[str, str]] = []
+    for i, part in enumerate(parts):
+        found: dict[str, str] = {}
+        for before, their_names in zip(parts[:i], names, strict=True):
+            for layer, theirs in _same_layers(before, part).items():
+                found.setdefault(layer, their_names[theirs])
+        taken = {path for x in names for path in x.values()}
+        for layer in own[i]:
+            path, count = found.get(layer, layer), 0
+            while layer not in found and path in taken:
+                count += 1
+                path = f"{layer}#{count}"
+            found[layer] = path
+            taken.add(path)
+        names.append(found)
+    for part, new in zip(parts, names, strict=True):
+        part.rename(new)
+
+
+def _same_layers(first: _File, second: _File) -> dict[str, str]:
+    """Returns which layers of two files are the same: second's -> first's.
+
+    Layers whose paths are equal without numbers are told apart by their paths
+    if these agree in both files, else by their kernels.
+
+    Raises:
+        ValueError: the files belong to different base models, or more than one
+            layer has the kernel that is looked for.
+    """
+    if len(first.layers) * len(second.layers) > _MOST_COMPARISONS:
+        raise ValueError(
+            f"{first.file.source} and {second.file.source} have "
+            f"{len(first.layers)} and {len(second.layers)} layers, too many "
+            "to compare."
+        )
+    ours = Kernels(
+        ((path, *first.kernel(path)) for path in first.layers),
+        lambda path: first.row(FINGERPRINTS, path),
+    )
+    like = {
+        path: ours.like(
+            path, *second.kernel(path), second.row(FINGERPRINTS, path)
+        )
+        for path in second.layers
+    }
+    counts = collections.Counter(x for found in like.values() for x in found)
+    groups: dict[str, list[str]] = {}
+    for path in second.layers:
+        groups.setdefault(stem_of(path), []).append(path)
+    same: dict[str, str] = {}
+    for group in groups.values():
+        equal = [path for path in group if path in like[path]]
+        # Then the numbers agree: all layers have the path that they have in
+        # the first file, or one has whose kernel is no other's.
+        if len(equal) == len(group) or any(
+            like[path] == [path] and counts[path] == 1 for path in equal
         ):
+            same |= {path: path for path in equal}
+            continue
+        for path in group:
+            if len(like[path]) > 1 or any(counts[x] > 1 for x in like[path]):
+                raise ValueError(
+                    f"Which layer of {first.file.source} is '{path}' of "
+                    f"{second.file.source} is ambiguous: Keras has numbered "
+                    "the layers otherwise, and several have equal kernels "
+                    f"({listed(like[path])}). Save both from models built "
+                    "first in their process, or name the layers."
+                )
+            if like[path]:
+                same[path] = like[path][0]
+    matched = set(same.values())
+    for path in second.layers:
+        if path in first.layers and path not in same and path not in matched:
             raise ValueError(
-                f"{first.file.source} and {part.file.source} belong to "
-                f"different base models: layer '{layer}' had other weights."
+                f"{first.file.source} and {second.file.source} belong to "
+                f"different base models: layer '{path}' had other weights."
             )
+    return same
 
 
 def _errors(sums: dict[str, _LayerSum]) -> dict[str, float]:

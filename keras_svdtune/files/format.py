@@ -38,6 +38,10 @@ FORMAT_VERSION = 1
 FINGERPRINTS, EFFECTS = "base_fingerprints", "effects"
 BESIDE, STATISTICS = "beside", "statistics"
 _KEY, _DIGEST = "keras_svdtune", "sha256"
+# A safetensors file begins with the length of its header in bytes. An adapter
+# of a thousand layers has a quarter of a megabyte; one of a million would take
+# a minute to look through.
+_LENGTH, _LONGEST_HEADER = 8, 2**23
 
 
 @dataclasses.dataclass
@@ -76,7 +80,9 @@ class SavedAdapter:
         path = checked_path(path)
         digest = digest_of(_text(self.about), self.arrays)
         metadata = {_KEY: _text({**self.about, _DIGEST: digest})}
-        write_atomically(path, safetensors.numpy.save(self.arrays, metadata))
+        data = safetensors.numpy.save(self.arrays, metadata)
+        _check_header(data[:_LENGTH], self.source)
+        write_atomically(path, data)
 
 
 def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
@@ -90,11 +96,17 @@ def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
         hub_client.fetch(str(path)) if hub_client.is_uri(path) else path
     )
     try:
+        with open(path, "rb") as start:
+            length = start.read(_LENGTH)
+    except FileNotFoundError:
+        raise ValueError(f"There is no file {source}.") from None
+    except OSError as error:
+        raise ValueError(f"{source} cannot be read: {error}") from None
+    _check_header(length, source)
+    try:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise ValueError(f"There is no file {source}.") from None
     except Exception as error:
         raise ValueError(
             f"{source} is not a safetensors file, or is damaged: {error}"
@@ -121,6 +133,17 @@ def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
     return SavedAdapter(about, arrays, source)
 
 
+def _check_header(length: bytes, source: str) -> None:
+    """Raises a ValueError if a file's header is longer than any adapter's."""
+    found = int.from_bytes(length, "little")
+    if found > _LONGEST_HEADER:
+        raise ValueError(
+            f"{source} has a header of {found:,} bytes, or is damaged. An "
+            f"adapter's has at most {_LONGEST_HEADER:,}, enough for ten "
+            "thousands of layers."
+        )
+
+
 def _check_about(
     about: Json, arrays: dict[str, np.ndarray], source: str
 ) -> None:
@@ -143,7 +166,8 @@ def _check_about(
     for layer_path, entry in about["layers"].items():
         if (
             not isinstance(entry, dict)
-            or not isinstance(entry.get("kernel_shape"), list)
+            or not isinstance(shape := entry.get("kernel_shape"), list)
+            or not all(isinstance(n, int) for n in shape)
             or not isinstance(entry.get("dtype"), str)
             or not isinstance(entry.get("settings", {}), dict)
         ):

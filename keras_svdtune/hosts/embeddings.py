@@ -41,7 +41,7 @@ class AdaptedEmbedding(AdapterHost, keras.layers.Embedding):
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         base = LookupMap(self, inputs)
         y = base.to_output(self.adapter.call(base))
-        # Keras does not autocast in embeddings: y may be wider here.
+        # y may be wider, like the adapter's weights.
         return ops.cast(y, self.compute_dtype)
 
     _int8_call = _int4_call = call
@@ -71,6 +71,7 @@ class AdaptedReversibleEmbedding(
             return plain_layer(self).call(inputs, reverse=True)
         base = TiedHeadMap(self, inputs)
         logits = base.to_output(self.adapter.reverse(base))
+        logits = ops.cast(logits, base.output_dtype)
         if self.logit_soft_cap is not None:
             cap = self.logit_soft_cap
             logits = ops.multiply(ops.tanh(ops.divide(logits, cap)), cap)

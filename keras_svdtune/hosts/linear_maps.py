@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from keras_svdtune.matrix.view import MatrixView
+from keras_svdtune.runtime.keras_internals import autocast_dtype
 from keras_svdtune.runtime.types import Layer, Tensor
 
 
@@ -28,7 +29,7 @@ class FrozenMap:
         return ops.matmul(self._x, a)
 
     def moved(self, change: Tensor) -> Tensor:
-        x = self._x + change
+        x = ops.add(self._x, change)
         return self._product(self._view.unflatten_inputs(x, self._batch_dims))
 
     def rows(self, r: Tensor) -> Tensor:
@@ -83,11 +84,11 @@ class LookupMap:
     def __init__(self, layer: Layer, inputs: Tensor):
         self._layer, self._inputs = layer, inputs
         self._indices = ops.reshape(ops.cast(inputs, "int32"), (-1,))
-        self.dtype = layer.compute_dtype
+        self.dtype = _with_adapter(layer, layer.compute_dtype)
 
     def __call__(self) -> Tensor:
         y = self._layer.linear(self._inputs)
-        return ops.reshape(y, (-1, y.shape[-1]))
+        return ops.cast(ops.reshape(y, (-1, y.shape[-1])), self.dtype)
 
     def times(self, a: Tensor) -> Tensor:
         return ops.take(a, self._indices, axis=0)
@@ -107,11 +108,13 @@ class TiedHeadMap:
 
     def __init__(self, layer: Layer, inputs: Tensor):
         self._layer = layer
-        self.dtype = layer.reverse_dtype or keras.backend.result_type(
+        self.output_dtype = layer.reverse_dtype or keras.backend.result_type(
             inputs.dtype, layer.adapter.target.kernel.dtype
         )
-        self._inputs = ops.cast(inputs, self.dtype)
-        self._x = ops.reshape(self._inputs, (-1, inputs.shape[-1]))
+        self.dtype = _with_adapter(layer, self.output_dtype)
+        self._inputs = ops.cast(inputs, self.output_dtype)
+        x = ops.reshape(self._inputs, (-1, inputs.shape[-1]))
+        self._x = ops.cast(x, self.dtype)
 
     def __call__(self) -> Tensor:
         return self._product(self._inputs)
@@ -120,7 +123,7 @@ class TiedHeadMap:
         return ops.matmul(self._x, ops.cast(a, self.dtype))
 
     def moved(self, change: Tensor) -> Tensor:
-        x = self._x + ops.cast(change, self.dtype)
+        x = ops.add(self._x, change)
         return self._product(ops.reshape(x, ops.shape(self._inputs)))
 
     def rows(self, r: Tensor) -> Tensor:
@@ -134,7 +137,18 @@ class TiedHeadMap:
 
     def _product(self, inputs: Tensor) -> Tensor:
         y = self._layer.linear(inputs, reverse=True)
-        return ops.reshape(y, (-1, y.shape[-1]))
+        return ops.cast(ops.reshape(y, (-1, y.shape[-1])), self.dtype)
+
+
+def _with_adapter(layer: Layer, dtype: str) -> str:
+    """Returns the dtype of an embedding's output beside its adapter's weights.
+
+    Where Keras does not cast variables, weights in float32 meet an output in
+    bfloat16, and TensorFlow does not add up two dtypes.
+    """
+    weights = autocast_dtype() or layer.adapter.variable_dtype
+    wider: str = keras.backend.result_type(dtype, weights)
+    return wider
 
 
 def _table(layer: Layer, dtype: str) -> Tensor:

@@ -91,8 +91,10 @@ class Target:
     @property
     def constraint(self) -> Any:
         """The constraint on the kernel, or None."""
+        # A quantized layer keeps its own; its kernel is another variable.
         kind = "embeddings" if self.is_embedding else "kernel"
-        return getattr(self.owner, f"{kind}_constraint", None)
+        ours = getattr(self.owner, f"{kind}_constraint", None)
+        return ours or getattr(self.kernel, "constraint", None)
 
     @property
     def lora_enabled(self) -> bool:

@@ -319,7 +319,8 @@ def form_of(parent: type[Method], option: str) -> Callable[[type[M]], type[M]]:
 def nearest(wanted: str, known: Iterable[str]) -> str:
     """Returns the end of an error message: known names like `wanted`."""
     known = list(known)
-    close = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
+    # Cut off, since a damaged file may hold a name of megabytes.
+    close = difflib.get_close_matches(wanted[:500], known, n=3, cutoff=0.5)
     if close:
         return f"Did you mean {' or '.join(repr(x) for x in close)}?"
     return f"There are: {', '.join(repr(x) for x in sorted(set(known))[:12])}."

@@ -13,7 +13,12 @@ from keras_svdtune.methods.base import METHODS, Method, has_reverse, nearest
 from keras_svdtune.methods.pissa import QUANTIZATIONS
 from keras_svdtune.methods.replaced_base import ReplacesBase
 from keras_svdtune.model.state import enabled_method
-from keras_svdtune.model.targets import adapted_targets, find_targets
+from keras_svdtune.model.targets import (
+    adapted_targets,
+    find_targets,
+    layers_by_path,
+)
+from keras_svdtune.runtime.keras_internals import layers_in, own_variables
 from keras_svdtune.runtime.types import Model
 
 
@@ -61,7 +66,48 @@ def targets_for(
             )
     for path, target in targets.items():
         check_fit(path, target, method)
+    check_holders(root, targets)
     return targets
+
+
+def check_holders(root: Model, targets: dict[str, Target]) -> None:
+    """Checks that no other layer reads or writes what a target's owner has.
+
+    A layer with an adapter computes W', and whoever else holds the kernel
+    computes W, until the two are merged. Two adapters on one kernel would be
+    merged into it one after the other.
+
+    Raises:
+        ValueError: a kernel has two holders, or a layer of the model writes to
+            a kernel although that is frozen. The error names both layers.
+    """
+    kernels: dict[int, tuple[str, Target]] = {}
+    for path, target in targets.items():
+        name, before = kernels.setdefault(id(target.kernel), (path, target))
+        if before is not target:
+            raise ValueError(_shared(name, path))
+    for path, layer in layers_by_path(layers_in(root)).items():
+        if isinstance(layer, keras.layers.SpectralNormalization):
+            raise ValueError(
+                f"Layer '{path}' writes to the kernel of "
+                f"'{layer.layer.path}' whenever it is called in training, "
+                "frozen or not, so the base would not stay what it is. Build "
+                "the model with the layer itself in place of its "
+                "SpectralNormalization."
+            )
+        for held in (*vars(layer).values(), *own_variables(layer)):
+            holder = kernels.get(id(held))
+            if holder is not None and holder[1].owner is not layer:
+                raise ValueError(_shared(holder[0], path))
+
+
+def _shared(first: str, second: str) -> str:
+    return (
+        f"Layers '{first}' and '{second}' share one kernel. Before it is "
+        "merged an adapter changes what one of them computes, and then what "
+        "both do. Leave them out of `target_layer_names`, or give each a "
+        "kernel of its own."
+    )
 
 
 def check_fit(path: str, target: Target, method: Method) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import keras
 from keras.src.backend import set_keras_mask
 from keras.src.backend.common import global_state
+from keras.src.backend.common.variables import get_autocast_scope
 from keras.src.legacy.saving import legacy_h5_format
 
 from keras_svdtune.runtime.types import (
@@ -226,6 +227,16 @@ def forget_variable(layer: Layer, variable: Variable) -> None:
 def value_or_none(variable: Variable) -> Tensor | None:
     """Returns a variable's value, or None if it was built without one."""
     return getattr(variable, "_value", variable)
+
+
+def autocast_dtype() -> str | None:
+    """Returns the dtype to which variables are cast where they are read now.
+
+    None if they are not cast. In a model of a mixed policy that is so inside
+    embeddings, unless they are called by themselves.
+    """
+    scope = get_autocast_scope()
+    return None if scope is None else scope.dtype
 
 
 def set_mask(tensor: Tensor, mask: Tensor) -> None:
