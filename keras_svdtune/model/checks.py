@@ -95,9 +95,10 @@ def check_holders(root: Model, targets: dict[str, Target]) -> None:
                 "SpectralNormalization."
             )
         for held in (*vars(layer).values(), *own_variables(layer)):
-            name, target = kernels.get(id(held), ("", None))
-            if target is not None and target.owner is not layer:
-                raise ValueError(_shared(name, path))
+            if id(held) in kernels:
+                name, target = kernels[id(held)]
+                if target.owner is not layer:
+                    raise ValueError(_shared(name, path))
 
 
 def _shared(first: str, second: str) -> str:
