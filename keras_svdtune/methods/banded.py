@@ -5,14 +5,13 @@ from keras import ops
 from keras_svdtune.runtime.types import Tensor
 
 
-def banded_product(c: Tensor, entries: Tensor, width: int) -> Tensor:
+def banded_product(c: Tensor, entries: Tensor, n: int, width: int) -> Tensor:
     """Computes c·N in float32 by 2·width + 1 shifts and elementwise products.
 
     The backward pass keeps c alone; autodiff would keep every shift.
     c (tokens, n) has any floating dtype. `entries` are the diagonals of
     N (n, n), one after the other, `width` on either side of the main one.
     """
-    n = c.shape[1]
     parts, start = [], 0
     for k, i, j in diagonals(n, width):
         parts.append((k, i, j, start, start + j - i))

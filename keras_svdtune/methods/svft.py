@@ -229,7 +229,10 @@ class SVFT(Method):
             # (tokens, entries) and add them up again by columns.
             n = min(rows, columns)
             index = ops.expand_dims(weights.positions, 1)
-            m = ops.scatter(index, weights.m, (n * n,))
+            # Not `ops.scatter`, which is a loop over the entries on torch.
+            m = ops.scatter_update(
+                ops.zeros((n * n,)), index, weights.m, reduction="add"
+            )
             s = ops.reshape(weights.inverse_s, (n, 1) if by_rows else (1, n))
             m = ops.cast(ops.reshape(m, (n, n)) * s, components.dtype)
             m = ops.transpose(m) if transposed else m
@@ -249,7 +252,7 @@ class SVFT(Method):
         transposed: bool,
     ) -> Tensor:
         """Computes components·N, N = M scaled by 1 / s, banded; or with Nᵀ."""
-        n, d = weights.basis.shape[0], self._width()
+        n, d = min(weights.shape), self._width()
         inverse_s = ops.convert_to_tensor(weights.inverse_s)
         scale = [
             inverse_s[i:j] if by_rows else inverse_s[i + k : j + k]
@@ -260,7 +263,7 @@ class SVFT(Method):
             ends = np.cumsum([0, *(j - i for _, i, j in diagonals(n, d))])
             parts = [entries[a:b] for a, b in itertools.pairwise(ends)]
             entries = ops.concatenate(parts[::-1])
-        return banded_product(components, entries, d)
+        return banded_product(components, entries, n, d)
 
     def _width(self) -> int:
         return 0 if self.pattern == "plain" else self.off_diagonals

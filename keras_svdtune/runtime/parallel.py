@@ -1,18 +1,24 @@
 """Runs one job for each layer, on all cores, behind a progress bar."""
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
 import keras
 import threadpoolctl
-from rich import progress
+from rich import errors, progress
 
 from keras_svdtune.runtime import processes
 from keras_svdtune.runtime.precision import on_host
+from keras_svdtune.runtime.together import Together
 
 T = TypeVar("T")
+
+_ONE_BLAS_THREAD = Together(lambda: threadpoolctl.threadpool_limits(1, "blas"))
+_BAR = threading.Lock()
 
 
 def run_all(
@@ -26,7 +32,8 @@ def run_all(
     one matrix at a time.
 
     The bar shows the number done, the time left and the last layer;
-    `keras.config.disable_interactive_logging()` turns it off.
+    `keras.config.disable_interactive_logging()` turns it off. A terminal has
+    room for one bar: of two threads that run jobs the second shows none.
 
     Args:
         what: str, the label of the bar.
@@ -36,18 +43,8 @@ def run_all(
     Raises:
         Whatever a job raises, or an interrupt. Those not begun are dropped.
     """
-    index, _ = processes.processes()
     workers = (os.cpu_count() or 1) if on_host() else 1
-    shown = progress.Progress(
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeRemainingColumn(elapsed_when_finished=True),
-        progress.TextColumn("[dim]{task.fields[layer]}"),
-        disable=index > 0
-        or not (bar and keras.config.is_interactive_logging_enabled()),
-    )
-    with shown, threadpoolctl.threadpool_limits(1, "blas"):
+    with _bar(bar) as shown, _ONE_BLAS_THREAD:
         task = shown.add_task(what, total=len(jobs), layer="")
         pool = ThreadPoolExecutor(workers)
         try:
@@ -59,3 +56,31 @@ def run_all(
             pool.shutdown(cancel_futures=True)
         shown.update(task, layer="")
     return {path: future.result() for future, path in futures.items()}
+
+
+@contextlib.contextmanager
+def _bar(wanted: bool) -> Iterator[progress.Progress]:
+    """Shows a bar, if it is wanted and there is room for it."""
+    index, _ = processes.processes()
+    wanted = (
+        wanted and index == 0 and keras.config.is_interactive_logging_enabled()
+    )
+    ours = wanted and _BAR.acquire(blocking=False)
+    shown = progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(elapsed_when_finished=True),
+        progress.TextColumn("[dim]{task.fields[layer]}"),
+        disable=not ours,
+    )
+    try:
+        try:
+            shown.start()
+        except errors.LiveError:  # the user shows something; old releases
+            shown.disable = True
+        yield shown
+    finally:
+        shown.stop()
+        if ours:
+            _BAR.release()

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import keras
 
+from keras_svdtune.runtime.together import Together
+
 
 def on_host() -> bool:
     """Returns whether LAPACK decomposes matrices on the host's CPU."""
@@ -32,26 +34,43 @@ def full_precision() -> Iterator[None]:
         case "jax":
             import jax
 
+            # Of this thread alone; in the others it is one for the process.
             with jax.default_matmul_precision("highest"):
                 yield
         case "torch":
-            import torch
-
-            before = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("highest")
-            try:
+            with _TORCH:
                 yield
-            finally:
-                torch.set_float32_matmul_precision(before)
         case "tensorflow":
-            import tensorflow as tf
-
-            config = tf.config.experimental
-            enabled = config.tensor_float_32_execution_enabled()
-            config.enable_tensor_float_32_execution(False)
-            try:
+            with _TENSORFLOW:
                 yield
-            finally:
-                config.enable_tensor_float_32_execution(enabled)
         case _:
             yield
+
+
+@contextlib.contextmanager
+def _highest_on_torch() -> Iterator[None]:
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def _float32_on_tensorflow() -> Iterator[None]:
+    import tensorflow as tf
+
+    config = tf.config.experimental
+    enabled = config.tensor_float_32_execution_enabled()
+    config.enable_tensor_float_32_execution(False)
+    try:
+        yield
+    finally:
+        config.enable_tensor_float_32_execution(enabled)
+
+
+_TORCH = Together(_highest_on_torch)
+_TENSORFLOW = Together(_float32_on_tensorflow)
