@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_svdtune.adapter.fingerprint import fingerprint
-from keras_svdtune.matrix.decompose import decompose
+from keras_svdtune.matrix.decompose import check_finite, decompose
 from keras_svdtune.matrix.factors import Factors
 from keras_svdtune.methods.base import Method
 from keras_svdtune.methods.replaced_base import ReplacesBase
@@ -164,7 +164,10 @@ def _on_host(x: Array) -> np.ndarray:
 def _start_matrix(
     method: Method, matrix: Array, name: str
 ) -> tuple[Method, Values]:
-    needs = method.needs((matrix.shape[0], matrix.shape[1]))
+    check_finite(matrix, name)
+    shape: Shape = (matrix.shape[0], matrix.shape[1])
+    method = method.for_shape(shape)
+    needs = method.needs(shape)
     factors = None if needs is None else decompose(matrix, needs, name)
     method = method.resolved(factors)
     # RandomState, since NumPy promises that its stream never changes: loading

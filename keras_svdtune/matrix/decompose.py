@@ -76,13 +76,20 @@ def finite(matrix: Array, name: str) -> np.ndarray:
     if not isinstance(matrix, np.ndarray):  # that is on the host
         matrix = ops.convert_to_numpy(ops.cast(matrix, "float32"))
     w = np.ascontiguousarray(matrix, "float32")
-    if not np.isfinite(w).all():
-        raise ValueError(
-            f"The kernel of '{name}' holds NaN or infinity, and such a matrix "
-            "has no singular values. Load its weights again, or leave the "
-            "layer out of `target_layer_names`."
-        )
+    check_finite(w, name)
     return w
+
+
+def check_finite(matrix: Array, name: str) -> None:
+    """Raises a ValueError if a float32 matrix holds NaN or infinity."""
+    on_this_host = isinstance(matrix, np.ndarray)
+    xp = np if on_this_host else ops
+    if not bool(xp.all(xp.isfinite(matrix))):
+        raise ValueError(
+            f"The kernel of '{name}' holds NaN or infinity, or a number above "
+            "3.4e38, which is infinite in float32. Load its weights again, or "
+            "leave the layer out of `target_layer_names`."
+        )
 
 
 def computed(w: np.ndarray, needs: Needs, name: str = "matrix") -> Factors:

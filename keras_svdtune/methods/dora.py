@@ -18,7 +18,7 @@ from keras_svdtune.methods.base import (
 from keras_svdtune.methods.lora import random_a
 from keras_svdtune.methods.low_rank import RankedMethod, branch
 from keras_svdtune.methods.picture import Block
-from keras_svdtune.methods.settings import check_whole_number
+from keras_svdtune.methods.settings import check_seed
 from keras_svdtune.runtime.types import Shape, Tensor
 
 
@@ -47,7 +47,7 @@ class DoRA(RankedMethod):
     authors advise half of LoRA's rank.
 
     Args:
-        rank: int from 1 to min(in, out).
+        rank: int, 1 or more; at most min(in, out) in each layer.
         alpha: float or None. The branch is scaled by alpha / rank; None
             means rank, a scale of 1. (The authors use 2·rank.)
         seed: int. Seed of A.
@@ -86,7 +86,7 @@ class DoRA(RankedMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_whole_number("seed", self.seed, 0)
+        check_seed(self.seed)
 
     def weights(self, shape: Shape) -> list[Weight]:
         rows, columns = shape
@@ -118,7 +118,9 @@ class DoRA(RankedMethod):
         y = base() + branch(base, weights.a, weights.b, self.scale)
         at = ops.transpose(ops.cast(weights.a, base.dtype))
         excess = self._excess(weights, ops.cast(base.rows(at), "float32"))
-        return ops.cast(ops.cast(y, "float32") * (1.0 + excess), y.dtype)
+        wide = "float64" if base.dtype == "float64" else "float32"
+        factor = ops.cast(1.0 + excess, wide)
+        return ops.cast(ops.cast(y, wide) * factor, y.dtype)
 
     def reverse(self, weights: Weights, base: ReverseMap) -> Tensor:
         # x·W'ᵀ = (x ⊙ (1 + e))·(W + k·A·B)ᵀ

@@ -73,7 +73,7 @@ def check_fit(path: str, target: Target, method: Method) -> None:
         )
     rows, columns = target.view.shape
     try:
-        method.check(target.view.shape)
+        method.for_shape(target.view.shape)
         if target.view.count is not None and not method.banks:
             raise ValueError(f"{method.title} takes no bank of matrices.")
     except ValueError as error:
@@ -125,6 +125,8 @@ def _not_to_replace(target: Target, method: ReplacesBase) -> str:
             f"is a {type(target.owner).__name__}, and only Dense and "
             "EinsumDense layers get another base"
         )
+    if not method.quantization and target.kernel.dtype == "float64":
+        return "holds a float64 kernel, and the one in its place is of float32"
     if method.quantization and target.owner.compute_dtype == "float16":
         return "computes in float16, which Keras does not quantize"
     return ""
