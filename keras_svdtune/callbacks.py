@@ -56,7 +56,8 @@ class RankAllocator(keras.callbacks.Callback):
     Raises:
         ValueError: an argument is out of range; in `fit`, if the model has no
             AdaLoRA adapter, the number of steps is unknown, or the optimizer
-            has `gradient_accumulation_steps` or `ema_overwrite_frequency`.
+            has `gradient_accumulation_steps` or `ema_overwrite_frequency` (or,
+            on TensorFlow, `use_ema`).
 
     Example:
 
@@ -192,10 +193,18 @@ def _check_optimizer(optimizer: Optimizer) -> None:
             "RankAllocator does not work with `gradient_accumulation_steps`: "
             "the importance of a triplet would be that of one micro-batch. "
             "Use a larger batch, or enable LoRA. Received: "
-            f"gradient_accumulation_steps="
+            "gradient_accumulation_steps="
             f"{optimizer.gradient_accumulation_steps}"
         )
-    if optimizer.use_ema and optimizer.ema_overwrite_frequency:
+    if not optimizer.use_ema:
+        return
+    if keras.backend.backend() == "tensorflow":
+        raise ValueError(
+            "RankAllocator does not work with `use_ema` on TensorFlow, where "
+            "Keras cannot average a model some of whose variables are "
+            "overwritten by their gradient. Leave it out, or use JAX or torch."
+        )
+    if optimizer.ema_overwrite_frequency:
         # The averages give values back to triplets that were taken away.
         raise ValueError(
             "RankAllocator does not work with `ema_overwrite_frequency`: the "

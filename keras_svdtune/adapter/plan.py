@@ -1,8 +1,9 @@
 """Computes the adapter of one matrix before any layer is touched."""
 
+import contextlib
 import dataclasses
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from keras import ops
@@ -116,7 +117,18 @@ def first_values(
         assert needs is not None
         return decompose(ops.convert_to_tensor(rest), needs, name)
 
-    return method, method.fitted(_on_host(matrix), values, rounded, decomposed)
+    w = _on_host(matrix)
+    with _naming(name):
+        return method, method.fitted(w, values, rounded, decomposed)
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Puts the layer before the error of a method, which knows no layer."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"Layer '{name}': {error}") from None
 
 
 def plan_from(
@@ -174,7 +186,8 @@ def _start_matrix(
     # an adapter file draws the same numbers again.
     seed = zlib.crc32(name.encode()) + getattr(method, "seed", 0)
     random = np.random.RandomState(seed % 2**32)
-    return method, method.initial_values(matrix, factors, random)
+    with _naming(name):
+        return method, method.initial_values(matrix, factors, random)
 
 
 def _start_bank(

@@ -55,7 +55,8 @@ class SVFT(Method):
 
     u and v have equal lengths only where W is square: elsewhere top_k is
     banded, and a warning says so. W is never truncated. A component with s
-    below 1e-6 of the largest does not train: x·W does not determine x·U there.
+    below 1e-6 of the largest, or below 1e-30, does not train: x·W does not
+    determine x·U there.
     For the same reason the rounding of x·W counts s_max / s times in the i-th
     component: in bfloat16 that is harmless on matrices of condition 100
     (Gemma's) and not at 1000; there, compute in float32.
@@ -152,7 +153,7 @@ class SVFT(Method):
         assert factors is not None
         rows, columns = shape = tuple(matrix.shape)
         s, n = factors.s, min(shape)
-        alive = s > 1e-6 * s[0]
+        alive = s > max(1e-6 * s[0], 1e-30)  # 1 / s must fit float32
         values = {
             "basis": factors.v if columns <= rows else factors.u,
             "inverse_s": np.where(alive, 1.0 / np.where(alive, s, 1.0), 0.0),

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
+from keras import ops
 
 from keras_svdtune.adapter.plan import AdapterPlan
 from keras_svdtune.hosts import attach
@@ -146,8 +147,18 @@ def merge_adapter(model: Model) -> None:
         model: a model with an adapter.
 
     Raises:
-        ValueError: the model has no adapter.
+        ValueError: the model has no adapter, or a merged kernel would hold NaN
+            or infinity; then nothing is merged.
     """
+    for path, target in require_adapted(model).items():
+        # All of them before the first is merged: W would be lost.
+        merged = target.merged_kernel()
+        if not bool(to_numpy(ops.all(ops.isfinite(merged)))):
+            raise ValueError(
+                f"The adapter of layer '{path}' holds NaN or infinity, or "
+                f"gives a kernel too large for {target.base_dtype}. Load or "
+                "train it again, or call `remove_adapter()`."
+            )
     for enabled in _give_back(model, attach.merge):
         enabled.unfreeze()
 
