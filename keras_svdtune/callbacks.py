@@ -9,7 +9,12 @@ import numpy as np
 from keras_svdtune.adapter.adapter import Adapter
 from keras_svdtune.hosts.target import Target
 from keras_svdtune.methods.adalora import AdaLoRA
-from keras_svdtune.methods.settings import check_whole_number, is_number
+from keras_svdtune.methods.settings import (
+    check_number,
+    check_whole_number,
+    is_number,
+    plain,
+)
 from keras_svdtune.model.state import require_adapted
 from keras_svdtune.reports.matrices import each_matrix, for_each
 from keras_svdtune.reports.spectral_change import (
@@ -20,6 +25,7 @@ from keras_svdtune.reports.spectral_change import (
     change_of,
 )
 from keras_svdtune.runtime.processes import to_numpy
+from keras_svdtune.runtime.types import Optimizer
 
 Logs = dict[str, Any] | None
 
@@ -27,7 +33,8 @@ Logs = dict[str, Any] | None
 class RankAllocator(keras.callbacks.Callback):
     """Lowers the ranks of AdaLoRA to their budget during `fit`.
 
-    With T steps in all, b₀ triplets at first and b_T at the end, the budget
+    With T steps in all, b₀ triplets at first and b_T at the end, the sums of
+    the initial rank and of `rank` over all layers, the budget
     after step t is b₀ for the first `warmup`·T steps, b_T for the last
     `settle`·T, and between them
 
@@ -35,7 +42,7 @@ class RankAllocator(keras.callbacks.Callback):
 
     While it falls, the λ of the triplets beyond it are zeroed every `interval`
     steps; they may come back. Then the mask is fixed, and the model has
-    exactly b_T = rank · layers triplets.
+    exactly b_T triplets: rank · layers, if none is smaller than `rank`.
 
     The logs of each epoch, and so the history, get `orthogonality`, the
     regulariser as it stands in the loss, and `mean_rank`, the budget a layer.
@@ -47,8 +54,10 @@ class RankAllocator(keras.callbacks.Callback):
         total_steps: int or None, all steps of the training; None: as in `fit`.
 
     Raises:
-        ValueError: in `fit`, if the model has no AdaLoRA adapter, or the
-            number of steps is unknown.
+        ValueError: an argument is out of range; in `fit`, if the model has no
+            AdaLoRA adapter, the number of steps is unknown, or the optimizer
+            has `gradient_accumulation_steps` or `ema_overwrite_frequency` (or,
+            on TensorFlow, `use_ema`).
 
     Example:
 
@@ -69,21 +78,16 @@ class RankAllocator(keras.callbacks.Callback):
         total_steps: int | None = None,
     ):
         super().__init__()
-        shares = (warmup, settle)
-        if (
-            not all(is_number(x) and x >= 0 for x in shares)
-            or warmup + settle >= 1
-        ):
+        self.warmup = check_number("warmup", warmup, 0.0, 1.0)
+        self.settle = check_number("settle", settle, 0.0, 1.0)
+        if warmup + settle >= 1:
             raise ValueError(
                 "`warmup` and `settle` must be shares of the steps that add "
                 f"up to less than 1. Received: {warmup} and {settle}"
             )
-        check_whole_number("interval", interval, 1)
+        self.interval = check_whole_number("interval", interval, 1)
         if total_steps is not None:
-            check_whole_number("total_steps", total_steps, 1)
-        self.warmup = warmup
-        self.settle = settle
-        self.interval = interval
+            total_steps = check_whole_number("total_steps", total_steps, 1)
         self.total_steps = total_steps
 
     def on_train_begin(self, logs: Logs = None) -> None:
@@ -93,6 +97,7 @@ class RankAllocator(keras.callbacks.Callback):
                 "RankAllocator is for AdaLoRA. The model is adapted by "
                 f"{adapters[0].method}."
             )
+        _check_optimizer(self.model.optimizer)
         steps, epochs = self.params.get("steps"), self.params.get("epochs")
         self._total = self.total_steps or (steps and steps * epochs)
         if not self._total:
@@ -125,8 +130,9 @@ class RankAllocator(keras.callbacks.Callback):
             progress = (self._step - first) / (last - first)
             adapters = self._adapters()
             start, end = self._budgets(adapters)
+            # Cut, not rounded, as in the authors' code and in PEFT.
             self._keep(
-                adapters, round(end + (start - end) * (1.0 - progress) ** 3)
+                adapters, int(end + (start - end) * (1.0 - progress) ** 3)
             )
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
@@ -173,6 +179,40 @@ class RankAllocator(keras.callbacks.Callback):
         for adapter, part in zip(adapters, parts, strict=True):
             adapter.singular_values.assign(_values(adapter) * part)
         return parts
+
+
+def _check_optimizer(optimizer: Optimizer) -> None:
+    """Raises a ValueError where the importance of triplets would be wrong."""
+    # float16 models wrap the user's optimizer.
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    if optimizer.gradient_accumulation_steps:
+        # The importance is |w · ∂L/∂w| of the whole batch. Keras keeps the
+        # largest of the micro-batches for a variable that is overwritten by
+        # its gradient, and shows the sum of the gradients to nobody.
+        raise ValueError(
+            "RankAllocator does not work with `gradient_accumulation_steps`: "
+            "the importance of a triplet would be that of one micro-batch. "
+            "Use a larger batch, or enable LoRA. Received: "
+            "gradient_accumulation_steps="
+            f"{optimizer.gradient_accumulation_steps}"
+        )
+    if not optimizer.use_ema:
+        return
+    if keras.backend.backend() == "tensorflow":
+        raise ValueError(
+            "RankAllocator does not work with `use_ema` on TensorFlow, where "
+            "Keras cannot average a model some of whose variables are "
+            "overwritten by their gradient. Leave it out, or use JAX or torch."
+        )
+    if optimizer.ema_overwrite_frequency:
+        # The averages give values back to triplets that were taken away.
+        raise ValueError(
+            "RankAllocator does not work with `ema_overwrite_frequency`: the "
+            "averaged weights would bring back the triplets beyond the "
+            "budget. Leave it out: `use_ema` alone averages at the end of "
+            "`fit`. Received: ema_overwrite_frequency="
+            f"{optimizer.ema_overwrite_frequency}"
+        )
 
 
 def _adalora(adapter: Adapter) -> AdaLoRA:
@@ -246,16 +286,18 @@ class SpectralMonitor(keras.callbacks.Callback):
         matrices: int | None = 32,
     ):
         super().__init__()
-        check_whole_number("rank", rank, 1)
-        check_whole_number("top", top, 1)
-        if matrices is not None:
-            check_whole_number("matrices", matrices, 1)
-        if not 0.0 < threshold <= 1.0:
+        if not is_number(plain(threshold)) or not 0.0 < threshold <= 1.0:
             raise ValueError(
                 "`threshold` must be a cosine in (0, 1]. "
                 f"Received: threshold={threshold!r}"
             )
-        self.measures = Measures(rank, top, threshold)
+        self.measures = Measures(
+            check_whole_number("rank", rank, 1),
+            check_whole_number("top", top, 1),
+            float(threshold),
+        )
+        if matrices is not None:
+            matrices = check_whole_number("matrices", matrices, 1)
         self.matrices = matrices
         self.changes: tuple[SpectralChange, ...] = ()
         self._watched: dict[str, Target] = {}

@@ -61,6 +61,7 @@ class DeclaredLayer(AdapterHost):
         view = self.matrix_view(self)
         target = Target(layer.name, self, self.kernel_name, view)
         check_fit(target.path, target, self.method)
+        self.method = self.method.for_shape(view.shape)
 
         @functools.cache
         def plan() -> AdapterPlan:

@@ -141,7 +141,7 @@ def trainable(method, shape):
 def count(method, model, names):
     geometry = MODELS[model]
     for shape in geometry.matrices(names):
-        method.check(shape)
+        assert method.for_shape(shape) == method
     block = sum(trainable(method, s) for s in geometry.matrices(names))
     return block * geometry.layers
 

@@ -16,6 +16,7 @@ from helpers import (
     randomise,
     small_data,
     small_model,
+    trainables,
 )
 
 import keras_svdtune
@@ -125,7 +126,8 @@ def test_the_budget_falls_by_the_cubic_schedule():
     step = np.arange(1, 41)
     progress = np.clip((step - 10) / (30 - 10), 0.0, 1.0)
     start, end = 2 * FIRST_RANK, 2 * RANK
-    expected = np.round(end + (start - end) * (1 - progress) ** 3)
+    # Cut to an integer, as by the authors and PEFT.
+    expected = np.trunc(end + (start - end) * (1 - progress) ** 3)
     np.testing.assert_array_equal(watch.alive, expected)
     means = history["mean_rank"]
     assert means == sorted(means, reverse=True)
@@ -152,8 +154,8 @@ def penalty_by_numpy(model, regularization):
         q = numpy(layer.adapter.q).astype("float64")
         identity = np.eye(p.shape[1])
         terms += [
-            np.sum((p.T @ p - identity) ** 2),
-            np.sum((q @ q.T - identity) ** 2),
+            np.linalg.norm(p.T @ p - identity),
+            np.linalg.norm(q @ q.T - identity),
         ]
     return regularization * np.mean(terms)
 
@@ -173,6 +175,81 @@ def test_the_penalty_is_in_the_loss_and_makes_p_and_q_orthonormal():
         assert_close(np.array(history["orthogonality"][-1]), expected, 1e-5)
         far.append(penalty_by_numpy(model, 1.0))
     assert far[1] < 0.1 * far[0]
+
+
+def test_the_penalty_of_what_is_orthonormal_has_no_gradient():
+    """There the norm is 0, and its root has none."""
+    model = two_paths()
+    keras_svdtune.enable_adapter(model, AdaLoRA(RANK))
+    for layer in adapted(model).values():
+        layer.adapter.p.assign(np.eye(WIDTH, FIRST_RANK))
+        layer.adapter.q.assign(np.eye(FIRST_RANK, WIDTH))
+        assert all(float(numpy(x)) == 0.0 for x in layer.adapter.losses)
+    train(model, RankAllocator(), epochs=1)
+    for layer in adapted(model).values():
+        for name in ("p", "singular_values", "q"):
+            assert np.isfinite(numpy(getattr(layer.adapter, name))).all()
+
+
+def test_small_layers_count_with_what_they_have():
+    """The budget is that of the ranks that fit, at first and at the end."""
+    x = keras.Input((WIDTH,))
+    hidden = keras.layers.Dense(WIDTH, name="hidden")(x)
+    model = keras.Model(x, keras.layers.Dense(2, name="head")(hidden))
+    randomise(model)
+    keras_svdtune.enable_adapter(model, AdaLoRA(4))
+    assert {n: m.sum() for n, m in masks(model).items()} == {
+        "hidden": 6,
+        "head": 2,
+    }
+    allocator, watch = RankAllocator(interval=1), Watch()
+    model.compile(keras.optimizers.Adam(0.02), "mse")
+    x, y = data()
+    model.fit(x, y[:, :2], 8, 5, verbose=0, callbacks=[allocator, watch])
+    assert watch.alive[0] == 6 + 2
+    assert sum(m.sum() for m in masks(model).values()) == 4 + 2
+
+
+def test_optimizers_that_would_spoil_the_importance():
+    """The error comes before the first step; it says what to do."""
+    on_tensorflow = keras.backend.backend() == "tensorflow"
+    refused = [
+        ({"gradient_accumulation_steps": 4}, "larger batch.*steps=4"),
+        (
+            {"use_ema": True, "ema_overwrite_frequency": 3},
+            "on TensorFlow" if on_tensorflow else "frequency=3",
+        ),
+    ]
+    for settings, message in refused:
+        optimizer = keras.optimizers.SGD(0.1, **settings)
+        wrapped = keras.optimizers.LossScaleOptimizer(optimizer)
+        for each in (optimizer, wrapped):
+            model = two_paths()
+            keras_svdtune.enable_adapter(model, AdaLoRA(RANK))
+            before = {k: x.copy() for k, x in trainables(model).items()}
+            model.compile(each, "mse")
+            with pytest.raises(ValueError, match=message):
+                model.fit(*data(), 8, verbose=0, callbacks=[RankAllocator()])
+            after = {k: x.copy() for k, x in trainables(model).items()}
+            assert_same(after, before)
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() == "tensorflow", reason="Keras cannot do it there"
+)
+def test_averaged_weights_keep_to_the_budget():
+    found = []
+    for use_ema in (False, True):
+        keras.utils.set_random_seed(0)
+        model = two_paths()
+        keras_svdtune.enable_adapter(model, AdaLoRA(RANK))
+        model.compile(keras.optimizers.Adam(0.02, use_ema=use_ema), "mse")
+        x, y = data()
+        callbacks = [RankAllocator(interval=1)]
+        model.fit(x, y, 8, 5, False, callbacks=callbacks, shuffle=False)
+        found.append(masks(model))
+    assert_same(found[1], found[0])
+    assert sum(m.sum() for m in found[1].values()) == 2 * RANK
 
 
 def test_importance_is_the_published_recursion():
@@ -221,6 +298,15 @@ def read(model, names):
 def test_clear_errors():
     with pytest.raises(ValueError, match=r"Received: 0\.5 and 0\.5"):
         RankAllocator(warmup=0.5, settle=0.5)
+    for name, wrong in (
+        ("warmup", (-0.1, 1.0, float("nan"), True, "0.1", None)),
+        ("settle", (-0.1, 1.0, float("nan"), True, "0.1", None)),
+        ("interval", (0, 2.5, True, None, float("nan"))),
+        ("total_steps", (0, 2.5, True, "8")),
+    ):
+        for value in wrong:
+            with pytest.raises(ValueError, match=f"`{name}` must be"):
+                RankAllocator(**{name: value})
     model = two_paths()
     with pytest.raises(ValueError, match="has no adapter"):
         train(model, RankAllocator())

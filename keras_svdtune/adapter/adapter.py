@@ -15,7 +15,14 @@ from keras_svdtune.adapter.fingerprint import (
 )
 from keras_svdtune.adapter.plan import ReplacedBase
 from keras_svdtune.matrix.view import MatrixView
-from keras_svdtune.methods.base import LinearMap, Method, ReverseMap, Weight
+from keras_svdtune.methods.base import (
+    LinearMap,
+    Method,
+    ReverseMap,
+    Weight,
+    Weights,
+    WeightValues,
+)
 from keras_svdtune.runtime.placement import place_variable, undistributed
 from keras_svdtune.runtime.types import Shape, Store, Tensor, Variable
 
@@ -121,8 +128,11 @@ class Adapter(keras.layers.Layer):
         penalty = weight.regularizer
         if penalty is None:
             return None
-        # Read when called: `share` is known once all layers are adapted.
-        return lambda variable: penalty(variable) * self.share
+        # TensorFlow adds no float32 to the loss of a float64 model.
+        double = keras.config.floatx() == "float64"
+        dtype = "float64" if double else "float32"
+        # `share` is read when called: once all layers are adapted.
+        return lambda variable: ops.cast(penalty(variable) * self.share, dtype)
 
     def call(self, base: LinearMap) -> Tensor:
         """Returns the adapted product (tokens, out)."""
@@ -143,11 +153,28 @@ class Adapter(keras.layers.Layer):
         return self.method.reverse(self, base)
 
     def merged(self, matrix: Tensor) -> Tensor:
-        """Returns W' in float32 for W (in, out) or a bank (count, in, out)."""
-        matrix = ops.cast(matrix, "float32")
+        """Returns W' for W (in, out) or a bank (count, in, out).
+
+        It is float32, or float64 if W is: then what is added to W is computed
+        in float64 from the weights, and an untrained adapter adds exactly 0.
+        """
+        weights: Weights = self
+        if keras.backend.standardize_dtype(matrix.dtype) == "float64":
+            weights = self._in_float64()
+        else:
+            matrix = ops.cast(matrix, "float32")
         if self.view.count is None:
-            return self.method.merged(self, matrix)
-        return over_bank(self.method.merged, self.method, self, matrix)
+            return self.method.merged(weights, matrix)
+        return over_bank(self.method.merged, self.method, weights, matrix)
+
+    def _in_float64(self) -> Weights:
+        found = WeightValues(self.shape)
+        for weight in self.method.weights(self.shape):
+            value = ops.convert_to_tensor(getattr(self, weight.name))
+            if weight.dtype != "int32":
+                value = ops.cast(value, "float64")
+            setattr(found, weight.name, value)
+        return found
 
     def reset(self) -> None:
         """Sets the trainables so that the layer computes x·W again."""

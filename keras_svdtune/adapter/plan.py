@@ -1,14 +1,15 @@
 """Computes the adapter of one matrix before any layer is touched."""
 
+import contextlib
 import dataclasses
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from keras import ops
 
 from keras_svdtune.adapter.fingerprint import fingerprint
-from keras_svdtune.matrix.decompose import decompose
+from keras_svdtune.matrix.decompose import check_finite, decompose
 from keras_svdtune.matrix.factors import Factors
 from keras_svdtune.methods.base import Method
 from keras_svdtune.methods.replaced_base import ReplacesBase
@@ -116,7 +117,18 @@ def first_values(
         assert needs is not None
         return decompose(ops.convert_to_tensor(rest), needs, name)
 
-    return method, method.fitted(_on_host(matrix), values, rounded, decomposed)
+    w = _on_host(matrix)
+    with _naming(name):
+        return method, method.fitted(w, values, rounded, decomposed)
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Puts the layer before the error of a method, which knows no layer."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"Layer '{name}': {error}") from None
 
 
 def plan_from(
@@ -164,14 +176,18 @@ def _on_host(x: Array) -> np.ndarray:
 def _start_matrix(
     method: Method, matrix: Array, name: str
 ) -> tuple[Method, Values]:
-    needs = method.needs((matrix.shape[0], matrix.shape[1]))
+    check_finite(matrix, name)
+    shape: Shape = (matrix.shape[0], matrix.shape[1])
+    method = method.for_shape(shape)
+    needs = method.needs(shape)
     factors = None if needs is None else decompose(matrix, needs, name)
     method = method.resolved(factors)
     # RandomState, since NumPy promises that its stream never changes: loading
     # an adapter file draws the same numbers again.
     seed = zlib.crc32(name.encode()) + getattr(method, "seed", 0)
     random = np.random.RandomState(seed % 2**32)
-    return method, method.initial_values(matrix, factors, random)
+    with _naming(name):
+        return method, method.initial_values(matrix, factors, random)
 
 
 def _start_bank(

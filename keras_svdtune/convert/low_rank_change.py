@@ -14,7 +14,7 @@ import numpy as np
 from keras_svdtune.hosts.target import Target
 from keras_svdtune.matrix.decompose import top_on_host
 from keras_svdtune.methods.lora import LoRA
-from keras_svdtune.model.checks import check_fit
+from keras_svdtune.methods.settings import check_whole_number
 from keras_svdtune.runtime.parallel import run_all
 from keras_svdtune.runtime.placement import placement_of
 from keras_svdtune.runtime.processes import to_numpy
@@ -57,9 +57,7 @@ def low_rank_products(
     `targets` are adapted matrices by path; `rank` is as for `to_lora`.
     """
     if rank is not None:
-        wanted = LoRA(rank=rank)
-        for path, target in targets.items():
-            check_fit(path, target, wanted)
+        rank = check_whole_number("rank", rank, 1)
     jobs = {
         path: functools.partial(thin_product, path, target, rank)
         for path, target in targets.items()
@@ -72,6 +70,8 @@ def thin_product(path: str, target: Target, rank: int | None) -> LowRankProduct:
     adapter = target.adapted
     method = adapter.method
     matrix, change = weight_and_change(path, target)
+    if rank is not None:
+        rank = min(rank, *change.shape)
     if rank is None or (isinstance(method, LoRA) and method.rank == rank):
         factors = method.low_rank_factors(adapter, matrix)
         if factors is None:

@@ -99,15 +99,16 @@ def to_lora(model: Model, rank: int | None = None) -> Conversion:
 
     Args:
         model: a model with an adapter.
-        rank: int, the rank of every layer's A·B: the best approximation of
-            dW = U diag(s) Vᵀ at that rank, A = U_r and B = diag(s_r)·V_rᵀ,
-            decomposed by LAPACK in float64. None for the exact form.
+        rank: int, the rank of every layer's A·B, or min(in, out) where that
+            is less: the best approximation of dW = U diag(s) Vᵀ at that rank,
+            A = U_r and B = diag(s_r)·V_rᵀ, decomposed by LAPACK in float64.
+            None for the exact form.
 
     Returns:
         `Conversion`: the relative error of each layer and in all.
 
     Raises:
-        ValueError: the model has no adapter; `rank` does not fit a layer, or
+        ValueError: the model has no adapter; `rank` is no integer above 0, or
             is None and the method has no exact form.
 
     Example:

@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from keras import ops
@@ -23,6 +24,11 @@ from keras_svdtune.matrix.decompose import top_on_host
 from keras_svdtune.methods.base import Method, WeightValues
 from keras_svdtune.methods.lora import LoRA
 from keras_svdtune.methods.replaced_base import ReplacesBase
+from keras_svdtune.methods.settings import (
+    check_whole_number,
+    is_number,
+    plain,
+)
 from keras_svdtune.runtime.types import Json
 
 # Of kernels, a second's worth: ten thousand layers in each of two files.
@@ -37,8 +43,9 @@ class _File:
         methods: its method; both by the path that it has in the sum.
     """
 
-    def __init__(self, path: str | os.PathLike[str], weight: object):
-        if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+    def __init__(self, path: str | os.PathLike[str], weight: Any):
+        weight = plain(weight)
+        if not is_number(weight):
             raise ValueError(
                 "Each weight must be a finite number. Received: "
                 f"{weight!r} for '{path}'"
@@ -127,10 +134,10 @@ def compose(
 
     Args:
         adapters: weight of each file. `{path: 1.0}` is that adapter itself.
-        rank: int or None. For low-rank methods, the rank of the result, by a
-            singular value decomposition of ΔW; its relative error
-            ‖ΔW - A·B‖ / ‖ΔW‖, in all and by layer, is then in
-            `about["composition"]["relative_error"]`. None is exact.
+        rank: int or None. For low-rank methods, the rank of the result, or
+            min(in, out) where that is less, by a singular value decomposition
+            of ΔW; its relative error ‖ΔW - A·B‖ / ‖ΔW‖, in all and by layer,
+            is then in `about["composition"]["relative_error"]`. None is exact.
 
     Returns:
         `SavedAdapter`, to `save(path)` or hand to `load_adapter`, which
@@ -139,7 +146,7 @@ def compose(
     Raises:
         ValueError: a file cannot be read, the files belong to different base
             models or cannot be added, it is ambiguous which of their layers are
-            the same, or `rank` does not fit.
+            the same, or a number is out of range.
 
     Example:
 
@@ -149,6 +156,8 @@ def compose(
     both.save("math_pirate.safetensors")
     ```
     """
+    if rank is not None:
+        rank = check_whole_number("rank", rank, 1)
     if not isinstance(adapters, Mapping) or not adapters:
         raise ValueError(
             "`adapters` must be a dict from path to weight, not empty. "
@@ -360,15 +369,11 @@ def _concatenate(layer: str, parts: list[_File], rank: int | None) -> _LayerSum:
     a = np.concatenate([a for a, _ in products], axis=1)
     b = np.concatenate([b for _, b in products], axis=0)
     n = min(a.shape[0], b.shape[1])
-    if rank is not None and (type(rank) is not int or not 1 <= rank <= n):
-        raise ValueError(
-            f"`rank` must be an integer from 1 to {n}, or None, for layer "
-            f"'{layer}'. Received: rank={rank!r}"
-        )
     size, error = _norm_of_product(a, b), 0.0
-    if a.shape[1] > (rank or n):
+    rank = n if rank is None else min(rank, n)
+    if a.shape[1] > rank:
         change = a @ b
-        top = top_on_host(change, rank or n)
+        top = top_on_host(change, rank)
         assert top.u is not None and top.v is not None
         a, b = top.u * np.sqrt(top.s), np.sqrt(top.s)[:, None] * top.v.T
         error = float(np.linalg.norm(change - a.astype("float64") @ b))

@@ -176,6 +176,10 @@ def load_adapter(
     method, methods = methods_of(adapter)
     ours = adapted or matrices_in(root).targets
     targets = find_targets_of(adapter, ours, root)
+    methods = {
+        path: methods[path].for_shape(target.view.shape)
+        for path, target in targets.items()
+    }
     if not adapted:
         for path, target in targets.items():
             try:

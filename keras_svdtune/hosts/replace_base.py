@@ -41,6 +41,12 @@ def kernel_maker(target: Target, method: Method) -> KernelMaker | None:
 
     def as_it_is(matrix: Array) -> NewKernel:
         kernel = ops.cast(view.to_kernel(matrix), target.kernel.dtype)
+        if not bool(ops.all(ops.isfinite(kernel))):
+            raise ValueError(
+                f"The kernel of '{target.path}' has numbers too large for "
+                f"{target.kernel.dtype} when it is replaced. Leave the layer "
+                "out of `target_layer_names`, or the kernel as it is."
+            )
 
         def rounded() -> Tensor:
             return ops.cast(view.to_matrix(kernel), "float32")

@@ -171,7 +171,11 @@ class Target:
 
         It has the dtype of the kernel, or float32 if that is quantized.
         """
-        merged = self.view.to_kernel(self.adapted.merged(self.matrix()))
+        if self.kernel.dtype == "float64":  # `matrix()` would round it
+            matrix = self.view.to_matrix(self.kernel.value)
+        else:
+            matrix = self.matrix()
+        merged = self.view.to_kernel(self.adapted.merged(matrix))
         if self.quantization_mode is not None:
             return merged
         return ops.cast(merged, self.kernel.dtype)

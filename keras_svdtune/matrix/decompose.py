@@ -44,6 +44,10 @@ from keras_svdtune.runtime.types import Array
 # The version of the algorithms. Raise it when one of them returns other
 # numbers than before, or `cache.py` returns the old ones.
 _VERSION = 3
+# The largest number of a matrix: its norm, and products with it, fit float32.
+LARGEST = 1e30
+# A device squares numbers in float32, where those beyond overflow or vanish.
+_ON_DEVICE = (1e-15, 1e15)
 
 
 def decompose(matrix: Array, needs: Needs, name: str = "matrix") -> Factors:
@@ -72,22 +76,28 @@ def decompose(matrix: Array, needs: Needs, name: str = "matrix") -> Factors:
 
 
 def finite(matrix: Array, name: str) -> np.ndarray:
-    """Returns a matrix as float32; raises if it holds NaN or infinity."""
+    """Returns a matrix as float32, checked by `check_finite`."""
     if not isinstance(matrix, np.ndarray):  # that is on the host
         matrix = ops.convert_to_numpy(ops.cast(matrix, "float32"))
     w = np.ascontiguousarray(matrix, "float32")
-    if not np.isfinite(w).all():
-        raise ValueError(
-            f"The kernel of '{name}' holds NaN or infinity, and such a matrix "
-            "has no singular values. Load its weights again, or leave the "
-            "layer out of `target_layer_names`."
-        )
+    check_finite(w, name)
     return w
+
+
+def check_finite(matrix: Array, name: str) -> None:
+    """Raises a ValueError for NaN, infinity and numbers near to it."""
+    xp = np if isinstance(matrix, np.ndarray) else ops
+    if not bool(xp.all(xp.absolute(matrix) <= LARGEST)):
+        raise ValueError(
+            f"The kernel of '{name}' holds NaN or infinity, or a number above "
+            f"{LARGEST:g}, whose products overflow in float32. Load its "
+            "weights again, or leave the layer out of `target_layer_names`."
+        )
 
 
 def computed(w: np.ndarray, needs: Needs, name: str = "matrix") -> Factors:
     """Returns what `decompose` does for a finite w, without the disk cache."""
-    if not on_host():
+    if not on_host() and _fits_device(w):
         try:
             with full_precision():
                 factors = _run(ops.convert_to_tensor(w), needs, DEVICE)
@@ -105,6 +115,12 @@ def computed(w: np.ndarray, needs: Needs, name: str = "matrix") -> Factors:
             stacklevel=2,
         )
     return _run(w, needs, HOST)
+
+
+def _fits_device(w: np.ndarray) -> bool:
+    least, most = _ON_DEVICE
+    largest = float(np.abs(w).max())
+    return largest == 0.0 or least <= largest <= most
 
 
 def singular_values(

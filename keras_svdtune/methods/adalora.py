@@ -1,7 +1,7 @@
 """AdaLoRA: low-rank adapters that share one budget of ranks."""
 
 import dataclasses
-import math
+from typing import Self
 
 import numpy as np
 from keras import ops
@@ -17,7 +17,11 @@ from keras_svdtune.methods.base import (
 )
 from keras_svdtune.methods.low_rank import RankedMethod, branch
 from keras_svdtune.methods.picture import Block
-from keras_svdtune.methods.settings import check_number, check_whole_number
+from keras_svdtune.methods.settings import (
+    check_number,
+    check_seed,
+    check_whole_number,
+)
 from keras_svdtune.runtime.processes import to_numpy
 from keras_svdtune.runtime.types import Shape, Tensor
 
@@ -32,7 +36,10 @@ class AdaLoRA(RankedMethod):
     P (in, r) and Q (r, out) are normal with deviation 0.02, λ (r,) = 0, mask
     (r,) = 1, and r is the initial rank. The loss gets the additional term
 
-        regularization · mean over all P and Q of ‖PᵀP - I‖² (‖QQᵀ - I‖²)
+        regularization · mean over all P and Q of ‖PᵀP - I‖ (‖QQᵀ - I‖)
+
+    the Frobenius norm itself, as in the authors' code and PEFT; the paper
+    squares it.
 
     Each weight w keeps two smoothed numbers: its sensitivity |w·∂L/∂w|, L
     without that term, and how much this varies. Their product is its
@@ -51,18 +58,21 @@ class AdaLoRA(RankedMethod):
     Not swept.
 
     Args:
-        rank: int, the average rank at the end.
-        initial_rank: int or None, the rank of every layer at first; None
-            means 1.5 times `rank`, as the authors advise.
+        rank: int, 1 or more, the average rank at the end. A layer with a
+            smaller min(in, out) counts with that.
+        initial_rank: int or None, the rank of every layer at first, at most
+            its min(in, out); None means 1.5 times `rank`, as the authors
+            advise.
         alpha: float or None. The scale is alpha / initial_rank; None is a
             scale of 1.
-        regularization: float, the weight of the additional term.
+        regularization: float, 0 or more, the weight of the additional term.
         smoothing: float in [0, 1), of sensitivity and variation (the paper's
             β₁ = β₂).
         seed: int. Seed of P and Q.
 
     Reference: Zhang et al. 2023, https://arxiv.org/abs/2303.10512. The
-    budget falls as in its code; the equation that it prints jumps.
+    budget falls as in its code, cut to an integer; the equation that it
+    prints jumps.
     """
 
     name = "adalora"
@@ -100,13 +110,9 @@ class AdaLoRA(RankedMethod):
                     "`initial_rank` must not be below `rank`. Received: "
                     f"initial_rank={self.initial_rank}, rank={self.rank}"
                 )
-        if not 0.0 <= self.smoothing < 1.0:
-            raise ValueError(
-                "`smoothing` must be in [0, 1). Received: "
-                f"smoothing={self.smoothing}"
-            )
-        check_number("regularization", self.regularization, 0.0, math.inf)
-        check_whole_number("seed", self.seed, 0)
+        check_number("smoothing", self.smoothing, 0.0, 1.0)
+        check_number("regularization", self.regularization, 0.0)
+        check_seed(self.seed)
 
     @property
     def first_rank(self) -> int:
@@ -118,13 +124,12 @@ class AdaLoRA(RankedMethod):
         """The factor alpha / initial rank of the branch; 1 if alpha is None."""
         return 1.0 if self.alpha is None else self.alpha / self.first_rank
 
-    def check(self, shape: Shape) -> None:
-        super().check(shape)
-        if self.first_rank > min(shape):
-            raise ValueError(
-                f"the initial rank, {self.first_rank}, exceeds min(in, out) = "
-                f"{min(shape)}. Give a smaller `initial_rank` or `rank`."
-            )
+    def for_shape(self, shape: Shape) -> Self:
+        n = min(shape)
+        if self.first_rank <= n:
+            return self
+        rank = min(self.rank, n)
+        return dataclasses.replace(self, rank=rank, initial_rank=n)
 
     def weights(self, shape: Shape) -> list[Weight]:
         rows, columns = shape
@@ -235,7 +240,7 @@ class AdaLoRA(RankedMethod):
                     g,
                     mean,
                     share * variation + (1.0 - beta) * spread,
-                    ops.full(calls.shape, 1.0 if name == "p" else 0.0),
+                    ops.ones_like(calls) * (1.0 if name == "p" else 0.0),
                 )
 
             # Not w itself: torch would return the input unchanged.
@@ -251,6 +256,11 @@ class AdaLoRA(RankedMethod):
 
 
 def orthogonality(p: Tensor) -> Tensor:
-    """Computes ‖PᵀP - I‖², the squared Frobenius norm, for P (in, r)."""
+    """Computes ‖PᵀP - I‖, the Frobenius norm, for P (in, r)."""
     gram = ops.matmul(ops.transpose(p), p)
-    return ops.sum(ops.square(gram - ops.eye(gram.shape[0])))
+    identity = ops.eye(gram.shape[0], dtype=gram.dtype)
+    squares = ops.sum(ops.square(gram - identity))
+    # At exactly 0 the root has no gradient: 0 · inf would be NaN. There the
+    # root of 1 is taken instead, and not used, so that the gradient is 0.
+    apart = squares > 0.0
+    return ops.where(apart, ops.sqrt(ops.where(apart, squares, 1.0)), 0.0)

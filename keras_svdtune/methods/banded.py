@@ -24,13 +24,13 @@ def banded_product(c: Tensor, entries: Tensor, n: int, width: int) -> Tensor:
 
     def shifted(x: Tensor, by: int) -> Tensor:
         """Returns columns by, ..., by + n - 1 of the unpadded x; 0 outside."""
-        return ops.cast(x[:, width + by : width + by + n], "float32")
+        return ops.cast(x[:, width + by : width + by + n], entries.dtype)
 
     @ops.custom_gradient  # type: ignore[untyped-decorator]
     def product(c: Tensor, entries: Tensor) -> Tensor:
         def grad(*args: Tensor, upstream: Tensor = None) -> Tensor:
             g = padded(args[0] if upstream is None else upstream)
-            c32 = ops.cast(c, "float32")
+            wide = ops.cast(c, entries.dtype)
             dc: Tensor = 0.0
             de = []
             for k, i, j, a, b in parts:
@@ -38,7 +38,7 @@ def banded_product(c: Tensor, entries: Tensor, n: int, width: int) -> Tensor:
                 # in the forward pass, from there to here.
                 g_k = shifted(g, k)
                 dc = dc + g_k * ops.pad(entries[a:b], (i, n - j))
-                de.append(ops.sum(c32 * g_k, axis=0)[i:j])
+                de.append(ops.sum(wide * g_k, axis=0)[i:j])
             return ops.cast(dc, c.dtype), ops.concatenate(de)
 
         c_padded = padded(c)

@@ -22,6 +22,7 @@ from keras import ops
 
 from keras_svdtune.matrix.factors import Factors, Needs
 from keras_svdtune.methods.picture import Picture
+from keras_svdtune.methods.settings import plain
 from keras_svdtune.runtime.types import Shape, Tensor
 
 # Labels for `Weight.axes`: the axis of W that a dimension of the weight runs
@@ -166,12 +167,24 @@ class Method:
                 return object.__new__(form)
         return object.__new__(cls)
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = plain(getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+
+    def for_shape(self, shape: Shape) -> Self:
+        """Returns the method with the settings that fit W (in, out).
+
+        One method is enabled on matrices of all sizes. A setting that is too
+        large for this one, such as a rank above min(in, out), becomes the
+        largest that fits. The hooks below are called on the result. A method
+        that cannot adapt such a matrix at all raises a ValueError.
+        """
+        return self
+
     def needs(self, shape: Shape) -> Needs | None:
         """Returns which part of W's decomposition is used; None if none."""
         return None
-
-    def check(self, shape: Shape) -> None:
-        """Raises a ValueError if a setting does not fit W (in, out)."""
 
     def resolved(self, factors: Factors | None) -> Self:
         """Returns the method with the settings decided for one matrix."""
@@ -202,7 +215,11 @@ class Method:
         raise NotImplementedError
 
     def merged(self, weights: Weights, matrix: Tensor) -> Tensor:
-        """Computes W' (in, out) in float32: `call(weights, base)` is x·W'."""
+        """Computes W' (in, out): `call(weights, base)` is x·W'.
+
+        `matrix` and the trainable weights are float32, and so is W'; or all
+        of them are float64, where the layer holds W in that.
+        """
         raise NotImplementedError
 
     def reverse(self, weights: Weights, base: ReverseMap) -> Tensor:

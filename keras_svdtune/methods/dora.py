@@ -18,8 +18,11 @@ from keras_svdtune.methods.base import (
 from keras_svdtune.methods.lora import random_a
 from keras_svdtune.methods.low_rank import RankedMethod, branch
 from keras_svdtune.methods.picture import Block
-from keras_svdtune.methods.settings import check_whole_number
+from keras_svdtune.methods.settings import check_seed
 from keras_svdtune.runtime.types import Shape, Tensor
+
+# Norms of columns whose squares, and sums of these, are normal in float32.
+_LEAST_NORM, _LARGEST_NORM = 1e-18, 1e18
 
 
 @register
@@ -38,7 +41,8 @@ class DoRA(RankedMethod):
         ‖w_j + k·A·b_j‖² = ‖w_j‖² + 2k·(AᵀW)_j·b_j + k²·b_jᵀ(AᵀA)·b_j
 
     The trainable weight is m - ‖W‖, so that the start is exactly W. A column
-    of zeros has no direction and stays zero.
+    of zeros (a norm below 1e-18) has no direction and stays as it is; a norm
+    above 1e18 is an error.
 
     Trainable: r·(in + out) + out a matrix; frozen: out.
 
@@ -47,7 +51,7 @@ class DoRA(RankedMethod):
     authors advise half of LoRA's rank.
 
     Args:
-        rank: int from 1 to min(in, out).
+        rank: int, 1 or more; at most min(in, out) in each layer.
         alpha: float or None. The branch is scaled by alpha / rank; None
             means rank, a scale of 1. (The authors use 2·rank.)
         seed: int. Seed of A.
@@ -86,7 +90,7 @@ class DoRA(RankedMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_whole_number("seed", self.seed, 0)
+        check_seed(self.seed)
 
     def weights(self, shape: Shape) -> list[Weight]:
         rows, columns = shape
@@ -105,7 +109,7 @@ class DoRA(RankedMethod):
     ) -> dict[str, Tensor]:
         return {
             "a": random_a(matrix.shape[0], self.rank, random),
-            "squared_norms": ops.sum(ops.square(matrix), axis=0),
+            "squared_norms": _squared_norms(ops.convert_to_numpy(matrix)),
         }
 
     def neutral(self, weights: Weights) -> dict[str, Tensor]:
@@ -115,10 +119,12 @@ class DoRA(RankedMethod):
         }
 
     def call(self, weights: Weights, base: LinearMap) -> Tensor:
-        y = base() + branch(base, weights.a, weights.b, self.scale)
+        y = base() + branch(base, weights.a, _b(weights), self.scale)
         at = ops.transpose(ops.cast(weights.a, base.dtype))
         excess = self._excess(weights, ops.cast(base.rows(at), "float32"))
-        return ops.cast(ops.cast(y, "float32") * (1.0 + excess), y.dtype)
+        wide = "float64" if base.dtype == "float64" else "float32"
+        factor = ops.cast(1.0 + excess, wide)
+        return ops.cast(ops.cast(y, wide) * factor, y.dtype)
 
     def reverse(self, weights: Weights, base: ReverseMap) -> Tensor:
         # x·W'ᵀ = (x ⊙ (1 + e))·(W + k·A·B)ᵀ
@@ -126,12 +132,12 @@ class DoRA(RankedMethod):
         atw = ops.cast(base.back(at), "float32")
         excess = ops.cast(self._excess(weights, atw), base.dtype)
         y = base.moved(base.times(ops.diag(excess)))
-        b = weights.b * self.scale
+        b = _b(weights) * self.scale
         b = ops.cast(b, base.dtype) * (1.0 + excess)
         return y + ops.matmul(base.times(ops.transpose(b)), at)
 
     def merged(self, weights: Weights, matrix: Tensor) -> Tensor:
-        directions = matrix + self.scale * ops.matmul(weights.a, weights.b)
+        directions = matrix + self.scale * ops.matmul(weights.a, _b(weights))
         atw = ops.matmul(ops.transpose(weights.a), matrix)
         return directions * (1.0 + self._excess(weights, atw))
 
@@ -157,7 +163,7 @@ class DoRA(RankedMethod):
         where Δm = c = 0, however the hardware rounds roots.
         """
         k = self.scale
-        a, b = weights.a, weights.b
+        a, b = weights.a, _b(weights)
         squared_norms = ops.convert_to_tensor(weights.squared_norms)
         gram = ops.matmul(ops.transpose(a), a)
         c = 2.0 * k * ops.sum(atw * b, axis=0)
@@ -165,9 +171,31 @@ class DoRA(RankedMethod):
         # Rounding must not take a squared norm below zero.
         c = ops.stop_gradient(ops.maximum(c, -squared_norms))
         norms = ops.sqrt(squared_norms + c)
-        # A column without a direction is zero, and passes no gradient on.
+        # A column without a direction stays, and passes no gradient on.
         alive = norms > 0.0
         safe = ops.where(alive, norms, 1.0)
         growth = c / (ops.sqrt(squared_norms) + safe)
         excess = (weights.magnitude_change - growth) / safe
-        return ops.where(alive, excess, -1.0)
+        return ops.where(alive, excess, 0.0)
+
+
+def _b(weights: Weights) -> Tensor:
+    """Returns B (r, out), zero where W has a column of zeros."""
+    alive = ops.convert_to_tensor(weights.squared_norms) > 0.0
+    b = ops.convert_to_tensor(weights.b)
+    return ops.where(alive, b, ops.zeros_like(b))
+
+
+def _squared_norms(matrix: np.ndarray) -> np.ndarray:
+    """Returns ‖w_j‖² of the columns (out,); 0 where it is next to nothing."""
+    # Not by `np.square`, which would make a float64 copy of a large table.
+    squares = np.einsum("ij,ij->j", matrix, matrix, dtype="float64")
+    norms = np.sqrt(squares)
+    if norms.max() > _LARGEST_NORM:
+        raise ValueError(
+            f"DoRA needs columns with a norm up to {_LARGEST_NORM:g}, whose "
+            f"square fits float32. Received: {norms.max():.1e}"
+        )
+    # Squares of smaller norms lose their digits in float32, on some hardware
+    # all of them.
+    return np.where(norms < _LEAST_NORM, 0.0, squares).astype("float32")

@@ -8,7 +8,7 @@ from keras import ops
 from keras_svdtune.matrix import float64
 from keras_svdtune.methods.base import LinearMap, ReverseMap, Weights, form_of
 from keras_svdtune.methods.replaced_base import ReplacesBase
-from keras_svdtune.methods.svf import SVF, scaled, times_float32
+from keras_svdtune.methods.svf import SVF, scaled, times_delta
 from keras_svdtune.runtime.types import Tensor
 
 
@@ -38,14 +38,14 @@ class FoldedSVF(ReplacesBase, SVF):
         if columns <= rows:
             return scaled(base(), weights.basis, 1.0 + weights.delta)
         components = base.times(weights.basis)
-        return base.rows(times_float32(components, 1.0 + weights.delta))
+        return base.rows(times_delta(components, 1.0 + weights.delta))
 
     def reverse(self, weights: Weights, base: ReverseMap) -> Tensor:
         raise NotImplementedError  # no embedding gets another kernel
 
     def merged(self, weights: Weights, matrix: Tensor) -> Tensor:
         rows, columns = weights.shape
-        basis = ops.cast(weights.basis, "float32")
+        basis = ops.cast(weights.basis, weights.delta.dtype)
         if columns <= rows:
             return scaled(matrix, basis, 1.0 + weights.delta)
         change = scaled(ops.transpose(matrix), basis, 1.0 + weights.delta)

@@ -17,7 +17,7 @@ from keras_svdtune.methods.base import (
 )
 from keras_svdtune.methods.low_rank import RankedMethod, branch
 from keras_svdtune.methods.picture import Block
-from keras_svdtune.methods.settings import check_whole_number
+from keras_svdtune.methods.settings import check_seed
 from keras_svdtune.runtime.types import Shape, Tensor
 
 
@@ -39,7 +39,7 @@ class LoRA(RankedMethod):
     Smaller models and ranks want more.
 
     Args:
-        rank: int from 1 to min(in, out).
+        rank: int, 1 or more; at most min(in, out) in each layer.
         alpha: float or None. The branch is scaled by alpha / rank; None
             means rank, a scale of 1.
         seed: int. Seed of A.
@@ -75,7 +75,7 @@ class LoRA(RankedMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_whole_number("seed", self.seed, 0)
+        check_seed(self.seed)
 
     def weights(self, shape: Shape) -> list[Weight]:
         rows, columns = shape

@@ -16,7 +16,7 @@ from keras_svdtune.methods.base import (
 )
 from keras_svdtune.methods.low_rank import RankedMethod
 from keras_svdtune.methods.picture import Block
-from keras_svdtune.methods.settings import check_n_iter, check_whole_number
+from keras_svdtune.methods.settings import check_n_iter, check_seed
 from keras_svdtune.runtime.types import Shape, Tensor
 
 
@@ -43,9 +43,9 @@ class LoRAXS(RankedMethod):
     (4e-3 for mathematics), 10 to 20 times LoRA's. Not swept.
 
     Args:
-        rank: int from 1 to min(in, out); or float in (0, 1], for each
-            layer the smallest rank that holds this share of the squared
-            singular values.
+        rank: int, 1 or more; at most min(in, out) in each layer. Or float
+            in (0, 1], for each layer the smallest rank that holds this share
+            of the squared singular values.
         alpha: float or None. The scale is alpha / rank; None means rank,
             a scale of 1.
         n_iter: int or None. Power iterations of a randomised SVD (the
@@ -88,7 +88,7 @@ class LoRAXS(RankedMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_n_iter(self.n_iter)
-        check_whole_number("seed", self.seed, 0)
+        check_seed(self.seed)
 
     def needs(self, shape: Shape) -> Needs:
         return Needs("top", self.rank, self.n_iter, self.seed)
@@ -122,7 +122,7 @@ class LoRAXS(RankedMethod):
         )
 
     def merged(self, weights: Weights, matrix: Tensor) -> Tensor:
-        v = ops.cast(weights.v, "float32")
+        v = ops.cast(weights.v, weights.r.dtype)
         return matrix + self._change(matrix, v, weights.r)
 
     def low_rank_factors(
@@ -130,7 +130,7 @@ class LoRAXS(RankedMethod):
     ) -> tuple[Tensor, Tensor] | None:
         if matrix is None:  # W·V_r is not kept
             return None
-        v = ops.cast(weights.v, "float32")
+        v = ops.cast(weights.v, weights.r.dtype)
         r = weights.r * self.scale
         return ops.matmul(ops.matmul(matrix, v), r), ops.transpose(v)
 

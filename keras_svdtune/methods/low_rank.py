@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_svdtune.matrix.factors import Factors
 from keras_svdtune.methods.base import LinearMap, Method, ReverseMap, Weights
-from keras_svdtune.methods.settings import check_alpha
+from keras_svdtune.methods.settings import check_alpha, check_whole_number
 from keras_svdtune.runtime.types import Shape, Tensor
 
 
@@ -15,7 +15,10 @@ class RankedMethod(Method):
     """A method with a `rank` r and a scale of alpha / r.
 
     `by_energy` says whether `rank` may also be a share of the squared singular
-    values, from which the rank of each matrix follows.
+    values, from which the rank of each matrix follows. A matrix of fewer than
+    r components gets as many as it has, n = min(in, out), and a scale of
+    alpha / n there: LoRA divides by the rank so that the sum of r trained
+    terms is of one size at any r, and n is how many terms the sum has there.
     """
 
     by_energy: ClassVar[bool] = False
@@ -23,27 +26,23 @@ class RankedMethod(Method):
     alpha: float | None
 
     def __post_init__(self) -> None:
-        if not _may_be_rank(self.rank):
+        super().__post_init__()
+        if not self.by_energy:
+            check_whole_number("rank", self.rank, 1)
+        elif not _may_be_rank(self.rank):
             raise ValueError(
                 "`rank` must be an integer, 1 or more, or a float in (0, 1] "
                 "for that share of the squared singular values. "
                 f"Received: rank={self.rank!r}"
             )
-        if isinstance(self.rank, float) and not self.by_energy:
-            raise ValueError(
-                f"{self.title} does not decompose W, so its rank must be an "
-                f"integer. Received: rank={self.rank!r}"
-            )
         check_alpha(self.alpha)
 
-    def check(self, shape: Shape) -> None:
+    def for_shape(self, shape: Shape) -> Self:
         n = min(shape)
-        if not _may_be_rank(self.rank) or self.rank > n:
-            raise ValueError(
-                f"`rank` must be an integer from 1 to min(in, out) = {n}, or "
-                "a float in (0, 1] for that share of the squared singular "
-                f"values. Received: rank={self.rank!r}"
-            )
+        if isinstance(self.rank, float) or self.rank <= n:
+            return self
+        changes: dict[str, Any] = {"rank": n}
+        return dataclasses.replace(self, **changes)
 
     def resolved(self, factors: Factors | None) -> Self:
         if factors is None or not isinstance(self.rank, float):

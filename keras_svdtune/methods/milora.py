@@ -28,9 +28,9 @@ class MiLoRA(SpectralLoRA):
     6e-4, 1 to 3 times below LoRA's.
 
     Args:
-        rank: int from 1 to min(in, out); or float in (0, 1], for each
-            layer the smallest rank that holds this share of the squared
-            singular values, counted from the smallest.
+        rank: int, 1 or more; at most min(in, out) in each layer. Or float
+            in (0, 1], for each layer the smallest rank that holds this share
+            of the squared singular values, counted from the smallest.
         alpha: float or None. The scale is alpha / rank; None means rank,
             a scale of 1, as the authors use.
 

@@ -17,7 +17,11 @@ from keras_svdtune.methods.base import (
 )
 from keras_svdtune.methods.low_rank import RankedMethod, branch
 from keras_svdtune.methods.picture import Block, Picture
-from keras_svdtune.methods.settings import check_n_iter, check_whole_number
+from keras_svdtune.methods.settings import (
+    check_n_iter,
+    check_seed,
+    check_whole_number,
+)
 from keras_svdtune.runtime.types import Shape, Tensor
 
 # The quantizations of Keras' Dense and EinsumDense layers from which a float
@@ -95,8 +99,9 @@ class SpectralLoRA(RankedMethod):
         self, weights: Weights, matrix: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Returns factors of rank 2r: A·B - A₀·B₀ = [ΔA A₀]·[B; ΔB]."""
-        b = ops.cast(weights.b0, "float32") + weights.delta_b
-        a = [weights.delta_a, ops.cast(weights.a0, "float32")]
+        dtype = weights.delta_b.dtype
+        b = ops.cast(weights.b0, dtype) + weights.delta_b
+        a = [weights.delta_a, ops.cast(weights.a0, dtype)]
         return (
             ops.concatenate(a, axis=1),
             ops.concatenate([b, weights.delta_b], axis=0) * self.scale,
@@ -140,9 +145,9 @@ class PiSSA(SpectralLoRA):
     2 to 10 times below LoRA's.
 
     Args:
-        rank: int from 1 to min(in, out); or float in (0, 1], for each
-            layer the smallest rank that holds this share of the squared
-            singular values.
+        rank: int, 1 or more; at most min(in, out) in each layer. Or float
+            in (0, 1], for each layer the smallest rank that holds this share
+            of the squared singular values.
         alpha: float or None. The scale is alpha / rank; None means rank,
             a scale of 1, as the authors advise.
         n_iter: int or None. Power iterations of a randomised SVD, which is
@@ -188,7 +193,7 @@ class PiSSA(SpectralLoRA):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_n_iter(self.n_iter)
-        check_whole_number("seed", self.seed, 0)
+        check_seed(self.seed)
         if self.quantize not in (None, *QUANTIZATIONS):
             raise ValueError(
                 "`quantize` must be 'int8' or 'int4', which Keras quantizes "

@@ -21,6 +21,9 @@ from keras_svdtune.methods.pissa import PiSSA
 from keras_svdtune.methods.replaced_base import ReplacesBase
 from keras_svdtune.runtime.types import Shape, Tensor
 
+# The largest number that a kernel to quantize has at least.
+_LEAST = 1e-6
+
 
 @form_of(PiSSA, "quantize")
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -59,6 +62,14 @@ class QPiSSA(ReplacesBase, PiSSA):
         rounded: Callable[[np.ndarray], np.ndarray],
         decomposed: Callable[[np.ndarray], Factors],
     ) -> dict[str, np.ndarray]:
+        largest = float(np.abs(matrix).max())
+        if 0.0 < largest < _LEAST:
+            raise ValueError(
+                f"`quantize` needs a kernel with numbers above {_LEAST:g}: "
+                "Keras adds 1e-7 to the largest before it divides by it. "
+                f"Received: {largest:.1e}. Leave the layer out of "
+                "`target_layer_names`."
+            )
         nothing_drawn = np.random.RandomState(0)
         for _ in range(self.iterations - 1):
             rest = matrix - rounded(self.residual(matrix, values))

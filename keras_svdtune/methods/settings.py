@@ -1,34 +1,70 @@
-"""Checks of settings; each error says what was received."""
+"""Checks of numbers that a user gives; each error says what was received.
+
+The same rules hold everywhere: NumPy's numbers count as Python's, a bool is no
+number, and NaN and infinity are refused.
+"""
 
 import math
 from typing import Any
 
+import numpy as np
 
-def check_whole_number(name: str, value: Any, least: int) -> None:
-    """Raises a ValueError unless `value` is an integer, `least` or more."""
-    if type(value) is not int or value < least:
+# Beyond these a product in float32 overflows, or is lost.
+_LEAST, _MOST = 1e-30, 1e30
+
+
+def plain(value: Any) -> Any:
+    """Returns a NumPy number as Python's, and anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def check_whole_number(
+    name: str, value: Any, least: int, most: int | None = None
+) -> int:
+    """Returns `value`; raises a ValueError unless it is such an integer.
+
+    It may be `least` to `most`, with no upper limit if that is None.
+    """
+    number = plain(value)
+    if (
+        type(number) is not int
+        or number < least
+        or (most is not None and number > most)
+    ):
+        top = "or more" if most is None else f"to {most}"
         raise ValueError(
-            f"`{name}` must be an integer, {least} or more. "
+            f"`{name}` must be an integer, {least} {top}. "
             f"Received: {name}={value!r}"
         )
+    return number
 
 
-def check_number(name: str, value: Any, least: float, below: float) -> None:
-    """Raises a ValueError unless `value` is a number in [least, below)."""
-    if not is_number(value) or not least <= value < below:
-        top = "" if math.isinf(below) else f" and below {below:g}"
+def check_number(
+    name: str, value: Any, least: float, below: float = _MOST
+) -> float:
+    """Returns `value`; raises a ValueError unless it is in [least, below)."""
+    number = plain(value)
+    if not is_number(number) or not least <= number < below:
         raise ValueError(
-            f"`{name}` must be a number, {least:g} or more{top}. "
-            f"Received: {name}={value!r}"
+            f"`{name}` must be a number, {least:g} or more and below "
+            f"{below:g}. Received: {name}={value!r}"
         )
+    return float(number)
+
+
+def check_seed(seed: Any) -> None:
+    """Raises a ValueError unless `seed` is one that NumPy takes."""
+    check_whole_number("seed", seed, 0, 2**32 - 1)
 
 
 def check_alpha(alpha: Any) -> None:
     """Raises a ValueError unless `alpha` is a positive number or None."""
-    if alpha is not None and not (is_number(alpha) and alpha > 0):
+    if alpha is not None and not (
+        is_number(alpha) and _LEAST <= alpha <= _MOST
+    ):
         raise ValueError(
-            "`alpha` must be a positive number, or None for a scale of 1. "
-            f"Received: alpha={alpha!r}"
+            f"`alpha` must be a positive number, {_LEAST:g} to {_MOST:g}, or "
+            f"None for a scale of 1. Received: alpha={alpha!r}"
         )
 
 
@@ -44,7 +80,7 @@ def check_n_iter(n_iter: Any) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Says whether `value` is a finite int or float; a bool is not."""
+    """Says whether `value` is a finite number of Python's; a bool is not."""
     return (
         isinstance(value, (int, float))
         and not isinstance(value, bool)

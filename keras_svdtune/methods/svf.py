@@ -93,6 +93,14 @@ class SVF(Method):
         default=False, compare=False, repr=False, kw_only=True
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.replace_kernel, bool):
+            raise ValueError(
+                "`replace_kernel` must be True or False. Received: "
+                f"replace_kernel={self.replace_kernel!r}"
+            )
+
     def needs(self, shape: Shape) -> Needs:
         return Needs("small_side")
 
@@ -133,7 +141,7 @@ class SVF(Method):
 
     def merged(self, weights: Weights, matrix: Tensor) -> Tensor:
         rows, columns = weights.shape
-        basis = ops.cast(weights.basis, "float32")
+        basis = ops.cast(weights.basis, weights.delta.dtype)
         if columns <= rows:
             return matrix + scaled_components(matrix, basis, weights.delta)
         change = scaled_components(ops.transpose(matrix), basis, weights.delta)
@@ -151,14 +159,14 @@ def scaled_components(h: Tensor, basis: Tensor, delta: Tensor) -> Tensor:
 def scaled(components: Tensor, basis: Tensor, delta: Tensor) -> Tensor:
     """Computes (components ⊙ δ)·Bᵀ, given components = h·B.
 
-    The product with δ is taken in float32: a bfloat16 sum over the tokens
-    would lose most of δ's gradient.
+    The product with δ is taken in its dtype, float32: a bfloat16 sum over the
+    tokens would lose most of δ's gradient.
     """
-    change = times_float32(components, delta)
+    change = times_delta(components, delta)
     return ops.matmul(change, ops.transpose(basis))
 
 
-def times_float32(components: Tensor, delta: Tensor) -> Tensor:
-    """Computes components ⊙ δ in float32, and casts the result back."""
-    change = ops.cast(components, "float32") * delta
+def times_delta(components: Tensor, delta: Tensor) -> Tensor:
+    """Computes components ⊙ δ in δ's dtype, and casts the result back."""
+    change = ops.cast(components, delta.dtype) * delta
     return ops.cast(change, components.dtype)

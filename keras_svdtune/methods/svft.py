@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import warnings
+from typing import Self
 
 import numpy as np
 from keras import ops
@@ -22,7 +23,7 @@ from keras_svdtune.methods.base import (
     small_side,
 )
 from keras_svdtune.methods.picture import Block
-from keras_svdtune.methods.settings import check_whole_number
+from keras_svdtune.methods.settings import check_seed, check_whole_number
 from keras_svdtune.runtime.placement import whole_rows
 from keras_svdtune.runtime.types import Shape, Tensor
 
@@ -54,7 +55,8 @@ class SVFT(Method):
 
     u and v have equal lengths only where W is square: elsewhere top_k is
     banded, and a warning says so. W is never truncated. A component with s
-    below 1e-6 of the largest does not train: x·W does not determine x·U there.
+    below 1e-6 of the largest, or below 1e-30, does not train: x·W does not
+    determine x·U there.
     For the same reason the rounding of x·W counts s_max / s times in the i-th
     component: in bfloat16 that is harmless on matrices of condition 100
     (Gemma's) and not at 1000; there, compute in float32.
@@ -66,7 +68,8 @@ class SVFT(Method):
     Args:
         pattern: `"banded"` (the authors' advice), `"plain"`, `"random"` or
             `"top_k"`.
-        off_diagonals: int, d above; less than n. No effect on plain.
+        off_diagonals: int, d above, 0 or more; at most n - 1 in each layer,
+            where all of M trains. No effect on plain.
         seed: int. Seed of the random entries.
 
     Example:
@@ -98,6 +101,7 @@ class SVFT(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.pattern not in PATTERNS:
             raise ValueError(
                 f"`pattern` must be one of {', '.join(map(repr, PATTERNS))}. "
@@ -105,18 +109,18 @@ class SVFT(Method):
                 f"{nearest(str(self.pattern), list(PATTERNS))}"
             )
         check_whole_number("off_diagonals", self.off_diagonals, 0)
-        check_whole_number("seed", self.seed, 0)
+        check_seed(self.seed)
 
     @property
     def suggested_learning_rate(self) -> float:  # type: ignore[override]
         return 5e-2 if self.pattern == "plain" else 5e-3
 
-    def check(self, shape: Shape) -> None:
-        if self._width() >= min(shape):
-            raise ValueError(
-                f"`off_diagonals` must be less than min(in, out) = "
-                f"{min(shape)}. Received: off_diagonals={self.off_diagonals}"
-            )
+    def for_shape(self, shape: Shape) -> Self:
+        n = min(shape)
+        if self._width() < n:
+            return self
+        # All n diagonals on each side: M is full, whatever the pattern.
+        return dataclasses.replace(self, off_diagonals=n - 1)
 
     def needs(self, shape: Shape) -> Needs:
         if self._pattern(shape) == "top_k":  # both sides, to align them
@@ -149,7 +153,7 @@ class SVFT(Method):
         assert factors is not None
         rows, columns = shape = tuple(matrix.shape)
         s, n = factors.s, min(shape)
-        alive = s > 1e-6 * s[0]
+        alive = s > max(1e-6 * s[0], 1e-30)  # 1 / s must fit float32
         values = {
             "basis": factors.v if columns <= rows else factors.u,
             "inverse_s": np.where(alive, 1.0 / np.where(alive, s, 1.0), 0.0),
@@ -188,7 +192,7 @@ class SVFT(Method):
 
     def merged(self, weights: Weights, matrix: Tensor) -> Tensor:
         rows, columns = weights.shape
-        basis = ops.cast(weights.basis, "float32")
+        basis = ops.cast(weights.basis, weights.m.dtype)
         if columns <= rows:
             components = ops.matmul(matrix, basis)
             return matrix + self._change(weights, components, basis)

@@ -120,7 +120,7 @@ def check_fit(path: str, target: Target, method: Method) -> None:
         )
     rows, columns = target.view.shape
     try:
-        method.check(target.view.shape)
+        method.for_shape(target.view.shape)
         if target.view.count is not None and not method.banks:
             raise ValueError(f"{method.title} takes no bank of matrices.")
     except ValueError as error:
@@ -172,9 +172,26 @@ def _not_to_replace(target: Target, method: ReplacesBase) -> str:
             f"is a {type(target.owner).__name__}, and only Dense and "
             "EinsumDense layers get another base"
         )
+    if not method.quantization and target.kernel.dtype == "float64":
+        return "holds a float64 kernel, and the one in its place is of float32"
     if method.quantization and target.owner.compute_dtype == "float16":
         return "computes in float16, which Keras does not quantize"
     return ""
+
+
+def check_merged(targets: dict[str, Target]) -> None:
+    """Raises a ValueError that names a layer whose merged kernel is not finite.
+
+    It goes through all of them: once the first is merged, its W is lost.
+    """
+    check_trained(targets, "merged")
+    for path, target in targets.items():
+        if not bool(ops.all(ops.isfinite(target.merged_kernel()))):
+            raise ValueError(
+                f"The adapter of layer '{path}' gives a kernel too large for "
+                f"{target.base_dtype}. Load or train it again, or call "
+                "`remove_adapter()`. The model is as it was."
+            )
 
 
 def check_trained(targets: dict[str, Target], verb: str) -> None:

@@ -17,7 +17,7 @@ from keras_svdtune.hosts.replace_base import put_in_place, remember_value
 from keras_svdtune.hosts.target import Target
 from keras_svdtune.methods.base import Method
 from keras_svdtune.model.checks import (
-    check_trained,
+    check_merged,
     checked_method,
     targets_for,
 )
@@ -152,12 +152,13 @@ def merge_adapter(model: Model) -> None:
         model: a model with an adapter.
 
     Raises:
-        ValueError: the model has no adapter.
+        ValueError: the model has no adapter, or a merged kernel would hold NaN
+            or infinity; then nothing is merged.
     """
     root = adapted_part(model)
     targets = require_adapted(root)
     owners = enabled_models(root, targets)
-    check_trained(targets, "merged")
+    check_merged(targets)
     # One layer after the other, so that no second copy of all kernels is held.
     # So it cannot be undone in the middle, and an interrupt waits for the end.
     steps: list[Callable[[], None]] = [

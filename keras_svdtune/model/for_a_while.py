@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_svdtune.hosts import attach
-from keras_svdtune.model.checks import check_trained
+from keras_svdtune.model.checks import check_merged
 from keras_svdtune.model.recompile import (
     bring_up_to_date,
     note_change_for_a_while,
@@ -114,7 +114,7 @@ def adapter_merged(model: Model) -> Iterator[None]:
     root = adapted_part(model)
     targets = require_adapted(root)
     enabled_models(root, targets)  # or it is an error
-    check_trained(targets, "merged")
+    check_merged(targets)
     owners = [x.owner for x in targets.values()]
     structure = Structure(owners)
     before: list[tuple[Variable, Tensor]] = []

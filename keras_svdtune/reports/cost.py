@@ -181,7 +181,7 @@ def estimate(
     method = checked_method(method)
     targets = targets_for(root, method, target_layer_names)
     costs = tuple(
-        _cost(path, _with_rank(method, x, path), x)
+        _cost(path, _resolved(method, x, path), x)
         for path, x in targets.items()
     )
     work = sum(
@@ -216,8 +216,9 @@ def _bytes_of(dtype: str) -> int:
     return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
 
 
-def _with_rank(method: Method, target: Target, path: str) -> Method:
-    """Returns `method` with an integer rank, found by its energy if needed."""
+def _resolved(method: Method, target: Target, path: str) -> Method:
+    """Returns `method` for one matrix, with an integer rank if it has one."""
+    method = method.for_shape(target.view.shape)
     if not isinstance(method, RankedMethod) or isinstance(method.rank, int):
         return method
     matrix = target.host_matrix()
@@ -237,7 +238,7 @@ def _with_rank(method: Method, target: Target, path: str) -> Method:
 
 def _operations(method: Method, shape: tuple[int, int]) -> float:
     """Estimates the floating-point operations of one decomposition."""
-    n, needs = min(shape), method.needs(shape)
+    n, needs = min(shape), method.for_shape(shape).needs(shape)
     if needs is None:
         return 0.0
     fitted = isinstance(method, ReplacesBase) and method.quantization

@@ -177,14 +177,14 @@ def _set_limits(
 
 
 def _part(method: Method, shape: tuple[int, int]) -> str | None:
-    needs = method.needs(shape)
+    needs = method.for_shape(shape).needs(shape)
     return None if needs is None else needs.part
 
 
 def trained_span(layer: LayerSpectrum, method: Method) -> tuple[int, int]:
     """Returns the first and last component that `method` trains, from 1."""
     n = len(layer.s)
-    needs = method.needs(layer.matrix)
+    needs = method.for_shape(layer.matrix).needs(layer.matrix)
     assert needs is not None
     if needs.part == "small_side":
         return 1, n
@@ -192,7 +192,6 @@ def trained_span(layer: LayerSpectrum, method: Method) -> tuple[int, int]:
     if isinstance(rank, float):
         rank = rank_of_energy(layer.s, rank, needs.part)
     assert rank is not None
-    rank = min(rank, n)
     return (1, rank) if needs.part == "top" else (n - rank + 1, n)
 
 
