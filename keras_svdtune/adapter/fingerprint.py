@@ -16,6 +16,7 @@ give another ΔW only where that matters.
 
 import functools
 import math
+from collections.abc import Iterable
 
 import numpy as np
 from keras import ops
@@ -44,6 +45,11 @@ def fingerprint(matrix: np.ndarray) -> np.ndarray:
     return np.array([norm, *np.sum(products * b, axis=1)], "float32")
 
 
+def coarsest(dtypes: Iterable[str]) -> str:
+    """Returns the dtype that rounds most."""
+    return max(dtypes, key=lambda dtype: _BASE_TOLERANCE.get(dtype, 1e-5))
+
+
 def matches(ours: np.ndarray, theirs: np.ndarray, *dtypes: str) -> bool:
     """Returns whether two base fingerprints are of the same matrix.
 
@@ -52,7 +58,7 @@ def matches(ours: np.ndarray, theirs: np.ndarray, *dtypes: str) -> bool:
     """
     if ours.shape != theirs.shape or not np.isfinite(theirs).all():
         return False
-    tolerance = max(_BASE_TOLERANCE.get(d, 1e-5) for d in dtypes)
+    tolerance = _BASE_TOLERANCE.get(coarsest(dtypes), 1e-5)
     difference = np.abs(ours.astype("float64") - theirs.astype("float64"))
     return bool((difference <= tolerance * ours[0] + 1e-12).all())
 

@@ -254,6 +254,19 @@ def check_effect(
     )
 
 
+def check_basis_can_change(
+    adapter: SavedAdapter, path: str, target: Target
+) -> None:
+    """Checks that a basis made by another rule than the file's can be made."""
+    if target.replaced and target.adapted.rounds != adapter.rounds(path):
+        raise ValueError(
+            f"{adapter.source} was written by an earlier release, which "
+            f"computed other singular vectors of layer '{path}', and the "
+            "kernel that they are of was replaced here. Call "
+            "`remove_adapter()` first, then load."
+        )
+
+
 def check_frozen_weights(
     adapter: SavedAdapter, path: str, target: Target, values: Values
 ) -> None:

@@ -15,6 +15,7 @@ from keras_svdtune.adapter.fingerprint import effect
 from keras_svdtune.adapter.plan import AdapterPlan
 from keras_svdtune.files.compatibility import (
     array_key,
+    check_basis_can_change,
     check_effect,
     check_frozen_weights,
     dtype_in_file,
@@ -25,9 +26,11 @@ from keras_svdtune.files.compatibility import (
     values_for,
 )
 from keras_svdtune.files.format import (
+    BASIS,
     EFFECTS,
     FINGERPRINTS,
     FORMAT_VERSION,
+    ROUNDED,
     STATISTICS,
     SavedAdapter,
     checked_path,
@@ -68,8 +71,10 @@ def save_adapter(
         path: where to write, ending in `.safetensors`.
         include_basis: whether to write the frozen weights too (n² numbers a
             matrix for SVF and SVFT). Without them, loading computes the
-            singular vectors from W again and checks that they came out the
-            same; with them, it computes nothing and cannot differ.
+            singular vectors again, from W rounded to bfloat16, and checks that
+            they came out the same: in float32 and in bfloat16 they do. With
+            them, it computes nothing and cannot differ, which a base in
+            float16 may need.
 
     Raises:
         ValueError: the model has no adapter, or `path` another ending.
@@ -100,6 +105,8 @@ def saved_adapter(model: Model, include_basis: bool = False) -> SavedAdapter:
             "kernel_shape": list(target.view.kernel_shape),
             "dtype": target.base_dtype,
         }
+        if adapter.rounds:
+            entry[BASIS] = ROUNDED
         if not adapter.method.trains_like(method):
             entry["settings"] = adapter.method.settings()
         layers[path] = entry
@@ -173,15 +180,20 @@ def load_adapter(
     values = values_for(adapter, targets, methods)
     statistics = statistics_for(root, adapter)
     match_bases(adapter, targets, methods, ours)
+    rounds = {path: adapter.rounds(path) for path in targets}
+    label = f"{method.title}: loading"
     if not adapted:
-        plans = plan_adapters(
-            f"{method.title}: loading", targets, methods, values
-        )
+        plans = plan_adapters(label, targets, methods, values, rounds)
         for row, (path, target) in enumerate(targets.items()):
             check_effect(adapter, row, target, plans[path])
         attach_plans(root, method, targets, plans)
         set_statistics(root, statistics)
         return
+    for path, target in targets.items():
+        check_basis_can_change(adapter, path, target)
+    others = {p: x for p, x in targets.items() if x.adapted.rounds != rounds[p]}
+    plans = plan_adapters(label, others, methods, values, rounds)
+    values |= {path: plan.values for path, plan in plans.items()}
     for row, (path, target) in enumerate(targets.items()):
         ours_now = target.adapted
         new = {
@@ -195,4 +207,5 @@ def load_adapter(
     for path, target in targets.items():
         for name, value in values[path].items():
             getattr(target.adapted, name).assign(value)
+        target.adapted.rounds = rounds[path]
     set_statistics(root, statistics)

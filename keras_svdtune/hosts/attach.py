@@ -89,6 +89,7 @@ def attach_plan(target: Target, plan: AdapterPlan) -> Adapter:
         target, plan.method, lambda name: plan.values.pop(name, None)
     )
     adapter.base_fingerprint = plan.base_fingerprint
+    adapter.rounds = plan.rounds
     if plan.replaced is not None:
         adapter.replaced = dataclasses.replace(plan.replaced, kernel=None)
     return adapter

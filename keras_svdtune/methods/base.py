@@ -144,6 +144,10 @@ class Method:
         banks: bool. Whether it adapts a bank of matrices (experts), whose
             layer reads only the merged kernels.
         embeddings: bool. Whether it adapts embeddings.
+        rebuilds_basis: bool. Whether loading computes frozen weights from the
+            singular vectors of W again. They are then those of W rounded to
+            bfloat16 (`matrix/rounding.py`), so that W in float32 and W in
+            bfloat16 have the same; W·V = U·diag(s) holds to that rounding only.
         has_enable: bool. Whether there is an `enable_<name>`. There is none
             where Keras has a method of that name.
     """
@@ -157,6 +161,7 @@ class Method:
     linear: ClassVar[bool] = False
     banks: ClassVar[bool] = True
     embeddings: ClassVar[bool] = True
+    rebuilds_basis: ClassVar[bool] = False
     has_enable: ClassVar[bool] = True
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:

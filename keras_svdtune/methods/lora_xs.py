@@ -65,6 +65,7 @@ class LoRAXS(RankedMethod):
     title = "LoRA-XS"
     suggested_learning_rate = 2e-3
     linear = True
+    rebuilds_basis = True
     example = ", rank=8"
     by_energy = True
     formula = (

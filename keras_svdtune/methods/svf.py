@@ -79,6 +79,7 @@ class SVF(Method):
     title = "SVF"
     suggested_learning_rate = 5e-2
     linear = True
+    rebuilds_basis = True
     formula = (
         r"W' = U \operatorname{diag}\bigl(s \odot (1 + \delta)\bigr) V^\top,"
         r" \qquad \delta \in \mathbb{R}^n \text{ trains, } 0 \text{ at first}"

@@ -29,6 +29,11 @@ from keras_svdtune.runtime.types import Shape, Tensor
 PATTERNS = ("plain", "banded", "random", "top_k")
 
 
+# A component trains if its s is so many times what rounding makes of zero:
+# then rounding turns x·W·V / s by less than a quarter.
+_NOISE = 4.0
+
+
 @register
 @dataclasses.dataclass(frozen=True)
 class SVFT(Method):
@@ -83,6 +88,7 @@ class SVFT(Method):
     name = "svft"
     title = "SVFT"
     linear = True
+    rebuilds_basis = True
     formula = (
         r"W' = U \bigl(\operatorname{diag}(s) + M\bigr) V^\top,"
         r" \qquad M \text{ sparse trains, } 0 \text{ at first}"
@@ -149,7 +155,7 @@ class SVFT(Method):
         assert factors is not None
         rows, columns = shape = tuple(matrix.shape)
         s, n = factors.s, min(shape)
-        alive = s > 1e-6 * s[0]
+        alive = s > max(1e-6 * s[0], _NOISE * factors.noise)
         values = {
             "basis": factors.v if columns <= rows else factors.u,
             "inverse_s": np.where(alive, 1.0 / np.where(alive, s, 1.0), 0.0),
