@@ -17,7 +17,8 @@ from keras_svdtune.runtime.types import Tensor
 class FoldedSVF(ReplacesBase, SVF):
     """SVF whose layers hold W·V (or Uᵀ·W): `SVF(replace_kernel=True)`.
 
-    `SVF` has the formulas.
+    `SVF` has the formulas. W is the kernel as it is here too, and V that of the
+    rounded one.
 
     Reference: Sun et al. 2022, https://arxiv.org/abs/2206.06122.
     """

@@ -29,8 +29,8 @@ from keras_svdtune.runtime.types import Shape, Tensor
 PATTERNS = ("plain", "banded", "random", "top_k")
 
 
-# A component trains if its s is so many times what rounding makes of zero:
-# then rounding turns x·W·V / s by less than a quarter.
+# A component trains if its s is so many times what rounding makes of a zero:
+# then rounding turns W·V / s by less than a quarter.
 _NOISE = 4.0
 
 
@@ -58,11 +58,17 @@ class SVFT(Method):
     | `"top_k"` | the entries with the largest \\|uᵢᵀvⱼ\\| | as many as banded |
 
     u and v have equal lengths only where W is square: elsewhere top_k is
-    banded, and a warning says so. W is never truncated. A component with s
-    below 1e-6 of the largest does not train: x·W does not determine x·U there.
-    For the same reason the rounding of x·W counts s_max / s times in the i-th
-    component: in bfloat16 that is harmless on matrices of condition 100
-    (Gemma's) and not at 1000; there, compute in float32.
+    banded, and a warning says so. W is never truncated.
+
+    U, s and V are those of W rounded to bfloat16 (`Method.rebuilds_basis`); W
+    itself stays as it is, and in both formulas stands for U diag(s) Vᵀ, from
+    which rounding may make it differ. What trains is then W·V / s in place of
+    U (Uᵀ·W / s in place of Vᵀ): in a component as large as the others 0.2 %
+    away, in a small one more, by s_rms / s times as much. A component that this
+    turns by more than a quarter does not train: s below 2⁻⁷ of the root mean
+    square of s (0.4 % of the components of SmolLM2-135M, none of Gemma 3's).
+    In bfloat16 x·W is rounded as W was, so that there too the small components
+    are the less exact ones.
 
     `suggested_learning_rate` is 5e-2 for plain, the authors' (5e-2 to 8e-2),
     and 5e-3 for the other patterns, the middle of theirs (1e-3 to 5e-2). Not
