@@ -210,7 +210,8 @@ class Adapter(keras.layers.Layer):
             )
 
     def _effect(self) -> np.ndarray:
-        return effect(self.method, self, self.target.matrix())
+        matrix = self.target.matrix()
+        return effect(self.method, self, matrix, self.rounds)
 
     def _does(self, expected: np.ndarray) -> bool:
         """Says whether the weights have the effect that a file holds."""
@@ -226,15 +227,17 @@ class Adapter(keras.layers.Layer):
         """
         if not self.method.rebuilds_basis or self.replaced is not None:
             return False
+        plan = self.target.planned(not self.rounds)
         stored, before = self._stored(), {}
-        for name, value in self.target.planned(not self.rounds).values.items():
+        self.rounds = plan.rounds
+        for name, value in plan.values.items():
             if f"{self.method.name}_{name}" not in stored:
                 variable = getattr(self, name)
                 before[name] = ops.copy(variable.value)
                 variable.assign(value)
         if self._does(expected):
-            self.rounds = not self.rounds
             return True
+        self.rounds = not self.rounds
         for name, value in before.items():
             getattr(self, name).assign(value)
         return False

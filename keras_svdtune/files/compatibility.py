@@ -232,7 +232,7 @@ def check_effect(
     path = list(adapter.about["layers"])[row]
     dtypes = (adapter.about["layers"][path]["dtype"], target.base_dtype)
     if same_effect(
-        effect(method, weights, matrix),
+        effect(method, weights, matrix, adapter.rounds(path)),
         adapter.arrays[EFFECTS][row],
         float(plan.base_fingerprint[0]),
         *dtypes,

@@ -100,7 +100,9 @@ def saved_adapter(model: Model, include_basis: bool = False) -> SavedAdapter:
                 key = array_key(path, adapter.method, weight.name)
                 arrays[key] = np.ascontiguousarray(to_numpy(value))
         fingerprints.append(fingerprint_of(target))
-        effects.append(effect(adapter.method, adapter, target.matrix()))
+        effects.append(
+            effect(adapter.method, adapter, target.matrix(), adapter.rounds)
+        )
         entry: Json = {
             "kernel_shape": list(target.view.kernel_shape),
             "dtype": target.base_dtype,

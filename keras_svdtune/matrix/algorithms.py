@@ -26,18 +26,22 @@ class _Host:
 
 
 class _Device:
-    """`keras.ops` in float64 (under `precision.float64_on_device`)."""
+    """`keras.ops` in float64 (under `precision.float64_on_device`).
+
+    Products are taken by operators: on torch `ops.matmul` and `ops.maximum`
+    return float32.
+    """
 
     @staticmethod
     def matmul(a: Array, b: Array) -> Array:
         """Computes a·b."""
-        return ops.matmul(_float64(a), _float64(b))
+        return _float64(a) @ _float64(b)
 
     @staticmethod
     def gram(w: Array) -> Array:
         """Computes wᵀ·w, by blocks of rows."""
         parts = [_float64(w[rows]) for rows in float64.blocks(*w.shape)]
-        return sum(ops.matmul(ops.transpose(x), x) for x in parts)
+        return sum(ops.transpose(x) @ x for x in parts)
 
     @staticmethod
     def svd(w: Array, full_matrices: bool) -> tuple[Array, Array, Array]:
@@ -74,7 +78,8 @@ def small_side(w: Array, xp: Numbers) -> tuple[Array, Array, Array]:
     """
     tall = w.shape[1] <= w.shape[0]
     values, basis = xp.eigh(xp.gram(w if tall else xp.transpose(w)))
-    s = xp.sqrt(xp.maximum(xp.flip(values), 0.0))
+    values = xp.where(values > 0, values, xp.zeros_like(values))
+    s = xp.sqrt(xp.flip(values))
     basis = xp.flip(basis, axis=1)
     basis = basis * signs(basis, xp)
     return (None, s, basis) if tall else (basis, s, None)
