@@ -41,6 +41,10 @@ class ReplacedBase:
     Attributes:
         kernel: the kernel to put into the layer; None once it is there.
         float_fingerprint: the fingerprint of W.
+        corrections: entries of W that come back from the kernel with another
+            rounding to bfloat16: their places in W, flat, and their values.
+            W with these has the basis that it had. None for a kernel in half
+            precision, from which most come back otherwise, or quantized.
         norm: float, ‖W‖ (Frobenius); like the errors, 0 for a float kernel.
         plain_error: float, ‖W - quant(W)‖.
         error: float, ‖W - W̃‖, where W̃ is the kernel with its first adapter.
@@ -48,6 +52,7 @@ class ReplacedBase:
 
     kernel: NewKernel | None
     float_fingerprint: np.ndarray
+    corrections: tuple[np.ndarray, np.ndarray] | None = None
     norm: float = 0.0
     plain_error: float = 0.0
     error: float = 0.0
@@ -145,18 +150,31 @@ def plan_from(
     kernel = make_kernel(rest)
     base = _on_host(kernel.matrix())
     if method.quantization is None:
-        facts = ReplacedBase(kernel, fingerprint(w))
+        restored = method.restored(
+            base, {k: _on_host(x) for k, x in values.items()}
+        )
+        facts = ReplacedBase(kernel, fingerprint(w), _corrections(w, restored))
     else:
         plain = _on_host(make_kernel(w).matrix())
         facts = ReplacedBase(
             kernel,
             fingerprint(w),
+            None,
             float(np.linalg.norm(w)),
             float(np.linalg.norm(w - plain)),
             # W - W̃ = (W - k·A₀·B₀) - Q
             float(np.linalg.norm(rest - base)),
         )
     return AdapterPlan(method, tensors, fingerprint(base), facts, rounds)
+
+
+def _corrections(
+    w: np.ndarray, restored: np.ndarray
+) -> tuple[np.ndarray, np.ndarray] | None:
+    places = np.flatnonzero(rounded(restored) != rounded(w))
+    if len(places) > w.size // 100:
+        return None
+    return places, w.reshape(-1)[places]
 
 
 def _on_one_device(_: Method, values: Values) -> Values:

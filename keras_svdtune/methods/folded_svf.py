@@ -34,6 +34,15 @@ class FoldedSVF(ReplacesBase, SVF):
             return float64.matmul(matrix, basis).astype("float32")
         return float64.matmul(basis.T, matrix).astype("float32")
 
+    def restored(
+        self, kernel: np.ndarray, values: dict[str, np.ndarray]
+    ) -> np.ndarray:
+        rows, columns = kernel.shape
+        basis = values["basis"]
+        if columns <= rows:
+            return float64.matmul(kernel, basis.T).astype("float32")
+        return float64.matmul(basis, kernel).astype("float32")
+
     def call(self, weights: Weights, base: LinearMap) -> Tensor:
         rows, columns = weights.shape
         if columns <= rows:
