@@ -246,6 +246,7 @@ class Method:
 
         It gets the singular values s (n,) of W in float64, and returns M (n, n)
         or, for a diagonal M, the diagonal (n,); None if W' has no such form.
+        With `rebuilds_basis` the form is that of the rounded W, and s its own.
         """
         return None
 

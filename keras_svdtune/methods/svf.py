@@ -46,8 +46,8 @@ class SVF(Method):
         out <= in:  y = x·W·(I + V diag(δ) Vᵀ)
         in < out:   y = x·(I + U diag(δ) Uᵀ)·W
 
-    which scales the singular values by 1 + δ but for that rounding: of a
-    kernel that bfloat16 holds exactly to the last bit, of others by 0.2 %.
+    which is W with its singular values scaled by 1 + δ where bfloat16 holds W
+    exactly, and else differs from it by δ times that rounding.
 
     With `replace_kernel=True` the layer holds W·V instead of W (UᵀW where
     in < out), and computes half of the products with V or U:
