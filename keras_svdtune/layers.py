@@ -65,7 +65,12 @@ class DeclaredLayer(AdapterHost):
 
         @functools.cache
         def plan() -> AdapterPlan:
-            return plan_adapter(self.method, target.host_matrix(), target.path)
+            return plan_adapter(
+                self.method,
+                target.host_matrix(),
+                target.path,
+                target.rounds(self.method),
+            )
 
         if not isinstance(self.method.current_rank(None), int | None):
             # `rank` was a share of the energy: take the rank of this kernel.
@@ -78,7 +83,8 @@ class DeclaredLayer(AdapterHost):
                 return None
             return plan().values.get(name)
 
-        attach(target, self.method, first_value, type(self))
+        adapter = attach(target, self.method, first_value, type(self))
+        adapter.rounds = target.rounds(self.method)
 
     def get_config(self) -> Json:
         config = super().get_config()  # type: ignore[misc]

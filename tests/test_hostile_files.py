@@ -239,9 +239,7 @@ def test_more_layers_than_the_model_has(model, monkeypatch):
     no kernel is compared."""
     forged = with_layers(saved_adapter(model), 20_000)
     calls = []
-    monkeypatch.setattr(
-        renumbered, "which_match", lambda *x: calls.append(x)
-    )
+    monkeypatch.setattr(renumbered, "which_match", lambda *x: calls.append(x))
     with pytest.raises(ValueError, match="'small/first_0' of a Sequential, wh"):
         keras_svdtune.load_adapter(model, forged)
     assert not calls

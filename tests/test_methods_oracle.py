@@ -4,7 +4,8 @@ The oracle of a method is its equation and nothing else: a function from the
 trainables to W'. Outputs follow by one product, gradients by central
 differences, so no derivative is written down twice. Singular vectors come
 from `np.linalg.svd`, with the package's rule for signs: the entry of largest
-magnitude of each singular vector of the smaller side is positive.
+magnitude of each singular vector of the smaller side is positive. SVF, SVFT and
+LoRA-XS take the singular vectors of W rounded to bfloat16.
 """
 
 import keras
@@ -52,13 +53,33 @@ def svd(w):
     return u * sign, s, vt.T * sign
 
 
+def rounded(w):
+    """W rounded to bfloat16, to even, by its bits."""
+    bits = w.astype("float32").view("uint32")
+    bits = bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)
+    return (bits & np.uint32(0xFFFF0000)).view("float32").astype("float64")
+
+
+def factors(w):
+    """(U, s, V) of which W is U diag(s) Vᵀ, and which W alone determines.
+
+    The smaller side and s are those of W rounded to bfloat16; the other side is
+    what makes the product W, W·V / s or Uᵀ·W / s. It is orthonormal but for the
+    rounding.
+    """
+    u, s, v = svd(rounded(w))
+    if w.shape[1] <= w.shape[0]:
+        return w @ v / s, s, v
+    return u, s, w.T @ u / s
+
+
 def svf(w, settings, start):
-    u, s, v = svd(w)
+    u, s, v = factors(w)
     return lambda t: (u * (s * (1.0 + t["delta"]))) @ v.T
 
 
 def svft(w, settings, start):
-    u, s, v = svd(w)
+    u, s, v = factors(w)
     n, d = len(s), settings.off_diagonals
     if settings.pattern == "plain":
         d = 0
@@ -100,10 +121,10 @@ def spectral(part):
 
 
 def lora_xs(w, settings, start):
-    u, s, v = svd(w)
+    v = svd(rounded(w))[2]
     rank = settings.rank
     k = 1.0 if settings.alpha is None else settings.alpha / rank
-    a, b = u[:, :rank] * s[:rank], v[:, :rank].T
+    a, b = w @ v[:, :rank], v[:, :rank].T
     return lambda t: w + k * a @ t["r"] @ b
 
 
@@ -293,7 +314,7 @@ def svf_case(shape, dtype="float32"):
     (layer,) = adapted(model).values()
     w = numpy(layer._kernel).astype("float64")
     merged = svf(w, None, None)(weights_of(layer))
-    u, s, v = svd(w)
+    u, s, v = factors(w)
 
     def gradient(dy):
         return s * np.einsum("ri,rc,ci->i", u, x.astype("float64").T @ dy, v)

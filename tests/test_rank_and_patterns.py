@@ -649,10 +649,13 @@ def test_what_zeros_mean_for_each_method(poor):
     ):
         zero, one = merged(method)
         assert not zero.any(), method
-        if method.name == "svf":  # a single number times W
+        if method.name == "svf":
+            # A single number times W, but for the rounding to bfloat16, which
+            # makes small singular values of those that are zero.
             w = POOR["one"].astype("float64")
             ratio = np.sum(one * w) / np.sum(w * w)
-            np.testing.assert_allclose(one, ratio * w, atol=1e-6)
+            limit = 2.0**-8 * np.abs(w).max()
+            np.testing.assert_allclose(one, ratio * w, atol=limit)
         s = np.linalg.svd(one, compute_uv=False)
         assert s[1] < 1e-5 * s[0], method
     # LoRA and its like have directions of their own.

@@ -20,6 +20,7 @@ from keras_hub.src.models.mixtral.mixtral_decoder import MixtralMoeExperts
 
 import keras_svdtune
 from keras_svdtune import SVF, SVFT, LoRA, PiSSA, SpectralMonitor
+from keras_svdtune.matrix.rounding import rounded
 from keras_svdtune.model.targets import find_targets
 
 KEYS = {
@@ -72,7 +73,12 @@ def watched(model, monitor, change):
 
 
 def check(model, method, rel=1e-4):
-    """At the start nothing has changed; then all is as the definitions say."""
+    """At the start nothing has changed; then all is as the definitions say.
+
+    The kernels become bfloat16 numbers, of which SVF and SVFT change the
+    singular values themselves."""
+    for target in find_targets(model).values():
+        target.kernel.assign(rounded(numpy(target.kernel)))
     old = kernels(model)
     keras_svdtune.enable_adapter(model, method)
     if getattr(method, "option", None):  # it replaces the base
@@ -145,6 +151,23 @@ def test_bank_of_experts(method):
     randomise(model)
     assert len(kernels(model)) == 9
     check(model, method)
+
+
+@pytest.mark.parametrize("method", [SVF(), SVFT("banded", 1)], ids=method_id)
+def test_kernels_that_bfloat16_does_not_hold(method):
+    """What is measured is the change of their roundings, 0.2 % away."""
+    model = small_model()
+    old = kernels(model)
+    keras_svdtune.enable_adapter(model, method)
+    monitor = SpectralMonitor(**WHAT)
+    watched(model, monitor, lambda: perturb(model))
+    for change in monitor.changes:
+        w, new = old[change.path], kernels(model)[change.path]
+        assert np.any(rounded(w) != w)
+        drift, rank, energy, _ = expected(w, new, **WHAT)
+        assert change.drift == pytest.approx(drift, rel=1e-2)
+        assert change.effective_rank == pytest.approx(rank, rel=1e-2)
+        assert change.top_energy == pytest.approx(energy, rel=1e-2)
 
 
 def test_svf_makes_no_intruders_and_lora_does(hosts):

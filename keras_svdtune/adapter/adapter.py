@@ -13,7 +13,7 @@ from keras_svdtune.adapter.fingerprint import (
     matches,
     same_effect,
 )
-from keras_svdtune.adapter.plan import ReplacedBase
+from keras_svdtune.adapter.plan import AdapterPlan, ReplacedBase
 from keras_svdtune.matrix.view import MatrixView
 from keras_svdtune.methods.base import (
     LinearMap,
@@ -28,6 +28,8 @@ from keras_svdtune.runtime.types import Shape, Store, Tensor, Variable
 
 # Maps the name of a weight to its first value; None for zeros.
 FirstValue = Callable[[str], Tensor | None]
+# In full saves of declared layers: the basis is that of W rounded.
+_ROUNDED = "rounded_basis"
 
 
 class Holder(Protocol):
@@ -35,6 +37,9 @@ class Holder(Protocol):
 
     def matrix(self) -> Tensor:
         """Returns W (in, out) in float32, or a bank (count, in, out)."""
+
+    def planned(self, rounds: bool) -> AdapterPlan:
+        """Plans the adapter anew, with the basis of W rounded or as it is."""
 
     def finish_loading(self, has_adapter: bool) -> None:
         """Restores the kernel or rebuilds the adapter, after loading a file.
@@ -85,6 +90,8 @@ class Adapter(keras.layers.Layer):
         self.base_fingerprint: np.ndarray | None = None
         # Set if the layer got another kernel than W for this adapter.
         self.replaced: ReplacedBase | None = None
+        # Whether the basis is that of W rounded to bfloat16.
+        self.rounds = False
         self._first_value: FirstValue | None = first_value
         self._shardings = shardings or {}
 
@@ -187,7 +194,9 @@ class Adapter(keras.layers.Layer):
             store[name] = variable
         if not self.self_contained:
             store["base_fingerprint"] = self.base_fingerprint
-            store["effect"] = effect(self.method, self, self.target.matrix())
+            store["effect"] = self._effect()
+        elif self.rounds:
+            store[_ROUNDED] = np.ones(1, "int32")
 
     def load_own_variables(self, store: Store) -> None:
         names = list(store.keys())
@@ -210,6 +219,7 @@ class Adapter(keras.layers.Layer):
         if self.self_contained:
             for name, variable in wanted.items():
                 variable.assign(store[name])
+            self.rounds = _ROUNDED in names
             return
         ours = self.base_fingerprint
         assert ours is not None
@@ -225,12 +235,8 @@ class Adapter(keras.layers.Layer):
         before = {name: ops.copy(v.value) for name, v in wanted.items()}
         for name, variable in wanted.items():
             variable.assign(store[name])
-        if not same_effect(
-            effect(self.method, self, self.target.matrix()),
-            np.array(store["effect"]),
-            float(ours[0]),
-            self.variable_dtype,
-        ):
+        expected = np.array(store["effect"])
+        if not self._does(expected) and not self._does_otherwise(expected):
             for name, variable in wanted.items():
                 variable.assign(before[name])
             raise ValueError(
@@ -241,6 +247,39 @@ class Adapter(keras.layers.Layer):
                 "`remove_adapter()` and load the file into the plain model, "
                 "which then is the merged one."
             )
+
+    def _effect(self) -> np.ndarray:
+        matrix = self.target.matrix()
+        return effect(self.method, self, matrix, self.rounds)
+
+    def _does(self, expected: np.ndarray) -> bool:
+        """Says whether the weights have the effect that a file holds."""
+        assert self.base_fingerprint is not None
+        size = float(self.base_fingerprint[0])
+        return same_effect(self._effect(), expected, size, self.variable_dtype)
+
+    def _does_otherwise(self, expected: np.ndarray) -> bool:
+        """Takes the basis by the other rule, if that has the effect of a file.
+
+        A full save does not say by which rule the basis was made: that of W
+        rounded to bfloat16, or, as in release 0.1, of W as it is.
+        """
+        if not self.method.rebuilds_basis or self.replaced is not None:
+            return False
+        plan = self.target.planned(not self.rounds)
+        stored, before = self._stored(), {}
+        self.rounds = plan.rounds
+        for name, value in plan.values.items():
+            if f"{self.method.name}_{name}" not in stored:
+                variable = getattr(self, name)
+                before[name] = ops.copy(variable.value)
+                variable.assign(value)
+        if self._does(expected):
+            return True
+        self.rounds = not self.rounds
+        for name, value in before.items():
+            getattr(self, name).assign(value)
+        return False
 
     def _stored(self) -> dict[str, Variable]:
         """Returns the variables that a full save holds, by name."""

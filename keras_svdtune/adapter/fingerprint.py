@@ -12,17 +12,22 @@ either dtype, and one that was trained further is not. The effect tells whether
 the frozen weights that an adapter computes from W are those it was trained
 with: singular vectors with other signs, or rotated among equal singular values,
 give another ΔW only where that matters.
+
+Where the basis is that of W rounded to bfloat16, the effect is that of the
+rounded W and basis too. So it is the same number in float32 and in bfloat16:
+SVFT divides by small singular values, which would magnify the rounding.
 """
 
 import functools
 import math
+from collections.abc import Iterable
 
 import numpy as np
 from keras import ops
 
 from keras_svdtune.adapter.bank import over_bank
 from keras_svdtune.matrix import float64
-from keras_svdtune.methods.base import Method, Weights, WeightValues
+from keras_svdtune.methods.base import METHODS, Method, Weights, WeightValues
 from keras_svdtune.methods.replaced_base import ReplacesBase
 from keras_svdtune.runtime.precision import full_precision
 from keras_svdtune.runtime.processes import to_numpy
@@ -42,6 +47,11 @@ def fingerprint(matrix: np.ndarray) -> np.ndarray:
     a, b = _probes((w.shape[0], w.shape[1]), _BASE_PROBES)
     products, norm = float64.rows_and_norm(a, w)
     return np.array([norm, *np.sum(products * b, axis=1)], "float32")
+
+
+def coarsest(dtypes: Iterable[str]) -> str:
+    """Returns the dtype that rounds most."""
+    return max(dtypes, key=lambda dtype: _BASE_TOLERANCE.get(dtype, 1e-5))
 
 
 def matches(ours: np.ndarray, theirs: np.ndarray, *dtypes: str) -> bool:
@@ -64,13 +74,15 @@ def which_match(
         theirs: (5,), finite.
         dtypes: the dtypes in which the matrices were held.
     """
-    tolerance = max(_BASE_TOLERANCE.get(d, 1e-5) for d in dtypes)
+    tolerance = _BASE_TOLERANCE.get(coarsest(dtypes), 1e-5)
     difference = np.abs(ours.astype("float64") - theirs.astype("float64"))
     allowed = tolerance * ours[:, :1].astype("float64") + 1e-12
     return np.asarray((difference <= allowed).all(axis=1))
 
 
-def effect(method: Method, weights: Weights, matrix: Tensor) -> np.ndarray:
+def effect(
+    method: Method, weights: Weights, matrix: Tensor, rounds: bool
+) -> np.ndarray:
     """Returns the effect (8,) float32 of the ΔW that `method` adds.
 
     Args:
@@ -79,7 +91,10 @@ def effect(method: Method, weights: Weights, matrix: Tensor) -> np.ndarray:
         matrix: W (in, out), float32; or a bank (count, in, out), which counts
             as one matrix (count·in, out). Q for a method that quantizes its
             base: then the effect is that of Q + ΔW.
+        rounds: whether the basis is that of W rounded to bfloat16.
     """
+    if rounds:
+        method, weights, matrix = _in_bfloat16(method, weights, matrix)
     rows, columns = weights.shape
     count = math.prod(matrix.shape[:-2])
     a, b = _probes((count * rows, columns), _EFFECT_PROBES)
@@ -94,6 +109,27 @@ def effect(method: Method, weights: Weights, matrix: Tensor) -> np.ndarray:
             change = ops.sum(change, axis=0)
     change = to_numpy(change).astype("float64")
     return np.asarray(np.sum(change * b, axis=1), "float32")
+
+
+def _in_bfloat16(
+    method: Method, weights: Weights, matrix: Tensor
+) -> tuple[Method, Weights, Tensor]:
+    """Returns the same with W and the frozen weights rounded to bfloat16."""
+    if isinstance(method, ReplacesBase):
+        # Back to W, and to the form that leaves it alone.
+        matrix = method.merged(_with_neutral(method, weights), matrix)
+        method = METHODS[method.name](**method.settings())
+    found = WeightValues(weights.shape)
+    for weight in method.weights(weights.shape):
+        value = ops.convert_to_tensor(getattr(weights, weight.name))
+        # The others have a dtype of their own in every model.
+        value = _to_bfloat16(value) if weight.dtype is None else value
+        setattr(found, weight.name, value)
+    return method, found, _to_bfloat16(matrix)
+
+
+def _to_bfloat16(x: Tensor) -> Tensor:
+    return ops.cast(ops.cast(x, "bfloat16"), "float32")
 
 
 def effect_of_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -129,11 +165,16 @@ def _change(
         return y - base()
     if method.quantization is not None:
         return y
+    without = _with_neutral(method, weights)
+    return y - ops.cast(method.call(without, base), "float32")
+
+
+def _with_neutral(method: Method, weights: Weights) -> Weights:
+    """Returns the weights with trainables that change nothing."""
     values = {
         w.name: getattr(weights, w.name) for w in method.weights(weights.shape)
     }
-    without = WeightValues(weights.shape, **values | method.neutral(weights))
-    return y - ops.cast(method.call(without, base), "float32")
+    return WeightValues(weights.shape, **values | method.neutral(weights))
 
 
 class _Product:

@@ -10,7 +10,8 @@ from keras import ops
 
 from keras_svdtune.adapter.fingerprint import fingerprint
 from keras_svdtune.matrix.decompose import check_finite, decompose
-from keras_svdtune.matrix.factors import Factors
+from keras_svdtune.matrix.factors import Factors, Needs
+from keras_svdtune.matrix.rounding import noise, rounded
 from keras_svdtune.methods.base import Method
 from keras_svdtune.methods.replaced_base import ReplacesBase
 from keras_svdtune.runtime.types import Array, Shape, Tensor
@@ -41,6 +42,10 @@ class ReplacedBase:
     Attributes:
         kernel: the kernel to put into the layer; None once it is there.
         float_fingerprint: the fingerprint of W.
+        corrections: entries of W that come back from the kernel with another
+            rounding to bfloat16: their places in W, flat, and their values.
+            W with these has the basis that it had. None for a kernel in half
+            precision, from which most come back otherwise, or quantized.
         norm: float, ‖W‖ (Frobenius); like the errors, 0 for a float kernel.
         plain_error: float, ‖W - quant(W)‖.
         error: float, ‖W - W̃‖, where W̃ is the kernel with its first adapter.
@@ -48,6 +53,7 @@ class ReplacedBase:
 
     kernel: NewKernel | None
     float_fingerprint: np.ndarray
+    corrections: tuple[np.ndarray, np.ndarray] | None = None
     norm: float = 0.0
     plain_error: float = 0.0
     error: float = 0.0
@@ -62,12 +68,14 @@ class AdapterPlan:
         values: the first values of its weights, by name.
         base_fingerprint: the fingerprint of W, or of the kernel in its place.
         replaced: the kernel in place of W, if there is one.
+        rounds: whether its basis is that of W rounded to bfloat16.
     """
 
     method: Method
     values: Values
     base_fingerprint: np.ndarray
     replaced: ReplacedBase | None = None
+    rounds: bool = False
 
 
 # Makes of a matrix (in, out) the kernel that holds it in a layer.
@@ -77,33 +85,33 @@ Placer = Callable[[Method, Values], Values]
 
 
 def plan_adapter(
-    method: Method,
-    matrix: Array,
-    name: str,
-    make_kernel: KernelMaker | None = None,
-    place: Placer | None = None,
+    method: Method, matrix: Array, name: str, rounds: bool
 ) -> AdapterPlan:
     """Plans the adapter of W (in, out), or of a bank, with stacked weights.
 
     Args:
         matrix: W, or a bank (count, in, out); float32, a tensor or an array.
         name: str, the path of the layer, for seeds and for errors.
-        make_kernel: needed by a method that replaces W.
-        place: puts the values on their devices; if None, on the default one.
+        rounds: whether the basis is that of W rounded to bfloat16.
     """
-    method, values = first_values(method, matrix, name, make_kernel)
-    return plan_from(method, matrix, values, make_kernel, place)
+    method, values = first_values(method, matrix, name, rounds)
+    return plan_from(method, matrix, values, rounds)
 
 
 def first_values(
     method: Method,
     matrix: Array,
     name: str,
+    rounds: bool,
     make_kernel: KernelMaker | None = None,
 ) -> tuple[Method, Values]:
-    """Returns the method resolved for W, and first values: the costly part."""
+    """Returns the method resolved for W, and first values: the costly part.
+
+    `make_kernel` is needed by a method that replaces W; the other arguments are
+    those of `plan_adapter`.
+    """
     start = _start_matrix if len(matrix.shape) == 2 else _start_bank
-    method, values = start(method, matrix, name)
+    method, values = start(method, matrix, name, rounds)
     if not isinstance(method, ReplacesBase) or make_kernel is None:
         return method, values
     resolved, kernel_of = method, make_kernel
@@ -135,33 +143,50 @@ def plan_from(
     method: Method,
     matrix: Array,
     values: Values,
+    rounds: bool,
     make_kernel: KernelMaker | None = None,
     place: Placer | None = None,
 ) -> AdapterPlan:
-    """Plans an adapter whose first values are known."""
+    """Plans an adapter whose first values are known.
+
+    `place` puts them on their devices; if None, they go to the default one.
+    """
     w = _on_host(matrix)
     # Tensors already, so that the memory of the arrays is free while the next
     # matrix is decomposed. Converted at the end, all would be held twice.
     tensors = (place or _on_one_device)(method, values)
     if not isinstance(method, ReplacesBase):
-        return AdapterPlan(method, tensors, fingerprint(w))
+        return AdapterPlan(method, tensors, fingerprint(w), rounds=rounds)
     assert make_kernel is not None
     rest = method.residual(w, {k: _on_host(x) for k, x in values.items()})
     kernel = make_kernel(rest)
     base = _on_host(kernel.matrix())
     if method.quantization is None:
-        facts = ReplacedBase(kernel, fingerprint(w))
+        restored = method.restored(
+            base, {k: _on_host(x) for k, x in values.items()}
+        )
+        facts = ReplacedBase(kernel, fingerprint(w), _corrections(w, restored))
     else:
         plain = _on_host(make_kernel(w).matrix())
         facts = ReplacedBase(
             kernel,
             fingerprint(w),
+            None,
             float(np.linalg.norm(w)),
             float(np.linalg.norm(w - plain)),
             # W - W̃ = (W - k·A₀·B₀) - Q
             float(np.linalg.norm(rest - base)),
         )
-    return AdapterPlan(method, tensors, fingerprint(base), facts)
+    return AdapterPlan(method, tensors, fingerprint(base), facts, rounds)
+
+
+def _corrections(
+    w: np.ndarray, restored: np.ndarray
+) -> tuple[np.ndarray, np.ndarray] | None:
+    places = np.flatnonzero(rounded(restored) != rounded(w))
+    if len(places) > w.size // 100:
+        return None
+    return places, w.reshape(-1)[places]
 
 
 def _on_one_device(_: Method, values: Values) -> Values:
@@ -174,13 +199,15 @@ def _on_host(x: Array) -> np.ndarray:
 
 
 def _start_matrix(
-    method: Method, matrix: Array, name: str
+    method: Method, matrix: Array, name: str, rounds: bool
 ) -> tuple[Method, Values]:
     check_finite(matrix, name)
     shape: Shape = (matrix.shape[0], matrix.shape[1])
     method = method.for_shape(shape)
     needs = method.needs(shape)
-    factors = None if needs is None else decompose(matrix, needs, name)
+    factors = None
+    if needs is not None:
+        factors = _decomposed(matrix, needs, name, rounds)
     method = method.resolved(factors)
     # RandomState, since NumPy promises that its stream never changes: loading
     # an adapter file draws the same numbers again.
@@ -190,12 +217,21 @@ def _start_matrix(
         return method, method.initial_values(matrix, factors, random)
 
 
+def _decomposed(
+    matrix: Array, needs: Needs, name: str, rounds: bool
+) -> Factors:
+    if not rounds:
+        return decompose(matrix, needs, name)
+    factors = decompose(rounded(matrix), needs, name)
+    return dataclasses.replace(factors, noise=noise(factors.s))
+
+
 def _start_bank(
-    method: Method, matrices: Array, name: str
+    method: Method, matrices: Array, name: str, rounds: bool
 ) -> tuple[Method, Values]:
     def each_of(method: Method) -> list[tuple[Method, Values]]:
         return [
-            _start_matrix(method, matrices[i], f"{name}#{i}")
+            _start_matrix(method, matrices[i], f"{name}#{i}", rounds)
             for i in range(matrices.shape[0])
         ]
 

@@ -260,7 +260,7 @@ def check_effect(
     path = list(adapter.about["layers"])[row]
     dtypes = (adapter.about["layers"][path]["dtype"], target.base_dtype)
     if same_effect(
-        effect(method, weights, matrix),
+        effect(method, weights, matrix, adapter.rounds(path)),
         adapter.arrays[EFFECTS][row],
         float(plan.base_fingerprint[0]),
         *dtypes,
@@ -280,6 +280,19 @@ def check_effect(
         "again with `save_adapter(path, include_basis=True)` where it was "
         "trained."
     )
+
+
+def check_basis_can_change(
+    adapter: SavedAdapter, path: str, target: Target
+) -> None:
+    """Checks that a basis made by another rule than the file's can be made."""
+    if target.replaced and target.adapted.rounds != adapter.rounds(path):
+        raise ValueError(
+            f"{adapter.source} was written by an earlier release, which "
+            f"computed other singular vectors of layer '{path}', and the "
+            "kernel that they are of was replaced here. Call "
+            "`remove_adapter()` first, then load."
+        )
 
 
 def check_frozen_weights(

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_svdtune.adapter.fingerprint import effect_of_product
+from keras_svdtune.adapter.fingerprint import coarsest, effect_of_product
 from keras_svdtune.files.compatibility import array_key, methods_of
 from keras_svdtune.files.format import (
+    BASIS,
     EFFECTS,
     FINGERPRINTS,
+    ROUNDED,
     SavedAdapter,
     read_adapter,
 )
@@ -67,6 +69,10 @@ class _File:
         self.methods = {names[k]: v for k, v in self.methods.items()}
         self._own = {names[k]: v for k, v in self._own.items()}
 
+    def rounds(self, layer: str) -> bool:
+        """Returns whether the layer's basis is that of its kernel rounded."""
+        return BASIS in self.layers[layer]
+
     def row(self, table: str, layer: str) -> np.ndarray:
         """Returns the layer's row of `base_fingerprints` or `effects`."""
         return self.file.arrays[table][self._own[layer][1]]
@@ -104,6 +110,7 @@ class _LayerSum:
         method: `Method`.
         arrays: what a file holds of it, by weight name.
         effect: (8,), see `adapter/fingerprint.py`.
+        rounds: whether its basis is that of the kernel rounded to bfloat16.
         size: float, ‖ΔW‖ for low-rank methods; else 0.
         error: float, ‖ΔW - A·B‖.
     """
@@ -111,6 +118,7 @@ class _LayerSum:
     method: Method
     arrays: dict[str, np.ndarray]
     effect: np.ndarray
+    rounds: bool = False
     size: float = 0.0
     error: float = 0.0
 
@@ -286,6 +294,28 @@ def _same_layers(first: _File, second: _File) -> dict[str, str]:
     return same
 
 
+def _check_same_basis(layer: str, parts: list[_File]) -> None:
+    """Checks that the parts were trained with the same singular vectors."""
+    first, *others = parts
+    for part in others:
+        if _basis_of(layer, part) != _basis_of(layer, first):
+            old, new = sorted((first, part), key=lambda x: x.rounds(layer))
+            raise ValueError(
+                f"{old.file.source} was written by an earlier release and "
+                "trained with the singular vectors of a "
+                f"{old.layers[layer]['dtype']} kernel in layer '{layer}', "
+                f"{new.file.source} with others. Load each into its base "
+                "model, convert it by `to_lora(model, rank)`, save it, and "
+                "add up those files; or train the first one again."
+            )
+
+
+def _basis_of(layer: str, part: _File) -> str:
+    """Returns the dtype of the matrix whose singular vectors a part has."""
+    dtype: str = part.layers[layer]["dtype"]
+    return ROUNDED if part.rounds(layer) else dtype
+
+
 def _errors(sums: dict[str, _LayerSum]) -> dict[str, float]:
     """Computes the relative error in all and of each layer."""
     size = math.hypot(*(x.size for x in sums.values()))
@@ -306,8 +336,15 @@ def _result(
     arrays: dict[str, np.ndarray] = {}
     layers, fingerprints = {}, []
     for layer, total in sums.items():
-        part = next(p for p in parts if layer in p.layers)
-        entry = {k: part.layers[layer][k] for k in ("kernel_shape", "dtype")}
+        having = [p for p in parts if layer in p.layers]
+        part = having[0]
+        entry = {
+            "kernel_shape": part.layers[layer]["kernel_shape"],
+            # What was measured on a rounded kernel is no more exact than that.
+            "dtype": coarsest(p.layers[layer]["dtype"] for p in having),
+        }
+        if total.rounds:
+            entry[BASIS] = ROUNDED
         if total.method != method:
             entry["settings"] = total.method.settings()
         layers[layer] = entry
@@ -331,6 +368,7 @@ def _add(layer: str, parts: list[_File]) -> _LayerSum:
     """Adds up adapters of a method that is linear in its trainable weights."""
     first = parts[0]
     method = first.methods[layer]
+    _check_same_basis(layer, parts)
     for part in parts[1:]:
         if part.methods[layer] != method:
             raise ValueError(
@@ -355,7 +393,8 @@ def _add(layer: str, parts: list[_File]) -> _LayerSum:
     for name in trained:
         total[name] = total[name].astype("float32")
     effects = [part.weight * part.row(EFFECTS, layer) for part in parts]
-    return _LayerSum(method, total, np.sum(effects, axis=0))
+    rounds = any(part.rounds(layer) for part in parts)
+    return _LayerSum(method, total, np.sum(effects, axis=0), rounds)
 
 
 def _concatenate(layer: str, parts: list[_File], rank: int | None) -> _LayerSum:
@@ -381,7 +420,8 @@ def _concatenate(layer: str, parts: list[_File], rank: int | None) -> _LayerSum:
         a, b = np.zeros((len(a), 1)), np.zeros((1, b.shape[1]))
     arrays = {"a": a.astype("float32"), "b": b.astype("float32")}
     method = LoRA(rank=a.shape[1])
-    return _LayerSum(method, arrays, effect_of_product(a, b), size, error)
+    change = effect_of_product(a, b)
+    return _LayerSum(method, arrays, change, size=size, error=error)
 
 
 def _norm_of_product(a: np.ndarray, b: np.ndarray) -> float:

@@ -11,8 +11,13 @@ base kernels, `effects` what the adapter does to them
      "model_class": "Gemma3Backbone",
      "versions": {"keras": "3.15.1", "keras_hub": "0.32.0"},
      "layers": {"decoder_block_0/attention/query":
-                {"kernel_shape": [4, 640, 256], "dtype": "float32"}, ...},
+                {"kernel_shape": [4, 640, 256], "dtype": "float32",
+                 "basis": "bfloat16"}, ...},
      "sha256": "..."}
+
+A layer's entry has `"basis": "bfloat16"` if the frozen weights that the file
+does not hold are computed from the kernel rounded to bfloat16. Without it, as
+in files of release 0.1, they are computed from the kernel as it is.
 
 The digest is of all arrays and of that text without the digest. A layer's entry
 has `settings` of its own where they were decided for it. The file also holds
@@ -37,6 +42,7 @@ from keras_svdtune.runtime.types import Json
 FORMAT_VERSION = 1
 FINGERPRINTS, EFFECTS = "base_fingerprints", "effects"
 BESIDE, STATISTICS = "beside", "statistics"
+BASIS, ROUNDED = "basis", "bfloat16"
 _KEY, _DIGEST = "keras_svdtune", "sha256"
 # A safetensors file begins with the length of its header in bytes. An adapter
 # of a thousand layers has a quarter of a megabyte; one of a million would take
@@ -63,6 +69,10 @@ class SavedAdapter:
         """Keys of what the file holds besides the adapters."""
         old: list[str] = self.about.get(STATISTICS, [])
         return [*self.about.get(BESIDE, {}), *old]
+
+    def rounds(self, layer: str) -> bool:
+        """Returns whether a layer's basis is that of its kernel rounded."""
+        return BASIS in self.about["layers"][layer]
 
     def __repr__(self) -> str:
         return (
@@ -170,6 +180,7 @@ def _check_about(
             or not all(isinstance(n, int) for n in shape)
             or not isinstance(entry.get("dtype"), str)
             or not isinstance(entry.get("settings", {}), dict)
+            or entry.get(BASIS, ROUNDED) != ROUNDED
         ):
             raise ValueError(
                 f"The metadata of {source} has no valid entry for layer "

@@ -22,6 +22,7 @@ from keras_svdtune.files.beside import (
 )
 from keras_svdtune.files.compatibility import (
     array_key,
+    check_basis_can_change,
     check_effect,
     check_frozen_weights,
     dtype_in_file,
@@ -32,10 +33,12 @@ from keras_svdtune.files.compatibility import (
     values_for,
 )
 from keras_svdtune.files.format import (
+    BASIS,
     BESIDE,
     EFFECTS,
     FINGERPRINTS,
     FORMAT_VERSION,
+    ROUNDED,
     SavedAdapter,
     checked_path,
     read_adapter,
@@ -77,8 +80,10 @@ def save_adapter(
         path: where to write, ending in `.safetensors`.
         include_basis: whether to write the frozen weights too (n² numbers a
             matrix for SVF and SVFT). Without them, loading computes the
-            singular vectors from W again and checks that they came out the
-            same; with them, it computes nothing and cannot differ.
+            singular vectors again, from W rounded to bfloat16, and checks that
+            they came out the same: in float32 and in bfloat16 they do. With
+            them, it computes nothing and cannot differ, which a base in
+            float16 may need.
         adapter_only: whether to leave out what trains besides the adapter.
 
     Raises:
@@ -109,11 +114,15 @@ def saved_adapter(
                 key = array_key(path, adapter.method, weight.name)
                 arrays[key] = np.ascontiguousarray(to_numpy(value))
         fingerprints.append(fingerprint_of(target))
-        effects.append(effect(adapter.method, adapter, target.matrix()))
+        effects.append(
+            effect(adapter.method, adapter, target.matrix(), adapter.rounds)
+        )
         entry: Json = {
             "kernel_shape": list(target.view.kernel_shape),
             "dtype": target.base_dtype,
         }
+        if adapter.rounds:
+            entry[BASIS] = ROUNDED
         if not adapter.method.trains_like(method):
             entry["settings"] = adapter.method.settings()
         layers[path] = entry
@@ -201,15 +210,20 @@ def load_adapter(
     if not beside and not adapter_only:
         _warn_of_head(model, adapter)
     match_bases(adapter, targets, methods, ours)
+    rounds = {path: adapter.rounds(path) for path in targets}
+    label = f"{method.title}: loading"
     if not adapted:
-        plans = plan_adapters(
-            f"{method.title}: loading", targets, methods, values
-        )
+        plans = plan_adapters(label, targets, methods, values, rounds)
         for row, (path, target) in enumerate(targets.items()):
             check_effect(adapter, row, target, plans[path])
         assign = functools.partial(assign_beside, root, beside)
         attach_plans(root, method, targets, plans, assign)
         return
+    for path, target in targets.items():
+        check_basis_can_change(adapter, path, target)
+    others = {p: x for p, x in targets.items() if x.adapted.rounds != rounds[p]}
+    plans = plan_adapters(label, others, methods, values, rounds)
+    values |= {path: plan.values for path, plan in plans.items()}
     for row, (path, target) in enumerate(targets.items()):
         ours_now = target.adapted
         new = {
@@ -228,6 +242,7 @@ def load_adapter(
                 variable = getattr(target.adapted, name)
                 undo.callback(variable.assign, ops.copy(variable.value))
                 variable.assign(value)
+            target.adapted.rounds = rounds[path]
         assign_beside(root, beside, undo)
 
 

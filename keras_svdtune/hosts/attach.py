@@ -7,6 +7,9 @@ and paths stay. A kernel that replaces W is put in first (`replace_base.py`).
 
 import dataclasses
 
+import numpy as np
+from keras import ops
+
 from keras_svdtune.adapter.adapter import Adapter, FirstValue
 from keras_svdtune.adapter.plan import AdapterPlan, Values
 from keras_svdtune.adapter.sharding import adapter_layouts
@@ -19,8 +22,9 @@ from keras_svdtune.hosts.direct_kernels import (
 from keras_svdtune.hosts.host import HOSTS, AdapterHost
 from keras_svdtune.hosts.quantized import float_policy
 from keras_svdtune.hosts.saving import IN_PLACE, OwnerSavesMerged
-from keras_svdtune.hosts.target import Target
+from keras_svdtune.hosts.target import Target, host_value_of
 from keras_svdtune.methods.base import Method
+from keras_svdtune.methods.replaced_base import ReplacesBase
 from keras_svdtune.runtime.keras_internals import (
     build_inside,
     drop_sublayer,
@@ -91,6 +95,7 @@ def attach_plan(target: Target, plan: AdapterPlan) -> Adapter:
         target, plan.method, lambda name: plan.values.pop(name, None)
     )
     adapter.base_fingerprint = plan.base_fingerprint
+    adapter.rounds = plan.rounds
     if plan.replaced is not None:
         adapter.replaced = dataclasses.replace(plan.replaced, kernel=None)
     return adapter
@@ -169,8 +174,34 @@ def remove(target: Target) -> None:
     A kernel that was put in place of W needs the first weights of the adapter
     to compute what W did, so these are merged into it.
     """
-    if target.replaced:
-        target.adapted.reset()
+    adapter = target.adapted
+    if adapter.replaced is not None and adapter.replaced.corrections is None:
+        adapter.reset()
         Merge(target)()
-    else:
-        detach(target)
+        return
+    if adapter.replaced is not None:
+        restored = target.view.to_kernel(_restored(target))
+        target.kernel.assign(ops.cast(restored, target.kernel.dtype))
+    detach(target)
+
+
+def _restored(target: Target) -> np.ndarray:
+    """Returns W, whose rounding to bfloat16 is again what it was.
+
+    On the host, where the corrections were found: another sum would differ.
+    """
+    adapter = target.adapted
+    method, replaced = adapter.method, adapter.replaced
+    assert isinstance(method, ReplacesBase) and replaced is not None
+    assert replaced.corrections is not None
+    frozen = {
+        weight.name: ops.convert_to_numpy(
+            host_value_of(getattr(adapter, weight.name))
+        )
+        for weight in method.weights(target.view.shape)
+    }
+    kernel = ops.convert_to_numpy(target.host_matrix())
+    w = method.restored(kernel, frozen)
+    places, values = replaced.corrections
+    w.flat[places] = values
+    return w

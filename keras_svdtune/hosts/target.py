@@ -12,9 +12,10 @@ import keras
 from keras import ops
 
 from keras_svdtune.adapter.adapter import Adapter
-from keras_svdtune.adapter.plan import plan_adapter
+from keras_svdtune.adapter.plan import AdapterPlan, plan_adapter
 from keras_svdtune.hosts import quantized
 from keras_svdtune.matrix.view import MatrixView
+from keras_svdtune.methods.base import Method
 from keras_svdtune.runtime.keras_internals import value_or_none
 from keras_svdtune.runtime.placement import placement_of
 from keras_svdtune.runtime.processes import to_numpy
@@ -95,6 +96,14 @@ class Target:
         kind = "embeddings" if self.is_embedding else "kernel"
         ours = getattr(self.owner, f"{kind}_constraint", None)
         return ours or getattr(self.kernel, "constraint", None)
+
+    def rounds(self, method: Method) -> bool:
+        """Returns whether the basis of `method` is made of W rounded.
+
+        What a quantized kernel reads as depends on how its product is computed,
+        in the last bits, and rounding would magnify that.
+        """
+        return method.rebuilds_basis and self.quantization_mode is None
 
     @property
     def lora_enabled(self) -> bool:
@@ -241,11 +250,20 @@ class Target:
     def _rebuild_adapter(self) -> None:
         """Computes the adapter's weights anew from the kernel that was read."""
         adapter = self.adapted
-        new = plan_adapter(adapter.method, self.host_matrix(), self.path)
+        new = self.planned(self.rounds(adapter.method))
         for name, value in new.values.items():
             getattr(adapter, name).assign(value)
         adapter.reset()
         adapter.base_fingerprint = new.base_fingerprint
+        adapter.rounds = new.rounds
+
+    def planned(self, rounds: bool) -> AdapterPlan:
+        """Plans the adapter anew from the kernel, with the basis named.
+
+        `rounds` is as for `plan_adapter`.
+        """
+        method = self.adapted.method
+        return plan_adapter(method, self.host_matrix(), self.path, rounds)
 
 
 def plain_layer(layer: Layer, **replaced: Any) -> Layer:

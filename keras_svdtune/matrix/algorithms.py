@@ -26,17 +26,38 @@ class _Host:
 
 
 class _Device:
-    """`keras.ops`, and the Gram matrix."""
+    """`keras.ops` in float64 (under `precision.float64_on_device`).
 
-    def gram(self, w: Array) -> Array:
-        """Computes wᵀ·w."""
-        return ops.matmul(ops.transpose(w), w)
+    Products are taken by operators: on torch `ops.matmul` and `ops.maximum`
+    return float32.
+    """
+
+    @staticmethod
+    def matmul(a: Array, b: Array) -> Array:
+        """Computes a·b."""
+        return _float64(a) @ _float64(b)
+
+    @staticmethod
+    def gram(w: Array) -> Array:
+        """Computes wᵀ·w, by blocks of rows."""
+        parts = [_float64(w[rows]) for rows in float64.blocks(*w.shape)]
+        return sum(ops.transpose(x) @ x for x in parts)
+
+    @staticmethod
+    def svd(w: Array, full_matrices: bool) -> tuple[Array, Array, Array]:
+        """The singular value decomposition (u, s, vᵀ) of w."""
+        u, s, vt = ops.svd(_float64(w), full_matrices=full_matrices)
+        return u, s, vt
 
     def __getattr__(self, name: str) -> Array:
         return getattr(ops, name)
 
 
-# The same algorithms run on both.
+def _float64(x: Array) -> Array:
+    return ops.cast(x, "float64")
+
+
+# The same algorithms run on both, in float64.
 Numbers: TypeAlias = _Host | _Device
 HOST, DEVICE = _Host(), _Device()
 
@@ -57,7 +78,8 @@ def small_side(w: Array, xp: Numbers) -> tuple[Array, Array, Array]:
     """
     tall = w.shape[1] <= w.shape[0]
     values, basis = xp.eigh(xp.gram(w if tall else xp.transpose(w)))
-    s = xp.sqrt(xp.maximum(xp.flip(values), 0.0))
+    values = xp.where(values > 0, values, xp.zeros_like(values))
+    s = xp.sqrt(xp.flip(values))
     basis = xp.flip(basis, axis=1)
     basis = basis * signs(basis, xp)
     return (None, s, basis) if tall else (basis, s, None)
@@ -68,9 +90,9 @@ def components(
 ) -> tuple[Array, Array, Array]:
     """The largest or smallest components, to full accuracy.
 
-    In float64 the Gram matrix gives them too, and the other side follows
-    from W·v = s·u; only where s has sunk below 1e-4 of the largest, so that
-    u would lose its orthogonality, is a full SVD needed.
+    The Gram matrix gives them too, and the other side follows from
+    W·v = s·u; only where s has sunk below 1e-4 of the largest, so that u
+    would lose its orthogonality, is a full SVD needed.
 
     Args:
         w: (in, out).
@@ -80,28 +102,28 @@ def components(
     Returns:
         (u, s, v) of shapes (in, k), (k,), (out, k), s descending.
     """
-    if xp is HOST:
-        tall = w.shape[1] <= w.shape[0]
-        limit, s, basis = _part_of_small_side(w if tall else w.T, needs)
-        if s[-1] > 1e-4 * limit:
-            other = float64.matmul(w if tall else w.T, basis) / s
-            return (other, s, basis) if tall else (basis, s, other)
+    tall = w.shape[1] <= w.shape[0]
+    side = w if tall else xp.transpose(w)
+    limit, s, basis = _part_of_small_side(side, needs, xp)
+    if s[-1] > 1e-4 * limit:
+        other = xp.matmul(side, basis) / s
+        return (other, s, basis) if tall else (basis, s, other)
     u, s, vt = xp.svd(w, full_matrices=False)
     part = _wanted(to_float32(s), needs)
     return _signed(u[:, part], s[part], xp.transpose(vt)[:, part], xp)
 
 
 def _part_of_small_side(
-    w: np.ndarray, needs: Needs
+    w: Array, needs: Needs, xp: Numbers
 ) -> tuple[Array, Array, Array]:
     """(limit, s, v) in float64: s₁ or more, and the wanted components.
 
     Args:
         w: (in, out), out <= in.
-        needs: as for `components`.
+        needs, xp: as for `components`.
     """
     n = w.shape[1]
-    if needs.few_of(n):
+    if xp is HOST and needs.few_of(n):
         gram = float64.gram(w)
         part = _wanted(np.arange(n), needs)
         found = None
@@ -115,7 +137,7 @@ def _part_of_small_side(
             s = np.sqrt(np.maximum(values, 0.0))
             # ‖G‖ is no less than its largest eigenvalue.
             return np.sqrt(np.linalg.norm(gram)), s, v * signs(v, HOST)
-    _, s, v = small_side(w, HOST)
+    _, s, v = small_side(w, xp)
     # From these values in float32, as `estimate` has them: where they are
     # equal, rounding decides, and it must decide the same.
     part = _wanted(to_float32(s), needs)
@@ -157,7 +179,7 @@ def _wanted(s: Array, needs: Needs) -> slice:
 
 
 def _like(array: np.ndarray, xp: Numbers) -> Array:
-    return array if xp is HOST else ops.convert_to_tensor(array, "float32")
+    return array if xp is HOST else ops.convert_to_tensor(array, "float64")
 
 
 def _signed(
@@ -170,7 +192,9 @@ def _signed(
 def signs(u: Array, xp: Numbers) -> Array:
     """(k,) of ±1 that make each column's entry of largest magnitude > 0."""
     rows = xp.expand_dims(xp.argmax(xp.absolute(u), axis=0), 0)
-    return xp.where(xp.take_along_axis(u, rows, axis=0)[0] < 0, -1.0, 1.0)
+    largest = xp.take_along_axis(u, rows, axis=0)[0]
+    one = xp.ones_like(largest)
+    return xp.where(largest < 0, -one, one)
 
 
 def to_float32(x: Array) -> Array:

@@ -2,11 +2,12 @@
 
 W = U diag(s) Vᵀ is computed only here, which decides:
 
-- **Where.** On a GPU the work stays there, in float32 at full matmul precision
-  through `keras.ops`. On a CPU, and for a TPU (whose compiler needs minutes for
-  one full decomposition of one shape), LAPACK does it on the host in float64,
-  large products block by block (`float64.py`). There all backends get the same
-  basis to the last bit, so that an adapter trained with one loads into another.
+- **Where.** On a GPU the work stays there, through `keras.ops`. On a CPU, and
+  for a TPU (whose compiler needs minutes for one full decomposition of one
+  shape), LAPACK does it on the host, where all backends get the same basis to
+  the last bit. Both work in float64, large products block by block
+  (`float64.py`), and so agree to the rounding of float32: an adapter trained in
+  one place loads in another.
 - **How.** An orthonormal basis of the smaller side comes from the Gram matrix
   (`eigh`), 3-5 times faster than `svd`. A few components come from some of its
   eigenvectors (on the host: `lanczos.py`, `lapack.py`), or from a seeded
@@ -38,7 +39,7 @@ from keras_svdtune.matrix.algorithms import (
     to_float32,
 )
 from keras_svdtune.matrix.factors import Factors, Needs
-from keras_svdtune.runtime.precision import full_precision, on_host
+from keras_svdtune.runtime.precision import float64_on_device, on_host
 from keras_svdtune.runtime.types import Array
 
 # The version of the algorithms. Raise it when one of them returns other
@@ -65,7 +66,8 @@ def decompose(matrix: Array, needs: Needs, name: str = "matrix") -> Factors:
         ValueError: the matrix holds NaN or infinity, or its rank does not fit.
     """
     w = finite(matrix, name)
-    where = "host" if on_host() else f"device {keras.backend.backend()}"
+    backend = keras.backend.backend()
+    where = "host" if on_host() else f"device {backend} float64"
     found = cache.recalled(
         w,
         f"{_VERSION} {where} {needs}",
@@ -99,7 +101,7 @@ def computed(w: np.ndarray, needs: Needs, name: str = "matrix") -> Factors:
     """Returns what `decompose` does for a finite w, without the disk cache."""
     if not on_host() and _fits_device(w):
         try:
-            with full_precision():
+            with float64_on_device():
                 factors = _run(ops.convert_to_tensor(w), needs, DEVICE)
         except Exception as error:
             # The solver did not converge, or ran out of memory.
@@ -128,9 +130,7 @@ def singular_values(
 ) -> np.ndarray:
     """Returns all singular values of a matrix, descending, (n,) float32.
 
-    They come from the decomposition that SVF uses, so both share the cache. On
-    a GPU that is of the float32 Gram matrix, which rounds small values; if
-    there are any, LAPACK computes all of them in float64.
+    They come from the same decomposition as a basis, so both share the cache.
 
     Args:
         matrix, name: as for `decompose`, with the same errors.
@@ -138,12 +138,8 @@ def singular_values(
     """
     needs = Needs("small_side")
     if keep:
-        s = decompose(matrix, needs, name).s
-    else:
-        s = computed(finite(matrix, name), needs, name).s
-    if on_host() or s[-1] > 1e-2 * s[0]:
-        return s
-    return _run(finite(matrix, name), needs, HOST).s
+        return decompose(matrix, needs, name).s
+    return computed(finite(matrix, name), needs, name).s
 
 
 def _run(w: Array, needs: Needs, xp: Numbers) -> Factors:
@@ -167,7 +163,8 @@ def _finite(factors: Factors) -> bool:
 
 
 def _arrays(factors: Factors) -> dict[str, np.ndarray]:
-    return {k: x for k, x in vars(factors).items() if x is not None}
+    arrays = {"u": factors.u, "s": factors.s, "v": factors.v}
+    return {k: x for k, x in arrays.items() if x is not None}
 
 
 def _fit(

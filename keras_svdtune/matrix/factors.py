@@ -40,11 +40,14 @@ class Factors:
         u: (in, k), or None if the method does not need it.
         s: (k,).
         v: (out, k), or None.
+        noise: float. Singular values up to about this may be rounding alone;
+            0 for a matrix that was not rounded (`matrix/rounding.py`).
     """
 
     u: np.ndarray | None
     s: np.ndarray
     v: np.ndarray | None
+    noise: float = 0.0
 
 
 def rank_of_energy(s: np.ndarray, energy: float, part: str) -> int:

@@ -14,7 +14,7 @@ _NUMBERS = 2**23  # in a block: 64 MiB in float64
 def gram(w: np.ndarray) -> np.ndarray:
     """Returns wᵀ·w in float64 for w (rows, columns) of any floating dtype."""
     total = np.zeros((w.shape[1], w.shape[1]))
-    for rows in _blocks(*w.shape):
+    for rows in blocks(*w.shape):
         block = w[rows].astype("float64", copy=False)
         total += block.T @ block  # BLAS halves the work: it is one array
     return total
@@ -26,7 +26,7 @@ def rows_and_norm(a: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, float]:
     Each block of w (rows, columns) is converted once for both.
     """
     total, squares = np.zeros((len(a), w.shape[1])), 0.0
-    for rows in _blocks(*w.shape):
+    for rows in blocks(*w.shape):
         block = w[rows].astype("float64")
         total += a[:, rows] @ block
         squares += float(np.vdot(block, block))
@@ -40,14 +40,15 @@ def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     b = b.astype("float64", copy=False)
     if a.shape[0] >= a.shape[1]:
         return np.concatenate(
-            [a[rows].astype("float64") @ b for rows in _blocks(*a.shape)]
+            [a[rows].astype("float64") @ b for rows in blocks(*a.shape)]
         )
     total = np.zeros((a.shape[0], b.shape[1]))
-    for columns in _blocks(*a.shape[::-1]):
+    for columns in blocks(*a.shape[::-1]):
         total += a[:, columns].astype("float64") @ b[columns]
     return total
 
 
-def _blocks(rows: int, columns: int) -> Iterator[slice]:
+def blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Yields the rows of each block of a matrix (rows, columns)."""
     step = max(_NUMBERS // columns, 1)
     return (slice(i, i + step) for i in range(0, rows, step))

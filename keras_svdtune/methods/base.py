@@ -145,6 +145,10 @@ class Method:
         banks: bool. Whether it adapts a bank of matrices (experts), whose
             layer reads only the merged kernels.
         embeddings: bool. Whether it adapts embeddings.
+        rebuilds_basis: bool. Whether loading computes frozen weights from the
+            singular vectors of W again. They are then those of W rounded to
+            bfloat16 (`matrix/rounding.py`), so that W in float32 and W in
+            bfloat16 have the same; W·V = U·diag(s) holds to that rounding only.
         has_enable: bool. Whether there is an `enable_<name>`. There is none
             where Keras has a method of that name.
     """
@@ -158,6 +162,7 @@ class Method:
     linear: ClassVar[bool] = False
     banks: ClassVar[bool] = True
     embeddings: ClassVar[bool] = True
+    rebuilds_basis: ClassVar[bool] = False
     has_enable: ClassVar[bool] = True
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:
@@ -258,6 +263,7 @@ class Method:
 
         It gets the singular values s (n,) of W in float64, and returns M (n, n)
         or, for a diagonal M, the diagonal (n,); None if W' has no such form.
+        With `rebuilds_basis` the form is that of the rounded W, and s its own.
         """
         return None
 

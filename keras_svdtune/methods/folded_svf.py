@@ -17,7 +17,8 @@ from keras_svdtune.runtime.types import Tensor
 class FoldedSVF(ReplacesBase, SVF):
     """SVF whose layers hold W·V (or Uᵀ·W): `SVF(replace_kernel=True)`.
 
-    `SVF` has the formulas.
+    `SVF` has the formulas. W is the kernel as it is here too, and V that of the
+    rounded one.
 
     Reference: Sun et al. 2022, https://arxiv.org/abs/2206.06122.
     """
@@ -32,6 +33,15 @@ class FoldedSVF(ReplacesBase, SVF):
         if columns <= rows:
             return float64.matmul(matrix, basis).astype("float32")
         return float64.matmul(basis.T, matrix).astype("float32")
+
+    def restored(
+        self, kernel: np.ndarray, values: dict[str, np.ndarray]
+    ) -> np.ndarray:
+        rows, columns = kernel.shape
+        basis = values["basis"]
+        if columns <= rows:
+            return float64.matmul(kernel, basis.T).astype("float32")
+        return float64.matmul(basis, kernel).astype("float32")
 
     def call(self, weights: Weights, base: LinearMap) -> Tensor:
         rows, columns = weights.shape

@@ -35,6 +35,8 @@ class LoRAXS(RankedMethod):
 
         h = x·W,  y = h + (alpha / rank)·(h·V_r)·R·V_rᵀ
 
+    U_r and V_r are those of W rounded to bfloat16 (`Method.rebuilds_basis`); W
+    itself stays as it is, and A is W·V_r, U_r·diag(s_r) but for that rounding.
     The authors' code starts R from noise of 1e-5; zero has a gradient too.
 
     Trainable: r² a matrix; frozen beside W: r·out.
@@ -65,6 +67,7 @@ class LoRAXS(RankedMethod):
     title = "LoRA-XS"
     suggested_learning_rate = 2e-3
     linear = True
+    rebuilds_basis = True
     example = ", rank=8"
     by_energy = True
     formula = (

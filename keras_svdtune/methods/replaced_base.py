@@ -34,6 +34,16 @@ class ReplacesBase(Method):
         """
         raise NotImplementedError
 
+    def restored(
+        self, kernel: np.ndarray, values: dict[str, np.ndarray]
+    ) -> np.ndarray:
+        """Computes W (in, out) in float32 again, but for rounding.
+
+        `kernel` is what `residual` returned, and `values` are the weights, as
+        the layer holds them. Only for a kernel that is not quantized.
+        """
+        raise NotImplementedError
+
     def fitted(
         self,
         matrix: np.ndarray,

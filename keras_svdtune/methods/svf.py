@@ -40,6 +40,15 @@ class SVF(Method):
     i-th largest singular value. Two tunings of the same model add up:
     δ = a·δ₁ + b·δ₂.
 
+    U, s and V are those of W rounded to bfloat16 (`Method.rebuilds_basis`), W
+    itself stays as it is. In float32 the layer then computes
+
+        out <= in:  y = x·W·(I + V diag(δ) Vᵀ)
+        in < out:   y = x·(I + U diag(δ) Uᵀ)·W
+
+    which is W with its singular values scaled by 1 + δ where bfloat16 holds W
+    exactly, and else differs from it by δ times that rounding.
+
     With `replace_kernel=True` the layer holds W·V instead of W (UᵀW where
     in < out), and computes half of the products with V or U:
 
@@ -79,6 +88,7 @@ class SVF(Method):
     title = "SVF"
     suggested_learning_rate = 5e-2
     linear = True
+    rebuilds_basis = True
     formula = (
         r"W' = U \operatorname{diag}\bigl(s \odot (1 + \delta)\bigr) V^\top,"
         r" \qquad \delta \in \mathbb{R}^n \text{ trains, } 0 \text{ at first}"

@@ -30,6 +30,11 @@ from keras_svdtune.runtime.types import Shape, Tensor
 PATTERNS = ("plain", "banded", "random", "top_k")
 
 
+# A component trains if its s is so many times what rounding makes of a zero:
+# then rounding turns W·V / s by less than a quarter.
+_NOISE = 4.0
+
+
 @register
 @dataclasses.dataclass(frozen=True)
 class SVFT(Method):
@@ -54,12 +59,18 @@ class SVFT(Method):
     | `"top_k"` | the entries with the largest \\|uᵢᵀvⱼ\\| | as many as banded |
 
     u and v have equal lengths only where W is square: elsewhere top_k is
-    banded, and a warning says so. W is never truncated. A component with s
-    below 1e-6 of the largest, or below 1e-30, does not train: x·W does not
-    determine x·U there.
-    For the same reason the rounding of x·W counts s_max / s times in the i-th
-    component: in bfloat16 that is harmless on matrices of condition 100
-    (Gemma's) and not at 1000; there, compute in float32.
+    banded, and a warning says so. W is never truncated.
+
+    U, s and V are those of W rounded to bfloat16 (`Method.rebuilds_basis`); W
+    itself stays as it is, and in both formulas stands for U diag(s) Vᵀ, from
+    which rounding may make it differ. What trains is then W·V / s in place of
+    U (Uᵀ·W / s in place of Vᵀ): in a component as large as the others 0.2 %
+    away, in a small one more, by s_rms / s times as much. A component that this
+    turns by more than a quarter does not train: s below 2⁻⁷ of the root mean
+    square of s (0.4 % of the components of SmolLM2-135M, none of Gemma 3's), or
+    below 1e-30.
+    In bfloat16 x·W is rounded as W was, so that there too the small components
+    are the less exact ones.
 
     `suggested_learning_rate` is 5e-2 for plain, the authors' (5e-2 to 8e-2),
     and 5e-3 for the other patterns, the middle of theirs (1e-3 to 5e-2). Not
@@ -86,6 +97,7 @@ class SVFT(Method):
     name = "svft"
     title = "SVFT"
     linear = True
+    rebuilds_basis = True
     formula = (
         r"W' = U \bigl(\operatorname{diag}(s) + M\bigr) V^\top,"
         r" \qquad M \text{ sparse trains, } 0 \text{ at first}"
@@ -153,7 +165,7 @@ class SVFT(Method):
         assert factors is not None
         rows, columns = shape = tuple(matrix.shape)
         s, n = factors.s, min(shape)
-        alive = s > max(1e-6 * s[0], 1e-30)  # 1 / s must fit float32
+        alive = s > max(1e-6 * s[0], _NOISE * factors.noise, 1e-30)
         values = {
             "basis": factors.v if columns <= rows else factors.u,
             "inverse_s": np.where(alive, 1.0 / np.where(alive, s, 1.0), 0.0),

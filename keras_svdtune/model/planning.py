@@ -7,6 +7,7 @@ others what it found. So all have the same factors, to the bit: two that
 decompose the same matrix may find vectors of another sign, or rotated.
 """
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable
@@ -35,6 +36,7 @@ def plan_adapters(
     targets: dict[str, Target],
     methods: dict[str, Method],
     known: dict[str, Values] | None = None,
+    rounds: dict[str, bool] | None = None,
 ) -> dict[str, AdapterPlan]:
     """Plans an adapter for each target, ready to attach; touches no layer.
 
@@ -43,96 +45,100 @@ def plan_adapters(
         targets, methods: each target and its method, by path.
         known: first values that are known, such as those of a file, by path and
             name. A matrix of which all are known is not decomposed.
+        rounds: whether the basis is that of the rounded kernel, by path; as
+            `Target.rounds` says if None.
 
     Raises:
         Whatever a decomposition raises; with several processes, in all.
     """
-    known = known or {path: {} for path in targets}
-    _, count = processes()
-    if count > 1:
-        return _on_all_processes(what, targets, methods, known)
+    known = known or {}
     jobs = {
-        path: functools.partial(
-            _planned, path, target, methods[path], known[path]
+        path: _Job(
+            path,
+            target,
+            methods[path],
+            known.get(path, {}),
+            target.rounds(methods[path]) if rounds is None else rounds[path],
         )
         for path, target in targets.items()
     }
-    return run_all(what, jobs)
+    _, count = processes()
+    if count > 1:
+        return _on_all_processes(what, jobs)
+    return run_all(what, {path: job.plan for path, job in jobs.items()})
 
 
-def _planned(
-    path: str, target: Target, method: Method, known: Values
-) -> AdapterPlan:
-    matrix = target.host_matrix()
-    found = _found(path, target, method, known, matrix)
-    return _finished(target, *found, known, matrix)
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """The adapter to plan for one target; as for `plan_adapters`."""
 
+    path: str
+    target: Target
+    method: Method
+    known: Values
+    rounds: bool
 
-def _found(
-    path: str, target: Target, method: Method, known: Values, matrix: Array
-) -> tuple[Method, Values]:
-    """Returns the resolved method and its first values: the costly part."""
-    if known:
-        weights = method.weights(target.view.shape)
-        if {w.name for w in weights if not w.overwritten} <= set(known):
-            return method, {}  # nothing to decompose
-    return first_values(method, matrix, path, kernel_maker(target, method))
+    def plan(self) -> AdapterPlan:
+        matrix = self.target.host_matrix()
+        return self.finished(*self.found(matrix), matrix)
 
+    def found(self, matrix: Array) -> tuple[Method, Values]:
+        """Returns the resolved method and first values: the costly part."""
+        if self.known:
+            weights = self.method.weights(self.target.view.shape)
+            wanted = {w.name for w in weights if not w.overwritten}
+            if wanted <= set(self.known):
+                return self.method, {}  # nothing to decompose
+        return first_values(
+            self.method,
+            matrix,
+            self.path,
+            self.rounds,
+            kernel_maker(self.target, self.method),
+        )
 
-def _finished(
-    target: Target,
-    method: Method,
-    values: Values,
-    known: Values,
-    matrix: Array,
-) -> AdapterPlan:
-    make_kernel = kernel_maker(target, method)
-    place = functools.partial(place_values, target)
-    if set(known) >= set(values):
-        return plan_from(method, matrix, dict(known), make_kernel, place)
-    plan = plan_from(method, matrix, values, make_kernel, place)
-    plan.values.update(known)
-    return plan
+    def finished(
+        self, method: Method, values: Values, matrix: Array
+    ) -> AdapterPlan:
+        """Returns the plan for what `found` returned."""
+        return plan_from(
+            method,
+            matrix,
+            {**values, **self.known},
+            self.rounds,
+            kernel_maker(self.target, method),
+            functools.partial(place_values, self.target),
+        )
 
 
 def _on_all_processes(
-    what: str,
-    targets: dict[str, Target],
-    methods: dict[str, Method],
-    known: dict[str, Values],
+    what: str, jobs: dict[str, _Job]
 ) -> dict[str, AdapterPlan]:
     index, count = processes()
     workers = (os.cpu_count() or 1) if on_host() else 1
     # Hosts may differ in cores, but must go through the layers alike.
     width = count * shared(0, lambda: workers)
-    paths = list(targets)
+    paths = list(jobs)
     plans: dict[str, AdapterPlan] = {}
     for start in range(0, len(paths), width):
         group = paths[start : start + width]
         owner = {path: i % count for i, path in enumerate(group)}
         # Each kernel in turn: all processes bring it to the hosts together.
-        matrices = {path: targets[path].host_matrix() for path in group}
-        jobs = {
+        matrices = {path: jobs[path].target.host_matrix() for path in group}
+        ours = {
             path: functools.partial(
                 _attempt,
-                functools.partial(
-                    _found,
-                    path,
-                    targets[path],
-                    methods[path],
-                    known[path],
-                    matrices[path],
-                ),
+                functools.partial(jobs[path].found, matrices[path]),
             )
             for path in group
             if owner[path] == index
         }
-        outcomes = run_all(f"{what} {start + 1} to {start + len(group)}", jobs)
+        outcomes = run_all(f"{what} {start + 1} to {start + len(group)}", ours)
         for path in group:
             make = outcomes.get(path, _of_another_process)
             method, values = shared(owner[path], make)
-            plans[path] = _finished(
-                targets[path], method, values, known[path], matrices.pop(path)
+            plans[path] = jobs[path].finished(
+                method, values, matrices.pop(path)
             )
     return plans
 

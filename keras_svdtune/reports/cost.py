@@ -12,6 +12,7 @@ import rich.table
 from keras_svdtune.hosts.target import Target
 from keras_svdtune.matrix.decompose import computed, decompose
 from keras_svdtune.matrix.factors import Needs, rank_of_energy
+from keras_svdtune.matrix.rounding import rounded
 from keras_svdtune.methods.base import Method
 from keras_svdtune.methods.low_rank import RankedMethod
 from keras_svdtune.methods.replaced_base import ReplacesBase
@@ -222,6 +223,8 @@ def _resolved(method: Method, target: Target, path: str) -> Method:
     if not isinstance(method, RankedMethod) or isinstance(method.rank, int):
         return method
     matrix = target.host_matrix()
+    if target.rounds(method):  # as `adapter/plan.py` does
+        matrix = rounded(matrix)
     needs = method.needs(target.view.shape)
     assert needs is not None
     each = matrix if len(matrix.shape) == 3 else matrix[None]

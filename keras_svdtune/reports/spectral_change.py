@@ -10,6 +10,10 @@ and its eigenvectors hold the cosines with the singular vectors of W:
 | M between U and Vᵀ: SVFT | the Gram matrix of diag(s) + M |
 | a·b of low rank | that of diag(s) with a rank 2k added; dW by its QR |
 | anything else: DoRA, a replaced base | that of W', and of dW, formed |
+
+Of SVF and SVFT, M is between the singular vectors of W rounded to bfloat16, if
+the adapter's basis is (`matrix/rounding.py`): the singular values are those of
+the rounded W too, and what is measured is the change of that matrix.
 """
 
 import contextlib
@@ -23,6 +27,7 @@ from keras_svdtune.hosts.target import Target
 from keras_svdtune.matrix import float64
 from keras_svdtune.matrix.decompose import decompose, singular_values
 from keras_svdtune.matrix.factors import Needs
+from keras_svdtune.matrix.rounding import rounded
 from keras_svdtune.reports.matrices import (
     base_matrix,
     kernel_matrix,
@@ -81,7 +86,10 @@ def base_of(target: Target) -> Base:
     """Decomposes W, or reads the decomposition from the cache."""
     w = base_matrix(target)
     ones = np.ones(min(target.view.shape))
-    if target.adapted.method.core(weight_values(target), ones) is not None:
+    adapter = target.adapted
+    if adapter.method.core(weight_values(target), ones) is not None:
+        if adapter.rounds:
+            w = rounded(w)
         s = singular_values(w, target.path)
         return Base(s.astype("float64"), None)
     found = decompose(w, Needs("small_side"), target.path)

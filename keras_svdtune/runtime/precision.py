@@ -1,4 +1,4 @@
-"""Where matrices are decomposed, and how to multiply in full float32."""
+"""Where matrices are decomposed, and in what precision products are taken."""
 
 import contextlib
 from collections.abc import Iterator
@@ -25,6 +25,16 @@ def on_host() -> bool:
             return not tf.config.list_physical_devices("GPU")
         case _:
             return True
+
+
+def float64_on_device() -> contextlib.AbstractContextManager[None]:
+    """Lets `keras.ops` compute in float64, which JAX else makes float32."""
+    if keras.backend.backend() != "jax":
+        return contextlib.nullcontext()
+    import jax
+
+    context: contextlib.AbstractContextManager[None] = jax.enable_x64(True)
+    return context
 
 
 @contextlib.contextmanager
