@@ -37,7 +37,9 @@ _BASE_PROBES, _EFFECT_PROBES = 4, 8
 # Rounding moves a number by eps/sqrt(12)·‖W‖ (one standard deviation, from a
 # uniform error within half a unit in the last place): these are > 8 of them.
 _BASE_TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
-# A basis turns by rounding / gap of the singular values, so ΔW moves more.
+# The basis of W as it is, in files of before, turns by rounding / gap of the
+# singular values, so ΔW moves more. (That of W rounded stays: between float32
+# and bfloat16 the effects on real models are equal to the last bit.)
 _EFFECT_TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 
 

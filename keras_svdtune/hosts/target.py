@@ -100,8 +100,8 @@ class Target:
     def rounds(self, method: Method) -> bool:
         """Returns whether the basis of `method` is made of W rounded.
 
-        What a quantized kernel reads as depends on how its product is computed,
-        in the last bits, and rounding would magnify that.
+        Not of a quantized one: what it reads as depends on the dtype in which
+        its product is computed, by more than rounding takes away.
         """
         return method.rebuilds_basis and self.quantization_mode is None
 
