@@ -154,7 +154,7 @@ def compose(
     Raises:
         ValueError: a file cannot be read, the files belong to different base
             models or cannot be added, it is ambiguous which of their layers are
-            the same, or a number is out of range.
+            the same, or a number is out of range, or the sum is.
 
     Example:
 
@@ -354,6 +354,12 @@ def _result(
     arrays[FINGERPRINTS] = np.stack(fingerprints)
     arrays[EFFECTS] = np.stack([x.effect for x in sums.values()])
     arrays[EFFECTS] = arrays[EFFECTS].astype("float32")
+    for key, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise ValueError(
+                f"'{key}' of the sum is not finite in float32. Give smaller "
+                f"weights. Received: {[part.weight for part in parts]}"
+            )
     about = parts[0].file.about | {
         "method": method.name,
         "settings": method.settings(),

@@ -49,7 +49,11 @@ def set_decomposition_cache(
 
     Args:
         folder: a path; False for none, True for the default folder.
-        max_bytes: int. Beyond it the least recently used entries are removed.
+        max_bytes: int, 0 or more. Beyond it the least recently used entries
+            are removed.
+
+    Raises:
+        ValueError: `max_bytes` is no such integer.
 
     Example:
 
@@ -58,6 +62,11 @@ def set_decomposition_cache(
     ```
     """
     global _store
+    if type(max_bytes) is not int or max_bytes < 0:
+        raise ValueError(
+            "`max_bytes` must be an integer, 0 or more. "
+            f"Received: max_bytes={max_bytes!r}"
+        )
     if folder is False:
         _store = None
         return

@@ -12,6 +12,7 @@ from keras import ops
 
 from keras_svdtune.hosts.target import Target
 from keras_svdtune.matrix.decompose import singular_values
+from keras_svdtune.methods.settings import check_whole_number
 from keras_svdtune.model.state import adapted_part
 from keras_svdtune.model.targets import find_targets
 from keras_svdtune.reports.matrices import (
@@ -47,10 +48,11 @@ class LayerSpectrum:
 
     def share_within(self, low: float = 0.1, high: float = 1.1) -> float:
         """Returns the share of the singular values from `low` to `high`."""
-        return float(np.mean((self.s >= low) & (self.s <= high)))
+        return _share_within(self.s, low, high)
 
     def energy(self, rank: int) -> float:
         """Returns the share of Σs² that the `rank` largest values hold."""
+        rank = check_whole_number("rank", rank, 1)
         squares = self.s**2
         return float(squares[:rank].sum() / (squares.sum() or 1.0))
 
@@ -88,7 +90,7 @@ class Spectrum(PrintsTable):
     def share_within(self, low: float = 0.1, high: float = 1.1) -> float:
         """Returns the share of all singular values from `low` to `high`."""
         s = np.concatenate([x.s for x in self.layers])
-        return float(np.mean((s >= low) & (s <= high)))
+        return _share_within(s, low, high)
 
     def by_kind(self) -> dict[str, tuple[LayerSpectrum, ...]]:
         """Returns the matrices of each kind, in the order of their depth."""
@@ -151,6 +153,15 @@ class Spectrum(PrintsTable):
                 )
                 table.add_row(group[0].kind, *row)
         return table
+
+
+def _share_within(s: np.ndarray, low: float, high: float) -> float:
+    if not low <= high:  # or one of them is NaN
+        raise ValueError(
+            "`low` must be a number, and `high` no smaller one. Received: "
+            f"low={low!r}, high={high!r}"
+        )
+    return float(np.mean((s >= low) & (s <= high)))
 
 
 def _by_shape(

@@ -27,7 +27,7 @@ class OLoRA(RankedMethod):
     Trainable: r·(in + out) a matrix, and as many frozen.
 
     Args:
-        rank: int from 1 to min(in, out).
+        rank: int, 1 or more; at most min(in, out) in each layer.
         alpha: float or None. The scale is alpha / rank; None means rank,
             a scale of 1.
 
