@@ -75,6 +75,8 @@ def test_exported(method, tmp_path):
         model, method, LAYERS if method.embeddings else None
     )
     perturb(model)
+    model.compile(keras.optimizers.SGD(1e-3), "mse")
+    model.fit(IDS, eager(model, IDS) + 1.0, verbose=0)
     export = FORMATS[keras.backend.backend()]
     expected = eager(model, IDS)
     assert_close(export(model, tmp_path / "model"), expected, 1e-5)

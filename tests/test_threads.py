@@ -152,10 +152,11 @@ BLAS_THREADS = blas_threads()
 
 def test_blas_has_its_threads_back():
     """Also if who came first leaves first."""
-    entered, left = threading.Event(), threading.Event()
+    began, entered, left = (threading.Event() for _ in range(3))
     during = []
 
     def first():
+        began.set()
         assert entered.wait(timeout=60)
 
     def second():
@@ -172,6 +173,7 @@ def test_blas_has_its_threads_back():
     assert blas_threads() == BLAS_THREADS
     with ThreadPoolExecutor(2) as pool:
         one = pool.submit(run_first)
+        assert began.wait(timeout=60)
         two = pool.submit(parallel.run_all, "second", {"layer": second}, False)
         one.result()
         two.result()
