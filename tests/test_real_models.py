@@ -177,6 +177,55 @@ def test_files_travel_between_dtypes(name, tmp_path):
         assert_same(eager(full, x), base)
 
 
+def test_an_adapted_gemma_goes_to_transformers(tmp_path):
+    """KerasHub's exporter reads `layer.weights[0]`, which is W."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    weights = pytest.importorskip("keras_svdtune.demo.weights")
+    task = weights.load_model("gemma3_270m")
+    ids = np.arange(5, 25, dtype="int32")[None]
+    x = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    task.preprocessor = None
+    base = eager(task, x)
+    task.enable_svf()
+    perturb(task.backbone, size=0.1)
+    learned = eager(task, x)
+    assert distance(learned, base) > 0.05
+    folder = tmp_path / "gemma"
+    task.backbone.export_to_transformers(str(folder))
+    assert_same(eager(task, x), learned)  # the adapter is still on
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        logits = theirs(torch.from_numpy(ids.astype("int64"))).logits.numpy()
+    assert distance(logits, learned) < 1e-4
+
+
+def test_generating_merged_for_a_while():
+    weights = pytest.importorskip("keras_svdtune.demo.weights")
+    task = weights.load_model("smollm2_135m")
+    task.compile(sampler="greedy")
+    prompt = "The captain looked at the sea and"
+    base = task.generate(prompt, max_length=24)
+    task.enable_svf()
+    perturb(task.backbone, size=0.05)
+    state = trainables(task.backbone)
+    adapted_text = task.generate(prompt, max_length=24)
+    with task.adapter_merged():
+        assert not adapted(task.backbone)
+        assert task.generate(prompt, max_length=24) == adapted_text
+        compiled = task.generate_function
+    assert task.generate(prompt, max_length=24) == adapted_text
+    assert_same(trainables(task.backbone), state)
+    with task.adapter_merged():
+        task.generate(prompt, max_length=24)
+        assert task.generate_function is compiled
+    task.remove_adapter()
+    assert task.generate(prompt, max_length=24) == base
+    assert adapted_text != base
+
+
 def matrix(target):
     return numpy(target.matrix())
 
