@@ -107,7 +107,7 @@ def compose(
 
     Raises:
         ValueError: a file cannot be read, the files belong to different base
-            models or cannot be added, a number is out of range, or the sum is.
+            models or cannot be added, or a number or the sum is out of range.
 
     Example:
 
