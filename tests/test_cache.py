@@ -249,6 +249,12 @@ def test_larger_than_the_bound(folder):
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("size", [-1, 1e9, True, float("nan"), None, "4"])
+def test_bounds_out_of_range(size):
+    with pytest.raises(ValueError, match="`max_bytes` must be an integer, 0"):
+        set_decomposition_cache(max_bytes=size)
+
+
 def test_files_of_others_are_left_alone(folder):
     folder.mkdir()
     mine, new, old = (folder / x for x in ("notes.txt", ".b.tmp", ".a.tmp"))

@@ -223,6 +223,7 @@ def test_every_family(name, tmp_path):
     "method, rank",
     [
         (LoRA(rank=3, alpha=6.0), None),
+        (LoRA(rank=20, alpha=5.0), None),  # key and value have 16
         (PiSSA(rank=0.5), None),
         (DoRA(rank=3, alpha=6.0), None),
         (DoRA(rank=3), 4),

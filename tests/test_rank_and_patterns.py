@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import rich.console
+import tiny_backbones_vision
 from helpers import (
     adapted,
     assert_same,
@@ -452,6 +453,21 @@ def test_the_widest_that_fit(wide_and_narrow):
         assert np.isfinite(merged).all()
         assert np.abs(merged - kernels["narrow"]).max() > 1e-3
         keras_svdtune.remove_adapter(model)
+
+
+def test_a_backbone_with_small_matrices():
+    """EfficientNet's squeezes have a few filters."""
+    model, _ = tiny_backbones_vision.efficientnet()
+    for method in (LoRA(8), SVFT(off_diagonals=8)):
+        keras_svdtune.enable_adapter(model, method)
+        ours = [x.adapter.method for x in adapted(model).values()]
+        assert len(set(ours)) > 1 and method in ours
+        keras_svdtune.remove_adapter(model)
+    head = keras.layers.Dense(2, name="head")
+    x = keras.Input((16,))
+    model = keras.Model(x, head(keras.layers.Dense(32)(x)))
+    keras_svdtune.enable_svft(model)
+    assert head.adapter.method == SVFT(off_diagonals=1)
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,9 @@ def test_a_part_of_the_matrices(hosts):
         ({"matrices": 0}, "`matrices` must be an integer"),
         ({"rank": None}, "`rank` must be an integer"),
         ({"threshold": 1.2}, "`threshold` must be a cosine"),
+        ({"threshold": True}, "`threshold` must be a cosine"),
+        ({"threshold": "0.5"}, "`threshold` must be a cosine"),
+        ({"threshold": float("nan")}, "`threshold` must be a cosine"),
     ],
 )
 def test_arguments_out_of_range(settings, message):

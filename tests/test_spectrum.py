@@ -233,6 +233,19 @@ def test_small_values_survive_where_a_device_decomposes(monkeypatch, keep):
     np.testing.assert_allclose(found, exact(w), rtol=1e-5)
 
 
+def test_numbers_out_of_range():
+    layer = LayerSpectrum("q", "query", 0, (2, 2), np.array([2.0, 1.0]))
+    found = Spectrum("model", (layer,))
+    for rank in (0, -1, 1.0, True):
+        with pytest.raises(ValueError, match="`rank` must be an integer, 1"):
+            layer.energy(rank)
+    for low, high in ((1.1, 0.1), (float("nan"), 1.0), (0.0, float("nan"))):
+        for x in (layer, found):
+            with pytest.raises(ValueError, match="`low` must be a number"):
+                x.share_within(low, high)
+    assert layer.share_within(1.5, float("inf")) == 0.5
+
+
 def test_kernels_that_are_not_finite():
     model = small_model()
     kernel = numpy(model.layers[0].kernel)

@@ -154,7 +154,7 @@ def compose(
     Raises:
         ValueError: a file cannot be read, the files belong to different base
             models or cannot be added, it is ambiguous which of their layers are
-            the same, or a number is out of range, or the sum is.
+            the same, or a number or the sum is out of range.
 
     Example:
 
