@@ -30,7 +30,7 @@ from helpers import (
 from keras import ops
 
 import keras_svdtune
-from keras_svdtune import SVF, LoRA, Method, PiSSA
+from keras_svdtune import SVF, LoRA, Method
 from keras_svdtune.adapter.adapter import Adapter
 from keras_svdtune.hosts import attach
 from keras_svdtune.keras_hub_methods import ON_MODELS, add_to_keras_hub
@@ -448,9 +448,18 @@ def test_quantized():
     refused(model, ("first' is quantized to float8", "leave it out"))
 
 
-def test_a_rank_that_does_not_fit():
-    message = ("first', a matrix of 6 x 4", "rank=5")
-    refused(small_model(), message, PiSSA(rank=5))
+class SquareOnly(LoRA):
+    """A method that cannot adapt every matrix."""
+
+    def for_shape(self, shape):
+        if shape[0] != shape[1]:
+            raise ValueError("W must be square.")
+        return super().for_shape(shape)
+
+
+def test_a_method_that_does_not_fit():
+    message = ("first', a matrix of 6 x 4: W must be square",)
+    refused(small_model(), message, SquareOnly(2))
 
 
 class OneWay(LoRA):

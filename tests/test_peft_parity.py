@@ -5,6 +5,7 @@ transposed on the way, here and back. alpha is 8 at rank 4, a scale of 2.
 """
 
 import gc
+import types
 
 import keras
 import numpy as np
@@ -245,3 +246,42 @@ def test_adalora(shape):
     theirs.merge()
     merged = theirs.weight.detach().numpy().T
     assert_close(layer.merged_kernel(), merged, TOLERANCE)
+
+
+def test_the_penalty_of_adalora():
+    """PEFT adds the same number to the loss of the data."""
+
+    class Theirs(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = torch.nn.Linear(9, 7, bias=False)
+            self.second = torch.nn.Linear(7, 6, bias=False)
+
+        def forward(self, x):
+            y = self.second(self.first(x))
+            return types.SimpleNamespace(loss=torch.zeros(()), y=y)
+
+    config = peft.AdaLoraConfig(
+        target_modules=["first", "second"],
+        init_r=RANK,
+        target_r=RANK - 1,
+        total_step=100,
+        orth_reg_weight=0.1,
+    )
+    theirs = peft.tuners.adalora.AdaLoraModel(
+        Theirs(), {"default": config}, "default"
+    )
+    first, second = keras.layers.Dense(7), keras.layers.Dense(6)
+    x = keras.Input((9,))
+    model = keras.Model(x, second(first(x)))
+    keras_svdtune.enable_adalora(model, RANK - 1, initial_rank=RANK)
+    layers = (theirs.model.first, first), (theirs.model.second, second)
+    for torch_layer, layer in layers:
+        b, a = torch_layer.lora_B["default"], torch_layer.lora_A["default"]
+        # PEFT keeps P (out, r) and Q (r, in): those of the transpose.
+        layer.adapter.q.assign(b.detach().numpy().T)
+        layer.adapter.p.assign(a.detach().numpy().T)
+    expected = float(theirs(torch.zeros(1, 9)).loss)
+    assert expected > 0.1
+    found = sum(float(numpy(loss)) for loss in model.losses)
+    assert found == pytest.approx(expected, rel=1e-6)
