@@ -5,6 +5,7 @@ import dataclasses
 
 import keras
 import keras_hub
+import ml_dtypes
 import numpy as np
 import pytest
 from keras import ops
@@ -232,6 +233,15 @@ def numpy(x):
     if keras.backend.standardize_dtype(x.dtype) == "bfloat16":
         x = ops.cast(x, "float32")
     return ops.convert_to_numpy(x).copy()
+
+
+def scaled(w, delta):
+    """W' of SVF in float64: singular vectors of W rounded to bfloat16."""
+    rounded = w.astype("float32").astype(ml_dtypes.bfloat16).astype("float64")
+    u, _, vt = np.linalg.svd(rounded, full_matrices=False)
+    if w.shape[1] <= w.shape[0]:
+        return w + (w @ vt.T * delta) @ vt
+    return w + (u * delta) @ (u.T @ w)
 
 
 def values(model):
