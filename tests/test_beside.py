@@ -262,3 +262,38 @@ def test_declared_layers_and_what_is_plain_beside_them(tmp_path):
     assert_same(
         numpy(fresh.get_layer("b").kernel), numpy(model.get_layer("b").kernel)
     )
+
+
+def test_moving_statistics_of_an_old_file_numbered_otherwise(tmp_path):
+    """Release 0.1 wrote the keys of moving statistics, and nothing else."""
+
+    def make():
+        keras.utils.set_random_seed(0)
+        return keras.Sequential(
+            [
+                keras.Input((6,)),
+                keras.layers.Dense(6),
+                keras.layers.BatchNormalization(),
+                keras.layers.Dense(6),
+                keras.layers.BatchNormalization(),
+            ],
+            name="m",
+        )
+
+    model = make()
+    keras_svdtune.enable_svf(model)
+    for number, layer in enumerate(model.layers):
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.trainable = True
+            layer.moving_mean.assign(np.full(6, 1.0 + number))
+    file = tmp_path / "a.safetensors"
+    keras_svdtune.save_adapter(model, file)
+    old = read_adapter(file)
+    old.about["statistics"] = sorted(old.about.pop("beside"))
+    del old.about["saved_from"]
+    old.save(file)
+
+    keras.layers.BatchNormalization()  # takes a number
+    fresh = make()
+    keras_svdtune.load_adapter(fresh, file)
+    assert_same(fresh.predict(X, verbose=0), model.predict(X, verbose=0))

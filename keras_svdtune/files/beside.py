@@ -11,6 +11,7 @@ moving statistics, which an enable did not freeze then.
 """
 
 import contextlib
+import re
 
 import numpy as np
 from keras import ops
@@ -118,14 +119,32 @@ def _found(
     groups: Groups,
 ) -> Beside | None:
     entry = adapter.about.get(BESIDE, {}).get(key)
-    if entry is None:  # moving statistics of an old file
-        beside = everything.get(key)
-        fits = beside and tuple(beside.variable.shape) == value.shape
-        return beside if fits else None
+    if entry is None:
+        return _found_of_old_file(key, value, adapter, everything, groups)
     alike = groups.get((stem_of(key), value.shape, entry["inside"]), [])
     if len(alike) != entry["count"]:
         return None
     return everything[alike[entry["index"]]]
+
+
+def _found_of_old_file(
+    key: str,
+    value: np.ndarray,
+    adapter: SavedAdapter,
+    everything: dict[str, Beside],
+    groups: Groups,
+) -> Beside | None:
+    """Finds moving statistics of release 0.1, which says only their keys."""
+    alike = groups.get((stem_of(key), value.shape, True), [])
+    theirs = [x for x in adapter.beside if stem_of(x) == stem_of(key)]
+    if set(theirs) <= set(alike):
+        return everything[key]
+    # Keras has numbered the layers of this model otherwise, but in order.
+    theirs = [x for x in theirs if adapter.arrays[x].shape == value.shape]
+    theirs.sort(key=lambda x: [int(n) for n in re.findall(r"\d+", x)])
+    if len(theirs) != len(alike):
+        return None
+    return everything[alike[theirs.index(key)]]
 
 
 def _groups(everything: dict[str, Beside]) -> Groups:

@@ -135,13 +135,6 @@ def whole_rows(x: Tensor, weight: Variable) -> Tensor:
     )
 
 
-def place_like(variable: Variable, other: Variable) -> None:
-    """Puts a variable on the devices of `other`."""
-    if getattr(other, "_layout", None) is not None:
-        variable._layout = other._layout
-        variable.assign(variable.value)
-
-
 @contextlib.contextmanager
 def undistributed() -> Iterator[None]:
     """Temporarily keeps `keras.distribution` from placing new variables."""
