@@ -185,7 +185,8 @@ def _check_optimizer(optimizer: Optimizer) -> None:
     """Raises a ValueError where the importance of triplets would be wrong."""
     # float16 models wrap the user's optimizer.
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    if optimizer.gradient_accumulation_steps:
+    steps = getattr(optimizer, "gradient_accumulation_steps", None)
+    if steps:
         # The importance is |w · ∂L/∂w| of the whole batch. Keras keeps the
         # largest of the micro-batches for a variable that is overwritten by
         # its gradient, and shows the sum of the gradients to nobody.
@@ -193,10 +194,9 @@ def _check_optimizer(optimizer: Optimizer) -> None:
             "RankAllocator does not work with `gradient_accumulation_steps`: "
             "the importance of a triplet would be that of one micro-batch. "
             "Use a larger batch, or enable LoRA. Received: "
-            "gradient_accumulation_steps="
-            f"{optimizer.gradient_accumulation_steps}"
+            f"gradient_accumulation_steps={steps}"
         )
-    if not optimizer.use_ema:
+    if not getattr(optimizer, "use_ema", False):
         return
     if keras.backend.backend() == "tensorflow":
         raise ValueError(
