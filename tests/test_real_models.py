@@ -115,6 +115,7 @@ def test_svf_on(name, tmp_path):
 METHODS = [(SVF(), 2e-2), (SVFT(), 5e-3), (LoRAXS(rank=8), 2e-2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPECTED)
 def test_files_travel_between_dtypes(name, tmp_path):
     """Trained in float32, loaded in bfloat16, and from there all other ways."""
