@@ -302,6 +302,10 @@ class Programs(RuleBasedStateMachine):
     @precondition(lambda self: self.method is not None)
     @rule()
     def convert(self):
+        if any(x.replaced for x in adapted_targets(self.model).values()):
+            with pytest.raises(ValueError, match="made for its adapter"):
+                keras_svdtune.to_lora(self.model, rank=8)
+            return
         keras_svdtune.to_lora(self.model, rank=8)
         self.method = "lora"
 
