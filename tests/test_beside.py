@@ -297,3 +297,20 @@ def test_moving_statistics_of_an_old_file_numbered_otherwise(tmp_path):
     fresh = make()
     keras_svdtune.load_adapter(fresh, file)
     assert_same(fresh.predict(X, verbose=0), model.predict(X, verbose=0))
+
+
+def test_removing_gives_back_what_a_file_has_set_around_a_part(tmp_path):
+    """The adapter was enabled on the part, the file is of the whole."""
+    model, part = around()
+    keras_svdtune.enable_svf(part)
+    model.fit(X, Y, verbose=0)
+    file = tmp_path / "a.safetensors"
+    keras_svdtune.save_adapter(model, file)
+    before = numpy(model.layers[-1].kernel)
+    model.fit(X, Y, verbose=0)
+    now = numpy(model.layers[-1].kernel)
+    assert_differ(now, before)
+    keras_svdtune.load_adapter(model, file)
+    assert_same(numpy(model.layers[-1].kernel), before)
+    keras_svdtune.remove_adapter(model)
+    assert_same(numpy(model.layers[-1].kernel), now)

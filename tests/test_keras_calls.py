@@ -232,6 +232,24 @@ def test_merged_again_compiles_nothing():
     assert model.predict_function is None
 
 
+def test_declared_layers_merged_in_mid_training():
+    """Their compiled step is there again, as `fit` wants it."""
+    model = keras.Sequential(
+        [keras.Input(X.shape[1:]), keras_svdtune.SVFDense(Y.shape[1])]
+    )
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+
+    def look(epoch, logs):
+        with keras_svdtune.adapter_merged(model):
+            assert type(model.layers[-1]) is keras.layers.Dense
+
+    callback = keras.callbacks.LambdaCallback(on_epoch_end=look)
+    model.fit(X, Y, epochs=2, verbose=0, callbacks=[callback])
+    step = model.train_function
+    look(0, None)
+    assert model.train_function is step is not None
+
+
 # torch's own view of a model.
 
 

@@ -21,6 +21,7 @@ from helpers import (
 from keras import ops
 
 from keras_svdtune import SVF, SVFT, LoRAXS
+from keras_svdtune.files.format import read_adapter
 from keras_svdtune.model.targets import adapted_targets
 
 # One worker: two copies of these models would be a waste.
@@ -166,6 +167,14 @@ def test_files_travel_between_dtypes(name, tmp_path):
         assert distance(learned, base) > 5.0 * rounding
         assert off < 4.0 * rounding and turned < 1.5
         half.save_adapter(back)
+        effects = [
+            read_adapter(path).arrays["effects"] for path in (there, back)
+        ]
+        assert_same(*effects)
+        adapters = [x.adapted for x in adapted_targets(full).values()]
+        if method.name == "svft":
+            dead = np.concatenate([numpy(x.inverse_s) == 0 for x in adapters])
+            print(f"  SVFT: {dead.mean():.2%} of the components do not train")
         half.remove_adapter()
         half.load_adapter(back)
         assert_same(trainables(half), trained)

@@ -24,7 +24,7 @@ from keras_svdtune.runtime.processes import to_numpy
 from keras_svdtune.runtime.types import Json, Model, Variable
 
 # By key: the variable, and the value to assign.
-Values = dict[str, tuple[Variable, np.ndarray]]
+Assignments = dict[str, tuple[Variable, np.ndarray]]
 # Keys in the model's order, by what is equal of variables that look alike: the
 # key without numbers, the shape, and `Beside.inside`.
 Groups = dict[tuple[str, tuple[int, ...], bool], list[str]]
@@ -65,7 +65,7 @@ def saved_beside(model: Model) -> tuple[dict[str, np.ndarray], Json]:
     return arrays, entry
 
 
-def find_beside(model: Model, adapter: SavedAdapter) -> Values:
+def find_beside(model: Model, adapter: SavedAdapter) -> Assignments:
     """Returns the file's values, with the variables of `model` for them.
 
     Raises:
@@ -73,7 +73,7 @@ def find_beside(model: Model, adapter: SavedAdapter) -> Values:
     """
     everything = variables_beside(model)
     groups = _groups(everything)
-    found: Values = {}
+    found: Assignments = {}
     for key in adapter.beside:
         value = adapter.arrays[key]
         beside = _found(key, value, adapter, everything, groups)
@@ -91,7 +91,7 @@ def find_beside(model: Model, adapter: SavedAdapter) -> Values:
 
 
 def assign_beside(
-    model: Model, values: Values, undo: contextlib.ExitStack
+    model: Model, values: Assignments, undo: contextlib.ExitStack
 ) -> None:
     """Assigns the values of a file; those of an earlier file are undone first.
 

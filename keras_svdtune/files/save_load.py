@@ -247,8 +247,9 @@ def load_adapter(
 
 
 def _warn_of_head(model: Model, adapter: SavedAdapter) -> None:
-    """Warns of a head that the file does not hold."""
-    head = [k for k, x in variables_beside(model).items() if not x.inside]
+    """Warns of a head that trains here and is not in the file."""
+    everything = variables_beside(model).items()
+    head = [key for key, x in everything if x.trains and not x.inside]
     if head:
         warnings.warn(
             f"{adapter.source} holds the adapter alone. What '{model.name}' "

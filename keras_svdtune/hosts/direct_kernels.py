@@ -16,6 +16,7 @@ To add a kernel, enter it in `DIRECT_KERNELS`.
 """
 
 import functools
+from typing import ClassVar
 
 from keras_svdtune.hosts.target import Target
 from keras_svdtune.matrix.view import MatrixView
@@ -56,7 +57,7 @@ DIRECT_KERNELS: dict[str, dict[str, str]] = {
 class ReadsMerged:
     """Mixin for layers of class `plain` with adapters on direct kernels."""
 
-    plain: type
+    plain: ClassVar[type]
 
 
 def direct_targets(layer: Layer) -> list[Target]:

@@ -8,6 +8,8 @@ Weights files name the layers of a list by class, so the classes here carry the
 name of the plain one.
 """
 
+from typing import ClassVar
+
 from keras_svdtune.hosts.direct_kernels import ReadsMerged, adapted_directly
 from keras_svdtune.hosts.embeddings import AdaptedEmbedding
 from keras_svdtune.hosts.host import HOSTS, AdaptedConvolution, AdapterHost
@@ -16,7 +18,18 @@ from keras_svdtune.runtime.keras_internals import own_variables
 from keras_svdtune.runtime.types import Json, Layer, Store, Tensor
 
 
-class SavesMerged(AdapterHost):
+class MadePlain:
+    """Mixin: a config holds no adapter, so it makes the plain layer."""
+
+    plain: ClassVar[type]
+
+    @classmethod
+    def from_config(cls, config: Json) -> Layer:
+        layer: Layer = cls.plain.from_config(config)  # type: ignore[attr-defined]
+        return layer
+
+
+class SavesMerged(MadePlain, AdapterHost):
     """A converted layer, whose saves hold its merged kernel."""
 
     @property
@@ -33,12 +46,6 @@ class SavesMerged(AdapterHost):
     def load_own_variables(self, store: Store) -> None:
         self.target.begin_loading()
         super().load_own_variables(store)  # type: ignore[misc]
-
-    @classmethod
-    def from_config(cls, config: Json) -> Layer:
-        """Makes the plain layer: a config holds no adapter."""
-        layer: Layer = cls.plain.from_config(config)  # type: ignore[attr-defined]
-        return layer
 
 
 class SavesMergedEmbedding(SavesMerged):
@@ -62,7 +69,7 @@ class SavesMergedConvolution(SavesMerged):
             store["1"] = layer.bias
 
 
-class OwnerSavesMerged(ReadsMerged):
+class OwnerSavesMerged(MadePlain, ReadsMerged):
     """The owner of direct kernels, some of which have an adapter."""
 
     def save_own_variables(self, store: Store) -> None:
@@ -75,12 +82,6 @@ class OwnerSavesMerged(ReadsMerged):
         for target in adapted_directly(self):
             target.begin_loading()
         super().load_own_variables(store)  # type: ignore[misc]
-
-    @classmethod
-    def from_config(cls, config: Json) -> Layer:
-        """Makes the plain layer: a config holds no adapter."""
-        layer: Layer = cls.plain.from_config(config)  # type: ignore[attr-defined]
-        return layer
 
 
 def _in_place(host: type[AdapterHost]) -> type:

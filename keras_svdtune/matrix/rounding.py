@@ -33,6 +33,5 @@ def noise(s: np.ndarray) -> float:
 
     It moves each entry of W by less than 2⁻⁸ of it, by half of that on average,
     so W·v by about 2⁻⁹ of the root mean square of all singular values s (n,).
-    (On real models by 0.4 to 0.7 of that where s is small.)
     """
     return float(2.0**-9 * np.sqrt(np.mean(np.square(s, dtype="float64"))))

@@ -19,7 +19,8 @@ from keras_svdtune.model.targets import (
     layers_by_path,
 )
 from keras_svdtune.runtime.keras_internals import layers_in, own_variables
-from keras_svdtune.runtime.types import Model
+from keras_svdtune.runtime.processes import to_numpy
+from keras_svdtune.runtime.types import Model, Tensor
 
 
 def checked_method(method: Any) -> Method:
@@ -186,7 +187,7 @@ def check_merged(targets: dict[str, Target]) -> None:
     """
     check_trained(targets, "merged")
     for path, target in targets.items():
-        if not bool(ops.all(ops.isfinite(target.merged_kernel()))):
+        if not _finite(target.merged_kernel()):
             raise ValueError(
                 f"The adapter of layer '{path}' gives a kernel too large for "
                 f"{target.base_dtype}. Load or train it again, or call "
@@ -198,10 +199,14 @@ def check_trained(targets: dict[str, Target], verb: str) -> None:
     """Raises a ValueError that names a layer whose adapter is not finite."""
     for path, target in targets.items():
         for name, variable in target.adapted.variables_by_name(True).items():
-            if not bool(ops.all(ops.isfinite(variable))):
+            if not _finite(variable.value):
                 raise ValueError(
                     f"'{name}' of layer '{path}' holds NaN or infinity, so the "
                     f"adapter cannot be {verb}. The training diverged: take a "
                     "lower learning rate, or `remove_adapter()`. The model is "
                     "as it was."
                 )
+
+
+def _finite(x: Tensor) -> bool:
+    return bool(to_numpy(ops.all(ops.isfinite(x))))

@@ -206,9 +206,11 @@ def remove_adapter(model: Model) -> None:
                 variable.assign(base)
         for target in targets.values():
             if target.replaced:
-                for variable in target.adapted.variables:
-                    undo.callback(variable.assign, ops.copy(variable.value))
-                for variable in target.kernel_variables().values():
+                trained = target.adapted.variables_by_name(trainable=True)
+                for variable in (
+                    *trained.values(),
+                    *target.kernel_variables().values(),
+                ):
                     undo.callback(variable.assign, ops.copy(variable.value))
             attach.remove(target)
         _unfreeze(root, owners, targets)

@@ -88,7 +88,7 @@ def adapter_disabled(model: Model) -> Iterator[None]:
 
 @contextlib.contextmanager
 def adapter_merged(model: Model) -> Iterator[None]:
-    """Temporarily merges the adapter: plain Keras layers, at the base's speed.
+    """Temporarily merges the adapter: the layers are plain Keras layers.
 
     Within, every kernel is W' = W + ΔW, and the layers are those of the plain
     model. At the end the base is back bit for bit, and the adapter with what it

@@ -34,7 +34,8 @@ _ticks = itertools.count(1)
 _now = 0
 # The change that a layer has seen last, by number.
 _CHANGED: weakref.WeakKeyDictionary[Layer, int] = weakref.WeakKeyDictionary()
-# The number of a change that will be undone, by that of the change before.
+# The number of a change that will be undone, by that of the change before; 0 is
+# none.
 _FOR_A_WHILE: dict[int, int] = {}
 
 
@@ -68,14 +69,18 @@ def note_change_for_a_while(layers: Iterable[Layer]) -> Callable[[], None]:
     at the next such change.
     """
     global _now
-    before = {layer: _CHANGED.get(layer, 0) for layer in layers}
+    before = {layer: _CHANGED.get(layer) for layer in layers}
     _now = next(_ticks)
     for layer, change in before.items():
-        _CHANGED[layer] = _FOR_A_WHILE.setdefault(change, _now)
+        _CHANGED[layer] = _FOR_A_WHILE.setdefault(change or 0, _now)
 
     def undone() -> None:
         global _now
-        _CHANGED.update(before)
+        for layer, change in before.items():
+            if change is None:  # a declared layer
+                _CHANGED.pop(layer, None)
+            else:
+                _CHANGED[layer] = change
         _now = next(_ticks)
 
     return undone

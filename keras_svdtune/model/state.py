@@ -124,6 +124,11 @@ def enabled_method(model: Model) -> Method:
 
 
 def set_beside(model: Model) -> dict[str, tuple[Variable, np.ndarray]]:
-    """Returns the `Enabled.beside` of a model; empty if it has no record."""
-    record = enabled_record(adapted_part(model))
-    return {} if record is None else record.beside
+    """Returns the `Enabled.beside` of a model, or of a part of it.
+
+    Empty, and kept nowhere, if neither has a record: layers that are declared
+    with their method have none.
+    """
+    root = adapted_part(model)
+    records = [enabled_record(x) for x in layers_in(root)]
+    return next((x.beside for x in records if x is not None), {})

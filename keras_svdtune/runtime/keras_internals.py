@@ -68,6 +68,9 @@ RELIED_ON = (
     ("an optimizer", "_iterations", "counting its steps from 0"),
     ("an optimizer", "_learning_rate", "keeping its learning rate"),
     ("an optimizer", "_tracker", "forgetting what it was built for"),
+    ("an optimizer", "save_own_variables", "telling its state from a base's"),
+    ("an optimizer", "load_own_variables", "telling its state from a base's"),
+    ("the h5 writer", "save_model_to_hdf5", "writing `model.h5` merged"),
 )
 
 
@@ -84,6 +87,7 @@ def missing_internals() -> list[str]:
         "a tracker": getattr(dense, "_tracker", None),
         "a variable": getattr(dense, "bias", None),
         "an optimizer": keras.optimizers.SGD(),
+        "the h5 writer": h5_writer,
     }
     return [
         f"In Keras {keras.version()}, {owner} has no `{name}`, which this "
