@@ -12,6 +12,7 @@ from keras import ops
 
 import keras_svdtune
 from keras_svdtune.adapter.adapter import Adapter
+from keras_svdtune.adapter.stepped import Stepped, variable_of
 from keras_svdtune.hosts.host import AdapterHost
 
 POLICIES = ("float32", "bfloat16", "mixed_bfloat16")
@@ -25,6 +26,7 @@ slow_elsewhere = (
 
 # Settings to test for a method beside, or instead of, its defaults.
 VARIANTS = {
+    "svf": [{}, {"rank": 3}, {"rank": 0.5}],
     "svft": [
         {"pattern": "banded"},
         {"pattern": "plain"},
@@ -220,7 +222,7 @@ def perturb(model, seed=1, size=0.3):
     adapters = [x for x in flat(model) if isinstance(x, Adapter)]
     assert adapters
     for adapter in adapters:
-        for v in adapter.variables_by_name(trainable=True).values():
+        for v in adapter.weights_by_name(trainable=True).values():
             step = size * rng.standard_normal(tuple(v.shape))
             v.assign(numpy(v) + step.astype("float32"))
 
@@ -329,8 +331,10 @@ def gradients(loss, variables):
 
 def gradient_function(loss, variables):
     """A function that returns them for the values at the time; JAX compiles
-    it once."""
-    variables = list(variables)
+    it once. Of a weight whose variable holds a part of it, the weight's own."""
+    weights = list(variables)
+    variables = [variable_of(w) for w in weights]
+    steps = [w.step if isinstance(w, Stepped) else 1.0 for w in weights]
 
     def by_tensorflow():
         import tensorflow as tf
@@ -351,7 +355,10 @@ def gradient_function(loss, variables):
         found = _program(loss, variables, jax.grad)
     else:
         found = by_tensorflow if _on("tensorflow") else by_torch
-    return lambda: [numpy(ops.convert_to_tensor(g)) for g in found()]
+    return lambda: [
+        numpy(ops.convert_to_tensor(g)) / step
+        for g, step in zip(found(), steps, strict=True)
+    ]
 
 
 def dot(y, dy):

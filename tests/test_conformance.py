@@ -35,6 +35,7 @@ from helpers import adapted as adapted_layers
 from keras import ops
 
 import keras_svdtune
+from keras_svdtune.adapter.stepped import variable_of
 from keras_svdtune.hosts.host import AdapterHost
 
 FEW = ("dense_tall", "dense_wide", "einsum_query")
@@ -231,7 +232,7 @@ def test_only_its_variables_train(method, policy):
     keras_svdtune.enable_adapter(model, method)
     # Keras holds with the trainables what the backward pass overwrites.
     expected = [
-        id(getattr(layer.adapter, w.name))
+        id(variable_of(getattr(layer.adapter, w.name)))
         for layer in adapted_layers(model).values()
         for w in method.weights(layer.adapter.shape)
         if w.trainable or w.overwritten

@@ -5,6 +5,7 @@ Each of their calls works with the adapter, or is an error that says what to do.
 
 import copy
 import pickle
+import warnings
 
 import keras
 import keras_hub
@@ -327,3 +328,38 @@ class TestTorch:
         model.fit(X, Y, verbose=0)
         model.load_state_dict(state)
         assert_same(outputs(model), before)
+
+
+# Learning rates.
+
+
+def rate_warnings(optimizer, model=None):
+    """The warnings of two calls of `fit` that speak of a learning rate."""
+    model = model or small_model()
+    if not adapted(model):
+        keras_svdtune.enable_svf(model)
+    model.compile(optimizer, "mse")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        model.fit(X, Y, verbose=0)
+        model.fit(X, Y, verbose=0)
+    return [x for x in found if "learning rate" in str(x.message)]
+
+
+def test_a_rate_that_teaches_nothing_is_said_once():
+    (warning,) = rate_warnings(keras.optimizers.Adam(2e-5))
+    assert "2e-05" in str(warning.message)
+    assert warning.filename == __file__
+    (warning,) = rate_warnings(keras.optimizers.AdamW(2e-5))
+
+
+def test_other_rates_are_left_alone():
+    adam, sgd = keras.optimizers.Adam, keras.optimizers.SGD
+    schedule = keras.optimizers.schedules.CosineDecay(1e-6, 10)
+    for optimizer in (adam(1e-3), adam(schedule), sgd(1e-6)):
+        assert not rate_warnings(optimizer)
+    plain = small_model()
+    plain.compile(adam(1e-6), "mse")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain.fit(X, Y, verbose=0)

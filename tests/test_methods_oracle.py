@@ -27,7 +27,7 @@ from helpers import (
 from keras import ops
 
 import keras_svdtune
-from keras_svdtune import DoRA, MiLoRA, PiSSA
+from keras_svdtune import SVF, DoRA, MiLoRA, PiSSA
 from keras_svdtune.methods import svft as svft_file
 
 NAMES = ("dense_tall", "dense_wide", "dense_square", "einsum_query")
@@ -75,7 +75,13 @@ def factors(w):
 
 def svf(w, settings, start):
     u, s, v = factors(w)
-    return lambda t: (u * (s * (1.0 + t["delta"]))) @ v.T
+
+    def merged(t):
+        change = t["delta"]
+        rest = np.zeros(len(s) - len(change))  # the smallest are left alone
+        return (u * (s * (1.0 + np.append(change, rest)))) @ v.T
+
+    return merged
 
 
 def svft(w, settings, start):
@@ -329,7 +335,10 @@ def test_svf_steps_along_its_gradient(shape):
     model.compile(keras.optimizers.SGD(0.01), "mse")
     loss = model.fit([x], [dy], batch_size=7, verbose=0).history["loss"][0]
     np.testing.assert_allclose(loss, np.mean((y - dy) ** 2), rtol=1e-4)
-    expected = delta - 0.01 * gradient(2 * (y - dy) / dy.size)
+    # The variable is δ / step: it moves by 0.01·step·dL/dδ, and δ by more.
+    (weight,) = [x for x in SVF().weights(shape) if x.trainable]
+    rate = 0.01 * weight.step**2
+    expected = delta - rate * gradient(2 * (y - dy) / dy.size)
     np.testing.assert_allclose(numpy(layer.adapter.delta), expected, atol=1e-5)
 
 

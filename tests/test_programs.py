@@ -98,7 +98,7 @@ def change_of(target):
     adapter = target.adapted
     value = {
         name.partition("_")[2]: numpy(v).astype("float64")
-        for name, v in adapter.variables_by_name().items()
+        for name, v in adapter.weights_by_name().items()
     }
     name = adapter.method.name
     if name == "svf":
@@ -219,9 +219,10 @@ class Programs(RuleBasedStateMachine):
     @precondition(lambda self: self.method is not None)
     @rule(size=st.sampled_from([0.1, 0.5]))
     def assign(self, size):
-        for variable in self.model.trainable_variables:
-            noise = self.random.normal(size=variable.shape)
-            variable.assign(variable + size * noise)
+        for target in adapted_targets(self.model).values():
+            for weight in target.adapted.weights_by_name(True).values():
+                noise = self.random.normal(size=weight.shape)
+                weight.assign(weight.value + size * noise)
         self.look_again()
 
     @precondition(lambda self: self.method is not None)

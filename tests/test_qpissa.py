@@ -236,13 +236,14 @@ def test_gradients_are_those_of_the_whole_matrix():
     x, q = ops.convert_to_tensor(X), matrix(model, "dense")
 
     def dense():
-        a, b = adapter.a0 + adapter.delta_a, adapter.b0 + adapter.delta_b
+        now = adapter.current
+        a, b = now.a0 + now.delta_a, now.b0 + now.delta_b
         w = ops.convert_to_tensor(q) + 1.5 * ops.matmul(a, b)
         return ops.tanh(ops.matmul(x, w) + layer.bias)
 
     trained = [adapter.delta_a, adapter.delta_b]
     same_function(lambda: layer(x), dense, trained)
-    a, b = adapter.method.low_rank_factors(adapter)
+    a, b = adapter.method.low_rank_factors(adapter.current)
     assert a.shape[1] == 4
     merged = numpy(adapter.merged(q))
     assert error(merged, numpy(q) + numpy(a) @ numpy(b)) < 1e-5

@@ -14,6 +14,12 @@ from keras_svdtune.adapter.fingerprint import (
     same_effect,
 )
 from keras_svdtune.adapter.plan import AdapterPlan, ReplacedBase
+from keras_svdtune.adapter.stepped import (
+    Current,
+    Stepped,
+    stepped,
+    variable_of,
+)
 from keras_svdtune.matrix.view import MatrixView
 from keras_svdtune.methods.base import (
     LinearMap,
@@ -55,7 +61,8 @@ class Adapter(keras.layers.Layer):
     layer ignores. So a plain model loads the file of an adapted one.
 
     Args:
-        method: `Method`. Its weights become attributes: `adapter.delta`.
+        method: `Method`. Its weights become attributes: `adapter.delta`, with
+            `value` and `assign`.
         view: `MatrixView` of the layer's kernel.
         holder: the layer's `Target`.
         first_value: function from a weight's name to its first value, or None
@@ -114,7 +121,7 @@ class Adapter(keras.layers.Layer):
             # Known by this to what saves an optimizer's state for it.
             variable.of_converted_layer = not self.self_contained
             place_variable(variable, self._shardings.get(weight.name))
-            setattr(self, weight.name, variable)
+            setattr(self, weight.name, stepped(variable, weight))
         self._first_value = None
 
     def _initializer(self, weight: Weight) -> Callable[..., Tensor]:
@@ -127,7 +134,8 @@ class Adapter(keras.layers.Layer):
             value = first_value(weight.name)
             if value is None:
                 return ops.zeros(shape, dtype)
-            return ops.cast(ops.convert_to_tensor(value), dtype)
+            first = ops.cast(ops.convert_to_tensor(value), dtype)
+            return first if weight.step == 1.0 else first / weight.step
 
         return initialize
 
@@ -138,12 +146,16 @@ class Adapter(keras.layers.Layer):
         # TensorFlow adds no float32 to the loss of a float64 model.
         double = keras.config.floatx() == "float64"
         dtype = "float64" if double else "float32"
+        step = weight.step
         # `share` is read when called: once all layers are adapted.
-        return lambda variable: ops.cast(penalty(variable) * self.share, dtype)
+        return lambda variable: ops.cast(
+            penalty(variable if step == 1.0 else variable * step) * self.share,
+            dtype,
+        )
 
     def call(self, base: LinearMap) -> Tensor:
         """Returns the adapted product (tokens, out)."""
-        return self.method.call(self, base)
+        return self.method.call(self.current, base)
 
     def quantize(self, *args: object, **kwargs: object) -> None:
         """Raises a ValueError: Keras would leave the layer around it as it is.
@@ -157,7 +169,7 @@ class Adapter(keras.layers.Layer):
 
     def reverse(self, base: ReverseMap) -> Tensor:
         """Returns x·W'ᵀ (tokens, in), for layers that multiply by Wᵀ too."""
-        return self.method.reverse(self, base)
+        return self.method.reverse(self.current, base)
 
     def merged(self, matrix: Tensor) -> Tensor:
         """Returns W' for W (in, out) or a bank (count, in, out).
@@ -165,7 +177,7 @@ class Adapter(keras.layers.Layer):
         It is float32, or float64 if W is: then what is added to W is computed
         in float64 from the weights, and an untrained adapter adds exactly 0.
         """
-        weights: Weights = self
+        weights = self.current
         if keras.backend.standardize_dtype(matrix.dtype) == "float64":
             weights = self._in_float64()
         else:
@@ -177,7 +189,7 @@ class Adapter(keras.layers.Layer):
     def _in_float64(self) -> Weights:
         found = WeightValues(self.shape)
         for weight in self.method.weights(self.shape):
-            value = ops.convert_to_tensor(getattr(self, weight.name))
+            value = ops.convert_to_tensor(getattr(self.current, weight.name))
             if weight.dtype != "int32":
                 value = ops.cast(value, "float64")
             setattr(found, weight.name, value)
@@ -185,13 +197,13 @@ class Adapter(keras.layers.Layer):
 
     def reset(self) -> None:
         """Sets the trainables so that the layer computes x·W again."""
-        for name, value in self.method.neutral(self).items():
-            variable = getattr(self, name)
-            variable.assign(ops.broadcast_to(value, variable.shape))
+        for name, value in self.method.neutral(self.current).items():
+            weight = getattr(self, name)
+            weight.assign(ops.broadcast_to(value, weight.shape))
 
     def save_own_variables(self, store: Store) -> None:
         for name, variable in self._stored().items():
-            store[name] = variable
+            store[name] = variable.value
         if not self.self_contained:
             store["base_fingerprint"] = self.base_fingerprint
             store["effect"] = self._effect()
@@ -250,7 +262,7 @@ class Adapter(keras.layers.Layer):
 
     def _effect(self) -> np.ndarray:
         matrix = self.target.matrix()
-        return effect(self.method, self, matrix, self.rounds)
+        return effect(self.method, self.current, matrix, self.rounds)
 
     def _does(self, expected: np.ndarray) -> bool:
         """Says whether the weights have the effect that a file holds."""
@@ -281,20 +293,32 @@ class Adapter(keras.layers.Layer):
             getattr(self, name).assign(value)
         return False
 
-    def _stored(self) -> dict[str, Variable]:
-        """Returns the variables that a full save holds, by name."""
+    @property
+    def current(self) -> Weights:
+        """The weights as the methods take them."""
+        return Current(self, self.shape)
+
+    def _stored(self) -> dict[str, Variable | Stepped]:
+        """Returns the weights that a full save holds, by name."""
         return {
             f"{self.method.name}_{w.name}": getattr(self, w.name)
             for w in self.method.weights(self.shape)
             if self.self_contained or w.saved or w.overwritten or w.drawn
         }
 
-    def variables_by_name(
+    def weights_by_name(
         self, trainable: bool | None = None
-    ) -> dict[str, Variable]:
-        """Returns the variables by full name (`svf_delta`)."""
+    ) -> dict[str, Variable | Stepped]:
+        """Returns the weights by full name (`svf_delta`)."""
         return {
             f"{self.method.name}_{w.name}": getattr(self, w.name)
             for w in self.method.weights(self.shape)
             if trainable is None or w.trainable == trainable
         }
+
+    def variables_by_name(
+        self, trainable: bool | None = None
+    ) -> dict[str, Variable]:
+        """Returns their variables, which hold them divided by their steps."""
+        found = self.weights_by_name(trainable)
+        return {name: variable_of(x) for name, x in found.items()}

@@ -73,7 +73,7 @@ def thin_product(path: str, target: Target, rank: int | None) -> LowRankProduct:
     if rank is not None:
         rank = min(rank, *change.shape)
     if rank is None or (isinstance(method, LoRA) and method.rank == rank):
-        factors = method.low_rank_factors(adapter, matrix)
+        factors = method.low_rank_factors(adapter.current, matrix)
         if factors is None:
             raise ValueError(
                 f"{method.title} adds no matrix of low rank to a kernel, so "

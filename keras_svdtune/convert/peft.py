@@ -174,7 +174,7 @@ def _dora_factors(target: Target) -> tuple[np.ndarray, ...] | None:
     method = target.adapted.method
     if not isinstance(method, DoRA):
         return None
-    factors = method.magnitude_factors(target.adapted)
+    factors = method.magnitude_factors(target.adapted.current)
     return factors and tuple(ops.convert_to_numpy(x) for x in factors)
 
 

@@ -115,7 +115,12 @@ def saved_adapter(
                 arrays[key] = np.ascontiguousarray(to_numpy(value))
         fingerprints.append(fingerprint_of(target))
         effects.append(
-            effect(adapter.method, adapter, target.matrix(), adapter.rounds)
+            effect(
+                adapter.method,
+                adapter.current,
+                target.matrix(),
+                adapter.rounds,
+            )
         )
         entry: Json = {
             "kernel_shape": list(target.view.kernel_shape),
@@ -239,9 +244,9 @@ def load_adapter(
     with commit(root) as undo:
         for path, target in targets.items():
             for name, value in values[path].items():
-                variable = getattr(target.adapted, name)
-                undo.callback(variable.assign, ops.copy(variable.value))
-                variable.assign(value)
+                weight = getattr(target.adapted, name)
+                undo.callback(weight.assign, ops.copy(weight.value))
+                weight.assign(value)
             target.adapted.rounds = rounds[path]
         assign_beside(root, beside, undo)
 

@@ -13,6 +13,7 @@ from keras import ops
 
 from keras_svdtune.adapter.adapter import Adapter
 from keras_svdtune.adapter.plan import AdapterPlan, plan_adapter
+from keras_svdtune.adapter.stepped import Stepped, variable_of
 from keras_svdtune.hosts import quantized
 from keras_svdtune.matrix.view import MatrixView
 from keras_svdtune.methods.base import Method
@@ -279,9 +280,9 @@ def plain_layer(layer: Layer, **replaced: Any) -> Layer:
     return plain
 
 
-def host_value_of(variable: Variable) -> Array:
-    """Returns a variable as a tensor, or as an array if it is split."""
-    if placement_of(variable) is None:
-        return ops.convert_to_tensor(variable)
+def host_value_of(variable: Variable | Stepped) -> Array:
+    """Returns a weight as a tensor, or as an array if it is split."""
+    if placement_of(variable_of(variable)) is None:
+        return ops.convert_to_tensor(variable.value)
     with _ONE_AT_A_TIME:
         return to_numpy(variable.value)

@@ -42,6 +42,10 @@ class Weight:
         saved: bool. Whether an adapter file holds the weight, as it does all
             trainable ones; the others are computed from W again.
         dtype: str or None, the dtype of a frozen weight, if not the layer's.
+        step: float, a power of two. The variable that trains holds the weight
+            divided by it, so that at one learning rate a weight of step 4
+            moves four times as far as one of step 1. Everything else, methods
+            and files too, sees the weight itself.
         overwritten: bool. Whether the backward pass computes the weight's
             next value, which Keras' optimizers then assign; float32.
         regularizer: function from the weight to a number that is added to the
@@ -59,6 +63,7 @@ class Weight:
     trainable: bool = False
     saved: bool = False
     dtype: str | None = None
+    step: float = 1.0
     overwritten: bool = False
     regularizer: Callable[[Tensor], Tensor] | None = None
     drawn: bool = False

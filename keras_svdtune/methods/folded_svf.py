@@ -25,6 +25,15 @@ class FoldedSVF(ReplacesBase, SVF):
 
     option = "replace_kernel"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank is not None:
+            raise ValueError(
+                "`replace_kernel` needs all singular vectors, and `rank` "
+                f"keeps some. Received: rank={self.rank!r}, "
+                "replace_kernel=True"
+            )
+
     def residual(
         self, matrix: np.ndarray, values: dict[str, np.ndarray]
     ) -> np.ndarray:

@@ -34,9 +34,10 @@ class LoRA(RankedMethod):
 
     Trainable: r·(in + out) a matrix.
 
-    `suggested_learning_rate` is 2e-4: the optimum of the sweep
-    https://arxiv.org/abs/2602.04998 on Qwen3-0.6B (rank 128, batch 64).
-    Smaller models and ranks want more.
+    `suggested_learning_rate` is 1e-3. Short runs on small models want that and
+    more (3e-3 for a style on SmolLM2-135M, `tests/benchmarks/study.py`), long
+    ones on large models less: 2e-4 was the best for Qwen3-0.6B at rank 128
+    (https://arxiv.org/abs/2602.04998).
 
     Args:
         rank: int, 1 or more; at most min(in, out) in each layer.
@@ -55,7 +56,7 @@ class LoRA(RankedMethod):
 
     name = "lora"
     title = "LoRA"
-    suggested_learning_rate = 2e-4
+    suggested_learning_rate = 1e-3
     example = ", rank=8"
     has_enable = False
     formula = (

@@ -7,7 +7,11 @@ from keras import ops
 
 from keras_svdtune.matrix.factors import Factors
 from keras_svdtune.methods.base import LinearMap, Method, ReverseMap, Weights
-from keras_svdtune.methods.settings import check_alpha, check_whole_number
+from keras_svdtune.methods.settings import (
+    check_alpha,
+    check_rank_or_share,
+    check_whole_number,
+)
 from keras_svdtune.runtime.types import Shape, Tensor
 
 
@@ -27,14 +31,10 @@ class RankedMethod(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.by_energy:
+        if self.by_energy:
+            check_rank_or_share(self.rank)
+        else:
             check_whole_number("rank", self.rank, 1)
-        elif not _may_be_rank(self.rank):
-            raise ValueError(
-                "`rank` must be an integer, 1 or more, or a float in (0, 1] "
-                "for that share of the squared singular values. "
-                f"Received: rank={self.rank!r}"
-            )
         check_alpha(self.alpha)
 
     def for_shape(self, shape: Shape) -> Self:
@@ -82,9 +82,3 @@ def branch(base: LinearMap, a: Tensor, b: Tensor, scale: float) -> Tensor:
         b = b * scale  # r·out numbers, not tokens·out
     xa = base.times(ops.cast(a, base.dtype))
     return ops.matmul(xa, ops.cast(b, base.dtype))
-
-
-def _may_be_rank(rank: Any) -> bool:
-    if isinstance(rank, float):
-        return 0.0 < rank <= 1.0
-    return type(rank) is int and rank >= 1

@@ -39,6 +39,19 @@ def check_whole_number(
     return number
 
 
+def check_rank_or_share(rank: Any) -> None:
+    """Raises a ValueError unless `rank` is an int from 1 or a share (0, 1]."""
+    number = plain(rank)
+    whole = type(number) is int and number >= 1
+    share = isinstance(number, float) and 0.0 < number <= 1.0
+    if not whole and not share:
+        raise ValueError(
+            "`rank` must be an integer, 1 or more, or a float in (0, 1] "
+            "for that share of the squared singular values. "
+            f"Received: rank={rank!r}"
+        )
+
+
 def check_number(
     name: str, value: Any, least: float, below: float = _MOST
 ) -> float:

@@ -17,7 +17,12 @@ from keras_svdtune.methods.base import (
     small_side,
 )
 from keras_svdtune.methods.picture import Block
+from keras_svdtune.methods.settings import check_rank_or_share
 from keras_svdtune.runtime.types import Shape, Tensor
+
+# How much further than LoRA's A and B one step of Adam moves δ. A power of
+# two, so that files hold δ exactly.
+_STEP = 8.0
 
 
 @register
@@ -59,21 +64,30 @@ class SVF(Method):
     back but for two roundings to the kernel's dtype. Adapter files are the
     same, and load into either. Dense and EinsumDense only.
 
-    `suggested_learning_rate` is 5e-2 with Adam, from this project's own runs
-    of the demo on SmolLM2-135M (1e-1 was too large) and Gemma 3 270M, and the
-    SVFT authors' for their plain pattern; a rate that suits LoRA (2e-4) is
-    far too small for δ. Classifiers wanted 5e-3, the best of those tried for
-    a BERT (`tests/benchmarks/text_classifier.py`).
+    The variable that trains holds δ / 8, so that SVF learns at the rates that
+    suit LoRA: the best rates of δ were 3 and 10 times LoRA's
+    (`tests/benchmarks/study.py`: a style on SmolLM2-135M, film reviews on
+    MiniLM). Files and formulas have δ. A rate that is too high costs more
+    here than with LoRA: what the base knows is forgotten.
+
+    With `rank=r` only the r largest singular values train, and only their r
+    singular vectors are kept, r·n numbers: the cheap SVF. W' - W then has rank
+    r, so `to_lora` and `export_peft` give the same function as a LoRA.
 
     Args:
-        replace_kernel: by keyword only, bool: a faster step, without W.
+        rank: by keyword only, int or float or None: how many singular values
+            of each matrix train; a float in (0, 1] stands for the smallest
+            number that holds this share of their squares. None: all.
+        replace_kernel: by keyword only, bool: a faster step, without W. Not
+            with `rank`.
 
     Example:
 
     ```python
     gemma.backbone.enable_svf()
+    gemma.backbone.enable_svf(rank=64)
     # the same as
-    gemma.backbone.enable_adapter(keras_svdtune.SVF())
+    gemma.backbone.enable_adapter(keras_svdtune.SVF(rank=64))
     ```
 
     References:
@@ -86,7 +100,7 @@ class SVF(Method):
 
     name = "svf"
     title = "SVF"
-    suggested_learning_rate = 5e-2
+    suggested_learning_rate = 1e-3
     linear = True
     rebuilds_basis = True
     formula = (
@@ -99,12 +113,15 @@ class SVF(Method):
         Block("Vᵀ", "n", "out"),
     )
 
+    rank: int | float | None = dataclasses.field(default=None, kw_only=True)
     replace_kernel: bool = dataclasses.field(
         default=False, compare=False, repr=False, kw_only=True
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.rank is not None:
+            check_rank_or_share(self.rank)
         if not isinstance(self.replace_kernel, bool):
             raise ValueError(
                 "`replace_kernel` must be True or False. Received: "
@@ -118,7 +135,9 @@ class SVF(Method):
         n = min(shape)
         return [
             Weight("basis", (n, n), axes=(small_side(shape), COMPONENTS)),
-            Weight("delta", (n,), trainable=True, axes=(COMPONENTS,)),
+            Weight(
+                "delta", (n,), trainable=True, step=_STEP, axes=(COMPONENTS,)
+            ),
         ]
 
     def initial_values(

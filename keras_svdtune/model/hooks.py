@@ -11,6 +11,7 @@ without a word. Once this package is imported they are these:
   of one for each variable. A plain model, which has as many trainables by
   chance, would take it for its own; now it leaves it out, as it does with that
   of Keras' LoRA. The adapted model reads it back.
+- `fit`: a warning, once, of a learning rate at which nothing is learned.
 
 Models without an adapter are not touched.
 """
@@ -25,6 +26,7 @@ import keras_hub
 import numpy as np
 
 from keras_svdtune.model.for_a_while import adapter_merged
+from keras_svdtune.model.learning_rate import warn_of_rate
 from keras_svdtune.model.recompile import watch_models
 from keras_svdtune.model.targets import adapted_targets
 from keras_svdtune.runtime.keras_internals import built_for, h5_writer
@@ -42,6 +44,7 @@ def watch() -> None:
         for name in ("enable_lora", "enable_dora", "load_lora_weights"):
             _wrap(cls, name, _refusing)
     _wrap(keras.Model, "quantize", _refusing)
+    _wrap(keras.Model, "fit", _warning)
     for cls in (keras_hub.models.Backbone, keras_hub.models.CausalLM):
         _wrap(cls, "export_to_transformers", _merging)
     _wrap(h5_writer, "save_model_to_hdf5", _merging)
@@ -81,6 +84,14 @@ def _refusing(original: Call) -> Call:
         return original(model, *args, **kwargs)
 
     return refuse
+
+
+def _warning(original: Call) -> Call:
+    def fit(model: Model, *args: Any, **kwargs: Any) -> Any:
+        warn_of_rate(model)
+        return original(model, *args, **kwargs)
+
+    return fit
 
 
 def _merging(original: Call) -> Call:

@@ -66,7 +66,7 @@ RELIED_ON = (
     ("an optimizer", "_trainable_variables", "building it for others"),
     ("an optimizer", "_trainable_variables_indices", "the same"),
     ("an optimizer", "_iterations", "counting its steps from 0"),
-    ("an optimizer", "_learning_rate", "keeping its learning rate"),
+    ("an optimizer", "_learning_rate", "keeping it, and telling a schedule"),
     ("an optimizer", "_tracker", "forgetting what it was built for"),
     ("an optimizer", "save_own_variables", "telling its state from a base's"),
     ("an optimizer", "load_own_variables", "telling its state from a base's"),
@@ -258,6 +258,12 @@ def float_kernel_shape(layer: Layer) -> tuple[int, ...] | None:
     if shape is None and layer.quantization_mode == "int4":
         shape = (layer._orig_input_dim, layer._orig_output_dim)
     return None if shape is None else tuple(shape)
+
+
+def constant_rate(optimizer: Optimizer) -> float | None:
+    """Returns an optimizer's learning rate; None if it follows a schedule."""
+    rate = optimizer._learning_rate
+    return float(rate) if isinstance(rate, keras.Variable) else None
 
 
 def forget_trainables(optimizer: Optimizer) -> None:

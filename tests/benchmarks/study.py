@@ -63,8 +63,8 @@ MAIN = [*itertools.islice(METHODS, 9)]
 BATCH = {"reviews": 16}
 # Model, task, steps, methods, seeds; in the order in which they are run.
 PLAN = (
-    ("smollm2_135m", "pirate", 120, MAIN, 1),
     ("minilm", "reviews", 150, MAIN, 1),
+    ("smollm2_135m", "pirate", 120, MAIN, 1),
     ("smollm2_135m", "letters", 120, MAIN, 1),
     ("smollm2_135m", "pirate", 120, MAIN, 3),
     ("minilm", "reviews", 150, [*METHODS], 3),
@@ -161,9 +161,11 @@ class Session:
             network.optimizer.learning_rate = rate * schedule(step, steps)
             network.reset_metrics()
             callbacks.on_train_batch_begin(step)
-            loss = network.train_on_batch(rows.x, rows.y, rows.weight)
+            logs = network.train_on_batch(
+                rows.x, rows.y, rows.weight, return_dict=True
+            )
             callbacks.on_train_batch_end(step, {})
-            losses.append(float(loss))
+            losses.append(float(logs["loss"]))
             times.append(time.perf_counter())
             if not math.isfinite(losses[-1]):
                 break  # it will not come back

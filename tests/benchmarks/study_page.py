@@ -1,0 +1,369 @@
+"""Tables and pictures of what `study.py` found.
+
+    python tests/benchmarks/study_page.py
+
+It reads `results/study.jsonl`, and writes `study.md` and pictures beside it.
+Differences to LoRA are of the same test examples after the same order of
+training examples; their intervals are from 10,000 bootstrap samples of seeds
+and examples, each at 1 - 0.05 / (compared methods), so that all of them hold
+together in 19 cases of 20.
+"""
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import common
+import matplotlib
+import numpy as np
+import study
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+LORA = "lora:rank=8"
+SAMPLES = 10_000
+COLOURS = {
+    LORA: "#000000",
+    "svf": "#D55E00",
+    "svft:pattern=banded": "#E69F00",
+    "pissa:rank=8": "#0072B2",
+    "milora:rank=8": "#56B4E9",
+    "lora_xs:rank=8": "#CC79A7",
+    "dora:rank=8": "#009E73",
+    "adalora:rank=8": "#999933",
+    study.FULL: "#999999",
+}
+TITLES = {
+    "pirate": "style: answers like a pirate",
+    "letters": "skill: letters in a word",
+    "speeches": "text like that of pre-training",
+    "reviews": "classification of film reviews",
+}
+Run = dict[str, Any]
+
+
+@dataclasses.dataclass
+class Group:
+    """One method on one task: its rates at seed 0, and its best with seeds."""
+
+    method: str
+    rates: list[Run]
+    best: list[Run]
+
+    @property
+    def label(self) -> str:
+        if self.method == study.FULL:
+            return "full fine-tuning"
+        return common.label_of(
+            self.method, study.method_for(self.method, seed=0)
+        )
+
+    @property
+    def rate(self) -> float:
+        return float(self.best[0]["rate"])
+
+    @property
+    def inside(self) -> bool:
+        """Whether rates on both sides of the best were worse."""
+        found = [run["rate"] for run in self.rates]
+        return min(found) < self.rate < max(found)
+
+    @property
+    def test_loss(self) -> float:
+        return float(np.mean([run["test_loss"] for run in self.best]))
+
+    def mean(self, key: str) -> float:
+        return float(np.mean([run[key] for run in self.best]))
+
+
+def groups_of(runs: Iterable[Run]) -> dict[str, Group]:
+    """The runs of one model, task and number of steps, by method."""
+    by_method: dict[str, list[Run]] = {}
+    for run in runs:
+        by_method.setdefault(run["method"], []).append(run)
+    found = {}
+    for method, every in by_method.items():
+        rates = sorted(
+            (run for run in every if run["seed"] == 0),
+            key=lambda run: run["rate"],
+        )
+        best = min(rates, key=validation_loss)
+        same = [run for run in every if run["rate"] == best["rate"]]
+        same.sort(key=lambda run: run["seed"])
+        found[method] = Group(method, rates, same)
+    order = [*study.METHODS]
+    known = sorted(found, key=lambda m: order.index(m) if m in order else 99)
+    return {method: found[method] for method in known}
+
+
+def validation_loss(run: Run) -> float:
+    """Infinite where the run diverged."""
+    loss = run["validation_loss"]
+    return math.inf if loss is None else loss
+
+
+def difference(
+    ours: Group, lora: Group, compared: int
+) -> tuple[float, float, float] | None:
+    """Mean of ours minus LoRA's test loss, and its interval."""
+    theirs = {run["seed"]: run for run in lora.best}
+    pairs = [(x, theirs[x["seed"]]) for x in ours.best if x["seed"] in theirs]
+    if not pairs:
+        return None
+    tokens = np.array(pairs[0][0]["test_tokens"], "float64")
+    change = np.array(
+        [
+            np.array(x["test_sums"], "float64") - np.array(y["test_sums"])
+            for x, y in pairs
+        ]
+    )
+    random = np.random.default_rng(0)
+    seeds, examples = change.shape
+    means = np.empty(SAMPLES)
+    for i in range(SAMPLES):
+        chosen = random.integers(0, examples, examples)
+        runs = random.integers(0, seeds, seeds)
+        total = change[runs][:, chosen].sum() / seeds
+        means[i] = total / tokens[chosen].sum()
+    tail = 0.05 / compared / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(change.mean(0).sum() / tokens.sum()), low, high
+
+
+def table(groups: dict[str, Group], base: Run | None) -> list[str]:
+    """The rows of a task."""
+    forgets = any(
+        "neutral_loss" in run for g in groups.values() for run in g.best
+    )
+    head = [
+        *("method", "trained", "file, KiB", "best rate", "within 2 %", "seeds"),
+        *("test loss", "to LoRA", "exact"),
+    ]
+    head += ["forgotten"] if forgets else []
+    head += ["s a step"]
+    rows = [head, ["---", *["---:"] * (len(head) - 1)]]
+    lora = groups.get(LORA)
+    for group in groups.values():
+        size = group.best[0]["file_bytes"]
+        row = [
+            group.label,
+            f"{group.best[0]['trained']:,}",
+            "-" if size is None else f"{size / 1024:,.0f}",
+            f"{group.rate:g}" + ("" if group.inside else " (edge)"),
+            near_best(group),
+            str(len(group.best)),
+            f"{group.test_loss:.3f}",
+            to_lora(group, lora, len(groups) - 1),
+            f"{group.mean('test_exact'):.0%}",
+        ]
+        if forgets:
+            before = base["neutral_loss"] if base else math.nan
+            row.append(f"{group.mean('neutral_loss') - before:+.2f}")
+        row.append(f"{group.mean('seconds_per_step'):.2f}")
+        rows.append(row)
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def to_lora(group: Group, lora: Group | None, compared: int) -> str:
+    """The difference as text."""
+    if lora is None or group is lora:
+        return ""
+    found = difference(group, lora, compared)
+    if found is None:
+        return ""
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*found)
+
+
+def near_best(group: Group) -> str:
+    """The rates whose validation loss is within 2 % of the best."""
+    most = 1.02 * validation_loss(group.best[0])
+    near = [run["rate"] for run in group.rates if validation_loss(run) <= most]
+    return f"{near[0]:g}" if len(near) == 1 else f"{near[0]:g} to {near[-1]:g}"
+
+
+def valleys(axes: Any, groups: dict[str, Group], base: Run | None) -> None:
+    """Validation loss over the rate, a line for each method."""
+    top = base["validation_loss"] if base else None
+    for method, group in groups.items():
+        if method not in COLOURS:
+            continue
+        rates = [run["rate"] for run in group.rates]
+        losses = [validation_loss(run) for run in group.rates]
+        axes.plot(
+            rates,
+            losses,
+            "o-",
+            color=COLOURS[method],
+            markersize=4,
+            linewidth=2.2 if method in (LORA, "svf") else 1.2,
+            label=group.label,
+        )
+    lowest = min(validation_loss(g.best[0]) for g in groups.values())
+    if top is not None:
+        axes.axhline(top, color="#777777", linestyle="--", linewidth=1)
+        axes.annotate(
+            "base model",
+            (0, top),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, -12),
+            textcoords="offset points",
+            color="#555555",
+        )
+    highest = top or lowest * 2
+    axes.set_ylim(lowest - 0.05 * (highest - lowest), highest * 1.03)
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate (Adam)")
+    axes.set_ylabel("validation loss a token")
+
+
+def front(axes: Any, groups: dict[str, Group], base: Run) -> None:
+    """Forgetting over test loss: every rate a point, the best ones large."""
+    for method, group in groups.items():
+        if method not in COLOURS:
+            continue
+        runs = [r for r in group.rates if r["test_loss"] is not None]
+        x = [run["test_loss"] for run in runs]
+        y = [run["neutral_loss"] - base["neutral_loss"] for run in runs]
+        colour = COLOURS[method]
+        axes.plot(x, y, "-", color=colour, linewidth=0.8, alpha=0.6)
+        axes.plot(x, y, "o", color=colour, markersize=3)
+        axes.plot(
+            group.test_loss,
+            group.mean("neutral_loss") - base["neutral_loss"],
+            "o",
+            color=colour,
+            markersize=9,
+            label=group.label,
+        )
+    best = min(g.test_loss for g in groups.values())
+    axes.set_xlim(best - 0.05, best + 0.6 * (base["test_loss"] - best))
+    axes.set_ylim(-0.1, 2.0)
+    axes.axhline(0, color="#777777", linewidth=1)
+    axes.set_xlabel("test loss a token (left is better)")
+    axes.set_ylabel("forgotten, nats a token (lower is better)")
+
+
+def parameters(axes: Any, groups: dict[str, Group]) -> None:
+    """Test loss over trained numbers, at each method's own best rate."""
+    for method, group in groups.items():
+        losses = [run["test_loss"] for run in group.best]
+        spread = [
+            [group.test_loss - min(losses)],
+            [max(losses) - group.test_loss],
+        ]
+        axes.errorbar(
+            group.best[0]["trained"],
+            group.test_loss,
+            yerr=spread,
+            fmt="o",
+            capsize=3,
+            color=COLOURS.get(method, "#bbbbbb"),
+            markersize=7,
+            label=group.label,
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("trained numbers")
+    axes.set_ylabel("test loss a token (lower is better)")
+
+
+def draw(file: Path, panels: list[tuple[str, Any]]) -> None:
+    """One picture of a panel for each task, with one legend."""
+    with plt.rc_context({"figure.facecolor": "white", "font.size": 10}):
+        figure, axes = plt.subplots(
+            1,
+            len(panels),
+            figsize=(5.2 * len(panels), 4.6),
+            layout="constrained",
+            squeeze=False,
+        )
+    labels: dict[str, Any] = {}
+    for each, (title, fill) in zip(axes[0], panels, strict=True):
+        fill(each)
+        each.set_title(title)
+        each.grid(alpha=0.3)
+        each.spines[["top", "right"]].set_visible(False)
+        handles, names = each.get_legend_handles_labels()
+        labels |= dict(zip(names, handles, strict=True))
+    figure.legend(
+        labels.values(),
+        labels.keys(),
+        loc="outside lower center",
+        ncols=min(5, 3 * len(panels)),
+        frameon=False,
+    )
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+    print(f"Written: {file}")
+
+
+def ratios(found: dict[tuple[Any, ...], dict[str, Group]]) -> list[str]:
+    """Each method's best rate in units of LoRA's, for every task."""
+    methods = [m for m in study.METHODS if m not in (LORA,)]
+    head = ["task, steps", *methods]
+    rows = [head, ["---", *["---:"] * len(methods)]]
+    for (_, task, steps), groups in found.items():
+        if LORA not in groups:
+            continue
+        row = [f"{task}, {steps}"]
+        for method in methods:
+            group = groups.get(method)
+            row.append(
+                "" if group is None else f"{group.rate / groups[LORA].rate:.2g}"
+            )
+        rows.append(row)
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def main() -> None:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=study.RESULTS)
+    options = parser.parse_args()
+    log = study.Log(options.results)
+    folder = options.results.parent
+    tasks: dict[tuple[Any, ...], list[Run]] = {}
+    bases: dict[tuple[str, str], Run] = {}
+    for cell, run in log.runs.items():
+        if cell.method == "base":
+            bases[cell.model, cell.task] = run
+        else:
+            key = (cell.model, cell.task, cell.steps)
+            tasks.setdefault(key, []).append(run)
+    found = {key: groups_of(runs) for key, runs in tasks.items()}
+    page = ["# The study of learning rates", ""]
+    rate_panels, front_panels, count_panels = [], [], []
+    for (model, task, steps), groups in found.items():
+        base = bases.get((model, task))
+        title = f"{TITLES[task]}\n{model}, {steps} steps"
+        page += [f"## {title.replace(chr(10), ', ')}", ""]
+        if base:
+            page += [
+                f"Base model: test loss {base['test_loss']:.3f}, exact "
+                f"{base['test_exact']:.0%}, neutral text "
+                f"{base['neutral_loss']:.3f}.",
+                "",
+            ]
+        page += [*table(groups, base), ""]
+        rate_panels.append(
+            (title, lambda axes, g=groups, b=base: valleys(axes, g, b))
+        )
+        count_panels.append((title, lambda axes, g=groups: parameters(axes, g)))
+        if base:
+            front_panels.append(
+                (title, lambda axes, g=groups, b=base: front(axes, g, b))
+            )
+    page += ["## Best rates in units of LoRA's", "", *ratios(found), ""]
+    (folder / "study.md").write_text("\n".join(page), encoding="utf-8")
+    print(f"Written: {folder / 'study.md'}")
+    draw(folder / "study_rates.png", rate_panels)
+    draw(folder / "study_parameters.png", count_panels)
+    if front_panels:
+        draw(folder / "study_forgetting.png", front_panels)
+
+
+if __name__ == "__main__":
+    main()
