@@ -81,7 +81,10 @@ def gemma2_9b() -> Iterator[list[str]]:
         yield [
             name.replace(RANK_8, ", rank 8"),
             f"{x['trainable']:,}",
-            *(f"{x[k] / 1e6:,.1f}" for k in ("frozen_bytes", "optimizer_bytes")),
+            *(
+                f"{x[k] / 1e6:,.1f}"
+                for k in ("frozen_bytes", "optimizer_bytes")
+            ),
             f"{x['file_bytes'] / 1e6:,.1f}",
         ]
 
