@@ -35,14 +35,14 @@ def draw(picture: Picture) -> str:
 def draw_all(pictures: dict[str, Picture]) -> str:
     """The SVG of several pictures by their titles, two in a row."""
     rows = -(-len(pictures) // 2)
-    figure = Figure(figsize=(10, 2.2 * rows))
+    figure = Figure(figsize=(7.4, 2.1 * rows))
     for i, (title, picture) in enumerate(pictures.items()):
         left, top = (i % 2) / 2, 1 - (i // 2) / rows
         drawing = Drawing(
             figure.add_axes((left, top - 0.98 / rows, 0.49, 0.96 / rows))
         )
         drawing.parts(picture)
-        drawing.finish(title, 13)
+        drawing.finish(title, 12)
     return svg(figure)
 
 
