@@ -51,6 +51,9 @@ FROM_REPOSITORY = {
     f"{RESULTS}/distribution_gemma2_9b_v5e_2x4.md": "benchmarks/tpu_slice.md",
     f"{RESULTS}/distribution_llama3_small_cpu.md": "benchmarks/cpu_devices.md",
 }
+# The methods in README.md's order; others follow.
+ORDER = ("lora", "svf", "svft", "lora_xs", "pissa", "milora", "dora", "adalora")
+
 NAVIGATION: list[dict[str, str | list[str]]] = [
     {"Start": "index.md"},
     {
@@ -84,7 +87,7 @@ def pages() -> dict[str, str]:
         PluginError: a method has no formula or no picture, or a public name
             is not on exactly one page.
     """
-    for cls in METHODS.values():
+    for cls in methods().values():
         if not cls.formula or not cls.picture:
             raise PluginError(
                 f"{cls.__name__} needs the class attributes `formula` and "
@@ -96,7 +99,7 @@ def pages() -> dict[str, str]:
         for file, page in FROM_REPOSITORY.items()
     }
     found["methods/index.md"] = methods_page()
-    for name, cls in METHODS.items():
+    for name, cls in methods().items():
         found[f"methods/{name}.md"] = method_page(cls)
         found[f"methods/{name}.svg"] = draw(cls.picture)
     text = "\n".join([*found.values(), *written().values()])
@@ -108,6 +111,12 @@ def pages() -> dict[str, str]:
     if wrong:
         raise PluginError(f"Public names that are not on one page: {wrong}")
     return found
+
+
+def methods() -> dict[str, type[Method]]:
+    """The registered methods, in the order of the documentation."""
+    names = dict.fromkeys([*ORDER, *METHODS])
+    return {name: METHODS[name] for name in names if name in METHODS}
 
 
 def written() -> dict[str, str]:
@@ -167,7 +176,7 @@ def methods_page() -> str:
         "to start from |",
         "|---|---|---|",
     ]
-    for name, cls in METHODS.items():
+    for name, cls in methods().items():
         settings = inspect.signature(cls).parameters
         method = cls(rank=8) if "rank" in settings else cls()
         shapes = [w.shape for w in method.weights((1024, 256)) if w.trainable]
