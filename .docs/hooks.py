@@ -194,7 +194,11 @@ def method_page(cls: type[Method]) -> str:
     if not cls.has_enable:
         settings = cls.example.removeprefix(", ")
         call = f"enable_adapter(keras_svdtune.{cls.__name__}({settings}))"
-    formula = converter.convert(cls.formula, display="block")
+    # In parts, which a narrow page has below each other.
+    formula = "".join(
+        converter.convert(part, display="block")
+        for part in re.split(r"\\q?quad", cls.formula)
+    )
     parts = [
         f"# {cls.title}",
         f"```python\nmodel.backbone.{call}\n```",
