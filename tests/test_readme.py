@@ -252,7 +252,10 @@ def test_badges_say_what_the_project_says():
     script = (ROOT / ".ci/run").read_text("utf-8")
     for backend in ("jax", "tensorflow", "torch"):
         assert backend in badges and backend in script
-    assert f"version = {{{keras_svdtune.__version__}}}" in README
+    version = keras_svdtune.__version__
+    assert f"version = {{{version}}}" in README
+    citation = (ROOT / ".github/CITATION.cff").read_text("utf-8")
+    assert f"\nversion: {version}\n" in citation
 
 
 def test_methods_and_their_papers():
