@@ -1,12 +1,13 @@
-"""Writes the pages of the documentation from the package.
+"""Adds to the written pages in `pages` those that follow from the package.
 
 Each method has a page with its formula, the picture of what it trains, its
-docstring and its layers. Reference pages hold every other public name, and
-README.md is the front page. All of it follows from `METHODS` and
-`keras_svdtune.__all__`: a new method needs no line here.
+docstring and its layers. These follow from `METHODS`: a new method needs no
+line here. README.md is the front page, and the tables that benchmarks wrote
+are pages too.
 
-A public name that has no page, or a method without a formula or a picture,
-fails the build.
+Links are written as they work in the repository, and become links of the
+site. A public name that is not on exactly one page, or a method without a
+formula or a picture, fails the build.
 """
 
 import importlib
@@ -36,16 +37,57 @@ from keras_svdtune.layers import LAYERS  # noqa: E402
 from keras_svdtune.methods.base import Method  # noqa: E402
 
 REPOSITORY = HERE.parent
+PAGES = HERE / "pages"
+SITE = "https://keras-svdtune.github.io/keras_svdtune/"
+GITHUB = "https://github.com/keras-svdtune/keras_svdtune/blob/main/"
+
+# Files of the repository that are pages.
+RESULTS = "tests/benchmarks/results"
+FROM_REPOSITORY = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    f"{RESULTS}/compare.md": "benchmarks/steps.md",
+    f"{RESULTS}/scale.md": "benchmarks/scale.md",
+    f"{RESULTS}/distribution_gemma2_9b_v5e_2x4.md": "benchmarks/tpu_slice.md",
+    f"{RESULTS}/distribution_llama3_small_cpu.md": "benchmarks/cpu_devices.md",
+}
+# The methods in README.md's order; others follow.
+ORDER = ("lora", "svf", "svft", "lora_xs", "pissa", "milora", "dora", "adalora")
+
+NAVIGATION: list[dict[str, str | list[str]]] = [
+    {"Start": "index.md"},
+    {
+        "Guides": [
+            f"guides/{x}.md"
+            for x in (
+                *("choosing", "saving", "quantized", "devices"),
+                *("your_own", "new_method", "peft", "limits"),
+            )
+        ]
+    },
+    {"Methods": "methods/"},
+    {
+        "Reference": [
+            f"reference/{x}.md"
+            for x in (
+                *("enabling", "training", "files", "reports"),
+                *("converting", "devices", "methods"),
+            )
+        ]
+    },
+    {"Benchmarks": ["benchmarks.md", "benchmarks/"]},
+    {"Changelog": "changelog.md"},
+]
 
 
 def pages() -> dict[str, str]:
-    """The text of every page and picture, by its path.
+    """The text of every page and picture that is not in `pages`, by its path.
 
     Raises:
         PluginError: a method has no formula or no picture, or a public name
             is not on exactly one page.
     """
-    for cls in METHODS.values():
+    for cls in methods().values():
         if not cls.formula or not cls.picture:
             raise PluginError(
                 f"{cls.__name__} needs the class attributes `formula` and "
@@ -53,16 +95,14 @@ def pages() -> dict[str, str]:
                 f"picture={cls.picture!r}"
             )
     found = {
-        "index.md": front_page(),
-        "changelog.md": (REPOSITORY / "CHANGELOG.md").read_text("utf-8"),
-        "methods/index.md": methods_page(),
+        page: (REPOSITORY / file).read_text("utf-8")
+        for file, page in FROM_REPOSITORY.items()
     }
-    for name, cls in METHODS.items():
+    found["methods/index.md"] = methods_page()
+    for name, cls in methods().items():
         found[f"methods/{name}.md"] = method_page(cls)
         found[f"methods/{name}.svg"] = draw(cls.picture)
-    for title, names in groups().items():
-        found[f"reference/{title.lower()}.md"] = reference_page(title, names)
-    text = "\n".join(found.values())
+    text = "\n".join([*found.values(), *written().values()])
     counts = {
         name: len(re.findall(f"^{re.escape(heading(name))}$", text, re.M))
         for name in keras_svdtune.__all__
@@ -71,6 +111,20 @@ def pages() -> dict[str, str]:
     if wrong:
         raise PluginError(f"Public names that are not on one page: {wrong}")
     return found
+
+
+def methods() -> dict[str, type[Method]]:
+    """The registered methods, in the order of the documentation."""
+    names = dict.fromkeys([*ORDER, *METHODS])
+    return {name: METHODS[name] for name in names if name in METHODS}
+
+
+def written() -> dict[str, str]:
+    """The text of the pages in `pages`."""
+    return {
+        file.relative_to(PAGES).as_posix(): file.read_text("utf-8")
+        for file in sorted(PAGES.rglob("*.md"))
+    }
 
 
 def heading(name: str) -> str:
@@ -84,10 +138,8 @@ def heading(name: str) -> str:
 
 
 def entry(name: str) -> str:
-    """The documentation of a public name."""
+    """The documentation of a public name that is a function or a class."""
     value = getattr(keras_svdtune, name)
-    if not callable(value):
-        return f"{heading(name)}\n\n{CONSTANTS[name]}"
     if not inspect.isclass(value):
         return heading(name)
     # Attributes are in the docstring of the class; and a method's own methods
@@ -104,38 +156,15 @@ def entry(name: str) -> str:
     return f"{heading(name)}\n    options:\n      members: {members or 'false'}"
 
 
-def groups() -> dict[str, list[str]]:
-    """The public names that are not on a method's page, by their page."""
-    found: dict[str, list[str]] = {"Model": [], "Functions": [], "Classes": []}
-    on_methods_pages = {x for cls in METHODS.values() for x in names_of(cls)}
-    for name in keras_svdtune.__all__:
-        value = getattr(keras_svdtune, name)
-        if name in on_methods_pages:
-            continue
-        if inspect.isclass(value) or not callable(value):
-            found["Classes"].append(name)
-        else:
-            found["Model" if name in ON_MODELS else "Functions"].append(name)
-    return found
-
-
 def names_of(cls: type[Method]) -> list[str]:
     """The public names that follow from a method, in the order of its page."""
     enable = f"enable_{cls.name}"
     layers = [k for k, x in LAYERS.items() if x.method_class is cls]
     return [
-        cls.__name__,
         *([enable] if enable in ON_MODELS else []),
+        cls.__name__,
         *sorted(layers),
     ]
-
-
-def front_page() -> str:
-    """README.md, its links to files of the repository as they are there."""
-    text = (REPOSITORY / "README.md").read_text("utf-8")
-
-    # Of a badge, the link around its picture too.
-    return re.sub(r"\]\((?!https?://|#)([^)\s]+)\)", r"](files/\1)", text)
 
 
 def methods_page() -> str:
@@ -147,7 +176,7 @@ def methods_page() -> str:
         "to start from |",
         "|---|---|---|",
     ]
-    for name, cls in METHODS.items():
+    for name, cls in methods().items():
         settings = inspect.signature(cls).parameters
         method = cls(rank=8) if "rank" in settings else cls()
         shapes = [w.shape for w in method.weights((1024, 256)) if w.trainable]
@@ -160,61 +189,97 @@ def methods_page() -> str:
 
 
 def method_page(cls: type[Method]) -> str:
-    """One method: its formula, its picture, and all that has its name."""
-    formula = converter.convert(cls.formula, display="block")
+    """One method: its call, formula and picture, and all that has its name."""
+    call = f"enable_{cls.name}({cls.example.removeprefix(', ')})"
+    if not cls.has_enable:
+        settings = cls.example.removeprefix(", ")
+        call = f"enable_adapter(keras_svdtune.{cls.__name__}({settings}))"
+    # In parts, which a narrow page has below each other.
+    formula = "".join(
+        converter.convert(part, display="block")
+        for part in re.split(r"\\q?quad", cls.formula)
+    )
     parts = [
         f"# {cls.title}",
-        f"<div>{formula}</div>",
+        f"```python\nmodel.backbone.{call}\n```",
+        f'<div class="formula">{formula}</div>',
         f"![What {cls.title} trains]({cls.name}.svg)",
         *map(entry, names_of(cls)),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-CONSTANTS = {
-    "METHODS": "A dict with the class of each method by its short name: "
-    '`METHODS["svf"]` is `SVF`.',
-}
+def site_link(link: str, page: str) -> str:
+    """A link of the site for one that works in the repository."""
+    if link.startswith(SITE):
+        path, hash_, anchor = link.removeprefix(SITE).partition("#")
+        target = path.replace(".html", ".md") or "index.md"
+    elif re.match(r"#|\w+:", link):
+        return link
+    else:
+        sources = {page: file for file, page in FROM_REPOSITORY.items()}
+        source = sources.get(page, f".docs/pages/{page}")
+        path, hash_, anchor = link.partition("#")
+        file = os.path.normpath(os.path.join(os.path.dirname(source), path))
+        target = FROM_REPOSITORY.get(file, "")
+        if file.startswith(".docs/pages/"):
+            target = file.removeprefix(".docs/pages/")
+        if not target:
+            return GITHUB + file + hash_ + anchor
+    return os.path.relpath(target, os.path.dirname(page)) + hash_ + anchor
 
-INTRODUCTIONS: dict[str, str] = {
-    "Model": "Methods of every KerasHub Backbone and Task, and functions that "
-    "take any built `keras.Model` first. The `enable_*` of each method are on "
-    "its page.",
-    "Functions": "Functions of the package that are no methods of a model.",
-    "Classes": "What the functions return, the callbacks, and the base class "
-    "of the methods.",
-}
 
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Turns links into those of the site, and fills in the reference."""
 
-def reference_page(title: str, names: list[str]) -> str:
-    """The docstrings of some public names."""
-    entries = "\n\n".join(entry(x) for x in names)
-    return f"# {title}\n\n{INTRODUCTIONS[title]}\n\n{entries}\n"
+    def link(found: re.Match[str]) -> str:
+        if found[1] is None:  # a block of code
+            return found[0]
+        return f"]({site_link(found[1], page.file.src_uri)})"
+
+    code_or_link = r"^```.*?^```$|\]\(([^)\s]+)\)"
+    text = re.sub(code_or_link, link, markdown, flags=re.M | re.S)
+    if not page.file.src_uri.startswith("reference/"):
+        return text
+    return re.sub(
+        r"^::: keras_svdtune\.(\w+)$", lambda x: entry(x[1]), text, flags=re.M
+    )
 
 
 def on_config(config: Any) -> Any:
-    """The navigation: every page that is written."""
-    generated = pages()
+    """The navigation. What docstrings of functions repeat is left out."""
+    for cls in METHODS.values():
+        enable = ON_MODELS.get(f"enable_{cls.name}")
+        if enable is not None:
+            enable.__doc__ = (
+                f"Enables {cls.title} on a model, as `enable_adapter` does.\n\n"
+                "`model` and `target_layer_names` are as there; the others are "
+                f"the settings of `{cls.__name__}`, below."
+            )
+    generated = [x for x in pages() if x.endswith(".md")]
 
-    def under(folder: str) -> list[str]:
-        found = [x for x in generated if x.startswith(folder)]
-        return [x for x in found if x.endswith(".md")]
+    def listed(entries: str | list[str]) -> str | list[str]:
+        if isinstance(entries, str) and entries.endswith("/"):
+            return [x for x in generated if x.startswith(entries)]
+        if isinstance(entries, str):
+            return entries
+        return [y for x in entries for y in as_list(listed(x))]
 
     config.nav = [
-        {"keras_svdtune": "index.md"},
-        {"Methods": under("methods/")},
-        {"Reference": under("reference/")},
-        {"Changelog": "changelog.md"},
+        {title: listed(entries)}
+        for section in NAVIGATION
+        for title, entries in section.items()
     ]
     return config
 
 
+def as_list(entries: str | list[str]) -> list[str]:
+    """A list of one page or of several."""
+    return [entries] if isinstance(entries, str) else entries
+
+
 def on_files(files: Files, config: Any) -> Files:
-    """Adds what is written, and the files that README.md points to."""
-    generated = pages()
-    for path, content in generated.items():
+    """Adds what follows from the package and the repository."""
+    for path, content in pages().items():
         files.append(File.generated(config, path, content=content))
-    for path in set(re.findall(r"\(files/([^)\s#]+)", generated["index.md"])):
-        content = (REPOSITORY / path).read_bytes()
-        files.append(File.generated(config, f"files/{path}", content=content))
     return files

@@ -1,13 +1,18 @@
 """Draws the picture of what a method trains, as SVG.
 
-Grey is frozen, orange trains. There is no background, and the colours are
-readable on white and on black.
+    python .docs/pictures.py
+
+draws some methods as one picture, `pages/methods.svg`, for README.md. Grey is
+frozen, orange trains. There is no background, and the colours are readable on
+white and on black.
 """
 
 import io
+from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -20,24 +25,54 @@ TALLEST, RANK = max(SIZES.values()), SIZES["r"]
 
 def draw(picture: Picture) -> str:
     """The SVG of a method's `picture`."""
-    drawing = Drawing()
-    for part in picture:
-        if isinstance(part, Block):
-            drawing.block(part)
-        else:
-            drawing.sign(part)
-    return drawing.svg()
+    figure = Figure(figsize=(7, 2.9))
+    drawing = Drawing(figure.add_axes((0, 0, 1, 1)))
+    drawing.parts(picture)
+    drawing.finish("orange trains", 11)
+    return svg(figure)
+
+
+def draw_all(pictures: dict[str, Picture]) -> str:
+    """The SVG of several pictures by their titles, two in a row."""
+    rows = -(-len(pictures) // 2)
+    figure = Figure(figsize=(7.4, 2.1 * rows))
+    for i, (title, picture) in enumerate(pictures.items()):
+        left, top = (i % 2) / 2, 1 - (i // 2) / rows
+        drawing = Drawing(
+            figure.add_axes((left, top - 0.98 / rows, 0.49, 0.96 / rows))
+        )
+        drawing.parts(picture)
+        drawing.finish(title, 12)
+    return svg(figure)
+
+
+def svg(figure: Figure) -> str:
+    """A figure as SVG: the same figure is always the same text."""
+    out = io.StringIO()
+    # Without a date and with fixed ids.
+    with rc_context({"svg.hashsalt": "keras_svdtune", "svg.fonttype": "path"}):
+        figure.savefig(
+            out, format="svg", transparent=True, metadata={"Date": None}
+        )
+    return out.getvalue()
 
 
 class Drawing:
     """Blocks in a row, from left to right."""
 
-    def __init__(self) -> None:
-        self.figure = Figure(figsize=(7, 2.9))
-        self.axes = self.figure.add_axes((0, 0, 1, 1))
+    def __init__(self, axes: Axes) -> None:
+        self.axes = axes
         self.axes.set_aspect("equal")
         self.axes.axis("off")
         self.x = 0.0
+
+    def parts(self, picture: Picture) -> None:
+        """All parts of a picture."""
+        for part in picture:
+            if isinstance(part, Block):
+                self.block(part)
+            else:
+                self.sign(part)
 
     def block(self, block: Block) -> None:
         """A matrix with its label below, and the part of it that trains."""
@@ -131,17 +166,17 @@ class Drawing:
             x, y, text, ha="center", va="center", color=TEXT, fontsize=size
         )
 
-    def svg(self) -> str:
-        """The picture."""
-        self.text((self.x - 0.5) / 2, TALLEST / 2 + 0.75, "orange trains", 11)
+    def finish(self, title: str, size: int) -> None:
+        """The title, and the limits of the picture."""
+        self.text((self.x - 0.5) / 2, TALLEST / 2 + 0.75, title, size)
         self.axes.set_xlim(-0.4, max(self.x, 11.0))
-        self.axes.set_ylim(-TALLEST / 2 - 0.9, TALLEST / 2 + 1.1)
-        out = io.StringIO()
-        # Without a date and with fixed ids, the same picture is the same file.
-        with rc_context(
-            {"svg.hashsalt": "keras_svdtune", "svg.fonttype": "path"}
-        ):
-            self.figure.savefig(
-                out, format="svg", transparent=True, metadata={"Date": None}
-            )
-        return out.getvalue()
+        self.axes.set_ylim(-TALLEST / 2 - 0.9, TALLEST / 2 + 1.2)
+
+
+if __name__ == "__main__":
+    from keras_svdtune import METHODS
+
+    shown = ("lora", "svf", "lora_xs", "svft", "pissa", "milora")
+    found = {METHODS[x].title: METHODS[x].picture for x in shown}
+    PAGES = Path(__file__).parent / "pages"
+    (PAGES / "methods.svg").write_text(draw_all(found), "utf-8")

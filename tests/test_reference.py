@@ -29,16 +29,16 @@ def hooks():
 
 
 def test_every_public_name_is_documented_once(hooks):
-    text = "\n".join(hooks.pages().values())
+    text = "\n".join([*hooks.pages().values(), *hooks.written().values()])
     for name in keras_svdtune.__all__:
         line = re.escape(hooks.heading(name))
         assert len(re.findall(f"^{line}$", text, re.M)) == 1, name
 
 
 def test_a_name_without_a_page_fails_the_build(hooks, monkeypatch):
-    groups = hooks.groups()
-    groups["Classes"].remove("Spectrum")
-    monkeypatch.setattr(hooks, "groups", lambda: groups)
+    written = hooks.written()
+    del written["reference/reports.md"]
+    monkeypatch.setattr(hooks, "written", lambda: written)
     with pytest.raises(hooks.PluginError, match="Spectrum"):
         hooks.pages()
 
@@ -64,6 +64,25 @@ def test_page_of_a_method(hooks, cls):
     assert "#d55e00" in picture.lower()  # something trains
     assert picture == hooks.draw(cls.picture)  # always the same
     assert f"::: keras_svdtune.{cls.__name__}Dense" in page
+
+
+@pytest.mark.parametrize(
+    ("page", "link", "expected"),
+    [
+        ("index.md", ".docs/pages/guides/peft.md", "guides/peft.md"),
+        ("index.md", "CHANGELOG.md", "changelog.md"),
+        ("index.md", "#notebooks", "#notebooks"),
+        ("index.md", "https://arxiv.org/abs/1", "https://arxiv.org/abs/1"),
+        ("guides/peft.md", "../benchmarks.md#sizes", "../benchmarks.md#sizes"),
+        ("methods/svf.md", "svf.svg", "svf.svg"),
+    ],
+)
+def test_links_of_the_site(hooks, page, link, expected):
+    assert hooks.site_link(link, page) == expected
+    assert hooks.site_link("x.py", "index.md") == hooks.GITHUB + "x.py"
+    reference = hooks.SITE + "reference/files.html#save"
+    found = hooks.site_link(reference, "guides/saving.md")
+    assert found == "../reference/files.md#save"
 
 
 def test_public_docstrings():

@@ -1,0 +1,284 @@
+"""The tables of the Benchmarks page, from the JSON of the benchmarks.
+
+    python .docs/tables.py
+
+rewrites what stands between `<!-- table: NAME -->` and `<!-- end -->` in
+`pages/benchmarks.md`. A test compares the page with the JSON.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).parent / "pages/benchmarks.md"
+RESULTS = Path(__file__).parents[1] / "tests/benchmarks/results"
+RANK_8 = " (rank 8)"
+
+TABLES: dict[str, Callable[[], Iterator[list[str]]]] = {}
+
+
+def table(
+    function: Callable[[], Iterator[list[str]]],
+) -> Callable[[], Iterator[list[str]]]:
+    """Registers a function that gives a table's rows, the header first."""
+    TABLES[function.__name__] = function
+    return function
+
+
+def read(name: str) -> Any:
+    """The results of a benchmark."""
+    return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+
+
+def markdown(rows: Iterator[list[str]]) -> str:
+    """A table; numbers stand to the right."""
+    head, *body = rows
+    sides = ["|:--", *("|--:" for _ in head[1:])]
+    lines = [f"| {' | '.join(row)} |" for row in (head, *body)]
+    return "\n".join([lines[0], "".join(sides) + "|", *lines[1:]])
+
+
+def filled(text: str) -> str:
+    """A page with its tables as the JSON has them now."""
+    return re.sub(
+        r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
+        lambda x: f"{x[1]}\n{markdown(TABLES[x[2]]())}\n\n{x[3]}",
+        text,
+        flags=re.DOTALL,
+    )
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+@table
+def sizes() -> Iterator[list[str]]:
+    """Trained numbers and adapter files of the demo's model."""
+    yield ["SmolLM2-135M", "trained parameters", "adapter file, KiB"]
+    titles = {"lora": "LoRA, rank 8", "adalora": "AdaLoRA, rank 8"}
+    titles |= {"dora": "DoRA, rank 8", "lora_xs": "LoRA-XS, rank 8"}
+    titles |= {"pissa": "PiSSA, rank 8", "milora": "MiLoRA, rank 8"}
+    titles |= {"svf": "SVF", "svft": "SVFT, banded, d = 2"}
+    for name, x in read("demo_smollm2_135m")["methods"].items():
+        size = f"{x['file_bytes'] / 1024:,.0f}"
+        yield [titles[name], f"{x['trainable']:,}", size]
+
+
+@table
+def gemma2_9b() -> Iterator[list[str]]:
+    """What the methods add to a model of nine billion parameters."""
+    yield [
+        "Gemma 2 9B, bfloat16",
+        "trained parameters",
+        "extra frozen, MB",
+        "Adam's state, MB",
+        "adapter file, MB",
+    ]
+    for name, x in read("scale")["models"]["gemma2_9b"]["results"].items():
+        yield [
+            name.replace(RANK_8, ", rank 8"),
+            f"{x['trainable']:,}",
+            *(
+                f"{x[k] / 1e6:,.1f}"
+                for k in ("frozen_bytes", "optimizer_bytes")
+            ),
+            f"{x['file_bytes'] / 1e6:,.1f}",
+        ]
+
+
+@table
+def memory_of_svf() -> Iterator[list[str]]:
+    """The basis that SVF keeps beside W."""
+    yield ["model, bfloat16", "its parameters", "SVF's extra frozen, GB"]
+    for name, x in read("scale")["models"].items():
+        frozen = x["results"]["SVF"]["frozen_bytes"] / 1e9
+        yield [f"`{name}`", f"{x['parameters']:,}", f"{frozen:.1f}"]
+
+
+@table
+def classifier() -> Iterator[list[str]]:
+    """A text classifier, each method at the best of three rates."""
+    yield [
+        "",
+        "trained, adapter + head",
+        "file, KiB",
+        "best of three rates",
+        "test accuracy",
+    ]
+    for name, x in read("text_classifier")["rows"].items():
+        size = x["file_bytes"]
+        rate = f"{x['best_rate']:.0e}".replace("e-0", "e-")
+        tried = sorted(map(float, x["tried"]))
+        if x["best_rate"] in (tried[0], tried[-1]):
+            lowest = x["best_rate"] == tried[0]
+            rate += f", the {'lowest' if lowest else 'highest'}"
+        yield [
+            name,
+            f"{x['adapter_parameters'] + x['head_parameters']:,}",
+            f"{size / 1024:,.0f}" if size else "",
+            rate,
+            percent(x["test_accuracy"]),
+        ]
+
+
+@table
+def sums() -> Iterator[list[str]]:
+    """Held-out losses of two SVF adapters and of their sums."""
+    yield ["held-out loss", "pirate speech", "Spanish"]
+    for name, x in read("compose_smollm2_135m_svf")["held_out_loss"].items():
+        yield [name, f"{x['pirate']:.2f}", f"{x['spanish']:.2f}"]
+
+
+@table
+def steps() -> Iterator[list[str]]:
+    """One training step of Gemma 3 270M."""
+    yield [
+        "",
+        "seconds, to `enable_lora`",
+        "CPU seconds, to `enable_lora`",
+        "seconds, to the frozen floor",
+        "GFLOP",
+        "temporary bytes, to `enable_lora`",
+    ]
+    for name, x in read("step_time_gemma3_270m_jax")["results"].items():
+        yield [
+            name.replace("replace_kernel=true", "with `replace_kernel`"),
+            f"{x['seconds_to_lora']:.2f}",
+            f"{x['cpu_seconds_to_lora']:.2f}",
+            f"{x['seconds_to_floor']:.2f}",
+            f"{x['flops'] / 1e9:,.0f}",
+            f"{x['temp_bytes_to_lora']:.2f}",
+        ]
+
+
+@table
+def layers() -> Iterator[list[str]]:
+    """One training step of single layers of larger models."""
+    yield [
+        "seconds, to `enable_lora`",
+        "matrix",
+        "tokens",
+        "LoRA",
+        "SVF",
+        "SVF with `replace_kernel`",
+    ]
+    models = {
+        "Gemma 2B": {"gate": (2048, 16384), "down": (16384, 2048)},
+        "Gemma 2 9B": {"gate": (3584, 14336), "down": (14336, 3584)},
+        "Llama 3 8B": {"gate": (4096, 14336), "down": (14336, 4096)},
+    }
+    models["Gemma 2B"]["query"] = (2048, 2048)
+    models["Gemma 2 9B"]["query"] = (3584, 4096)
+    models["Llama 3 8B"]["query"] = (4096, 4096)
+    for model, matrices in models.items():
+        for layer, (rows, columns) in matrices.items():
+            for tokens in (512, 4096, 16384):
+                name = f"step_time_{rows}x{columns}_jax_{tokens}"
+                if not (RESULTS / f"{name}.json").exists():
+                    continue
+                found = read(name)["results"]
+                yield [
+                    f"{model}, {layer}",
+                    f"{rows} x {columns}",
+                    f"{tokens:,}",
+                    *(
+                        f"{found[x]['seconds_to_lora']:.2f}"
+                        for x in (
+                            f"LoRA{RANK_8}",
+                            "SVF",
+                            "SVF replace_kernel=true",
+                        )
+                    ),
+                ]
+
+
+@table
+def enabling() -> Iterator[list[str]]:
+    """Enabling on Gemma 3 270M."""
+    yield ["", "seconds", "to `torch.linalg.svd`", "again, from the cache"]
+    titles = {"svf": "SVF", "svft": "SVFT"}
+    titles |= {"milora": "MiLoRA", "pissa": "PiSSA", "lora_xs": "LoRA-XS"}
+    seen = set()
+    for rank in (8, 16):
+        suffix = "" if rank == 8 else f"_rank{rank}"
+        found = read(f"enable_time_gemma3_270m_jax{suffix}")
+        for name, x in found["enabling"].items():
+            title = titles.get(name, f"`{name.split(',')[0]}`")
+            if title in seen:
+                continue
+            seen.add(title)
+            again = found["cache"].get(name)
+            ranked = name in ("milora", "pissa", "lora_xs")
+            yield [
+                title + (f", rank {rank}" if ranked else ""),
+                f"{x['seconds']:.1f}",
+                f"{x['seconds_to_torch']:.2f}",
+                f"{again['second_seconds']:.1f}" if again else "",
+            ]
+
+
+@table
+def qpissa() -> Iterator[list[str]]:
+    """How much nearer QPiSSA starts to the float model."""
+    yield ["rank", "iterations", "int4", "int8"]
+    found = {
+        (x["rank"], x["iterations"], x["quantize"]): x["all"]["nuclear"]
+        for x in read("qpissa_error_gemma3_270m_jax")["results"]
+    }
+    for rank, iterations in dict.fromkeys(key[:2] for key in found):
+        both = [found[rank, iterations, x] for x in ("int4", "int8")]
+        yield [str(rank), str(iterations), *map(percent, both)]
+
+
+@table
+def slice_of_a_tpu() -> Iterator[list[str]]:
+    """One training step of Gemma 2 9B, compiled for eight TPUs."""
+    yield [
+        "on each device",
+        "adapter, GB",
+        "optimizer, GB",
+        "peak, GB",
+        "collectives",
+        "sent, GB",
+    ]
+    found = read("distribution_gemma2_9b_v5e_2x4")["meshes"]
+    for name, x in found["1,8, 1 x 1024"].items():
+        adapter = (x.get("bases", 0) + x["trainables"]) / 1e9
+        yield [
+            name.replace(RANK_8, ", rank 8"),
+            f"{adapter:.2f}" if name != "base model" else "",
+            f"{x['optimizer'] / 1e9:.3f}",
+            f"{x['peak'] / 1e9:.2f}",
+            f"{x['collectives']:,.0f}",
+            f"{x['collective bytes'] / 1e9:.1f}",
+        ]
+
+
+@table
+def layout_maps() -> Iterator[list[str]]:
+    """Our layout map beside KerasHub's, for a small Llama 3."""
+    yield [
+        "mesh (batch, model)",
+        "layout map",
+        "model, MB on each device",
+        "collectives",
+        "collectives with SVF",
+    ]
+    files = {"": "`svdtune_layout_map`", "_keras_hub": "KerasHub's"}
+    for mesh in ("1,8", "2,4"):
+        for suffix, title in files.items():
+            found = read(f"distribution_llama3_small_cpu{suffix}")["meshes"]
+            x = found[f"{mesh}, 8 x 128"]
+            yield [
+                f"({mesh.replace(',', ', ')})",
+                title,
+                f"{x['base model']['model'] / 1e6:.1f}",
+                *(f"{x[k]['collectives']:.0f}" for k in ("base model", "SVF")),
+            ]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(filled(PAGE.read_text("utf-8")), "utf-8")
