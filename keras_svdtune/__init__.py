@@ -47,6 +47,11 @@ from keras_svdtune.model.enable import (
     remove_adapter,
 )
 from keras_svdtune.model.for_a_while import adapter_disabled, adapter_merged
+from keras_svdtune.model.names import (
+    adapter_names,
+    delete_adapter,
+    set_adapter,
+)
 from keras_svdtune.reports.cost import (
     Cost,
     LayerCost,

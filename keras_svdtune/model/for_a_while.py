@@ -56,22 +56,30 @@ def adapter_disabled(model: Model) -> Iterator[None]:
         for adapter in adapters
         for v in adapter.variables_by_name(trainable=True).values()
     ]
+    owners = enabled_models(adapted_part(model), targets)
     beside = [
         (variable, base, to_numpy(variable.value).copy())
-        for owner in enabled_models(adapted_part(model), targets)
+        for owner in owners
         for variable, base in record_of(owner).beside.values()
     ]
+
+    records = [record_of(owner) for owner in owners]
+    outer = [record.within for record in records]
 
     def restore() -> None:
         for variable, value in trained:
             variable.assign(value)
         for variable, _, value in beside:
             variable.assign(value)
+        for record, within in zip(records, outer, strict=True):
+            record.within = within
 
     neutral: list[np.ndarray] = []
     after: list[np.ndarray] = []
     with contextlib.ExitStack() as at_end:
         at_end.callback(run_to_the_end, [restore])
+        for record in records:
+            record.within = "adapter_disabled"
         for adapter in adapters:
             adapter.reset()
         neutral = [to_numpy(v.value).copy() for v, _ in trained]
