@@ -21,7 +21,11 @@ from keras_svdtune.model.enable import (
     merge_adapter,
     remove_adapter,
 )
-from keras_svdtune.model.for_a_while import adapter_disabled, adapter_merged
+from keras_svdtune.model.for_a_while import (
+    adapter_disabled,
+    adapter_merged,
+    adapter_per_example,
+)
 from keras_svdtune.model.names import (
     adapter_names,
     delete_adapter,
@@ -43,6 +47,7 @@ ON_MODELS: dict[str, Callable[..., Any]] = {
         set_adapter,
         delete_adapter,
         adapter_names,
+        adapter_per_example,
         adapter_disabled,
         adapter_merged,
         save_adapter,

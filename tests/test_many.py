@@ -1,7 +1,9 @@
 """Several adapters in one model: named, set, mixed, one for each example."""
 
+import contextlib
 import random
 
+import h5py
 import keras
 import keras_hub
 import numpy as np
@@ -16,6 +18,7 @@ from helpers import (
     compiles,
     default_methods,
     eager,
+    flat,
     hosts_data,
     hosts_model,
     method_id,
@@ -27,6 +30,7 @@ from helpers import (
     small_data,
     small_model,
     tiny_bert,
+    tiny_gemma,
     tokens,
     trainables,
     values,
@@ -35,6 +39,7 @@ from test_interrupts import Raises
 
 import keras_svdtune
 from keras_svdtune import SVF, SVFT, LoRA, LoRAXS, PiSSA
+from keras_svdtune.files.format import read_adapter
 from keras_svdtune.model.state import record_of
 from keras_svdtune.model.targets import adapted_targets
 
@@ -603,6 +608,358 @@ def test_other_layers(kind, method):
         assert_same(eager(model, data), outputs[name])
     keras_svdtune.remove_adapter(model)
     assert_same(eager(model, data), outputs[None])
+
+
+# One for each example.
+
+KINDS = (*FEW, "einsum_output", "einsum_ellipsis", "conv_tall", "conv_wide")
+
+
+def rows_of(outputs, rows):
+    """What a model computes if row i of a batch is that of `rows[i]`."""
+    if isinstance(outputs[None], dict):
+        return {
+            key: np.stack([outputs[x][key][i] for i, x in enumerate(rows)])
+            for key in outputs[None]
+        }
+    return np.stack([outputs[x][i] for i, x in enumerate(rows)])
+
+
+@every_method
+def test_each_row_equals_its_adapter_alone(method):
+    kinds = KINDS if method in default_methods() else FEW
+    model, data = hosts_model(names=kinds), hosts_data(kinds)
+    outputs = {None: predict(model, data)}
+    for seed, name in enumerate("ab"):
+        keras_svdtune.enable_adapter(model, method, name=name)
+        perturb(model, seed + 1)
+        outputs[name] = predict(model, data)
+    everything = values(model), structure(model)
+    rows = ["a", None, "b", "a"]
+    with keras_svdtune.adapter_per_example(model, rows):
+        expected = rows_of(outputs, rows)
+        assert_close(eager(model, data), expected, 2e-6)
+        assert_close(predict(model, data), expected, 2e-6)
+    assert_same((values(model), structure(model)), everything)
+    assert_same(predict(model, data), outputs["b"])
+    rows = ["b", "b", "a", None]
+    with keras_svdtune.adapter_per_example(model, rows):
+        assert_close(predict(model, data), rows_of(outputs, rows), 2e-6)
+
+
+def structure(model):
+    """What `adapter_per_example` must give back."""
+    layers = flat(model)
+    return {
+        "weights": [v.path for v in model.weights],
+        "attributes": [" ".join(sorted(vars(x))) for x in layers],
+        "within": str(record_of(model).within),
+    }
+
+
+def test_sums_for_each_row():
+    model, outputs = two(SVF())
+    choices = [{"a": 0.5, "b": 0.5}, "a", {"b": -1.0}]
+    alone = []
+    for choice in choices:
+        keras_svdtune.set_adapter(model, choice)
+        alone.append(eager(model, X[:3]))
+    perturb(model, 9)  # of no name; it stays
+    learned = eager(model, X)
+    with keras_svdtune.adapter_per_example(model, choices):
+        expected = np.stack([x[i] for i, x in enumerate(alone)])
+        assert_close(eager(model, X[:3]), expected, 2e-6)
+    assert_same(eager(model, X), learned)
+
+
+def test_frozen_weights_of_their_own():
+    """PiSSA's files hold A₀ and B₀, which may be another machine's."""
+    model, outputs = two(PiSSA(rank=2))
+    for layer in adapted(model).values():
+        layer.adapter.a0.assign(1.5 * numpy(layer.adapter.a0))
+    outputs["b"] = eager(model, X)
+    assert_differ(outputs["a"], outputs["b"])
+    rows = ["a", "b", None, "b", "a", None, "a", "b"]
+    with keras_svdtune.adapter_per_example(model, rows):
+        assert_close(eager(model, X), rows_of(outputs, rows), 2e-6)
+    keras_svdtune.set_adapter(model, "a")
+    assert_same(eager(model, X), outputs["a"])
+
+
+@pytest.mark.parametrize("kind", ["embedding", "int8", "bfloat16"])
+@pytest.mark.parametrize(
+    "method", [SVF(), LoRA(rank=2), PiSSA(rank=2)], ids=method_id
+)
+def test_each_row_in_other_layers(kind, method):
+    model, data, targets = other_kinds(kind)
+    outputs = {None: eager(model, data)}
+    for name in ("a", "b"):
+        keras_svdtune.enable_adapter(model, method, targets, name=name)
+        perturb(model, seed=ord(name))
+        outputs[name] = eager(model, data)
+    rows = ["b", None, "a", "b"][: len(data)]
+    # bfloat16 may round another sum to another neighbour.
+    tolerance = 2e-2 if kind == "bfloat16" else 1e-5
+    with keras_svdtune.adapter_per_example(model, rows):
+        found = eager(model, data)
+        assert_close(found, rows_of(outputs, rows), tolerance)
+        if kind != "bfloat16":
+            assert_differ(found, outputs["b"])
+
+
+def causal_lm():
+    return keras_hub.models.GemmaCausalLM(
+        backbone=tiny_gemma(), preprocessor=None
+    )
+
+
+@pytest.mark.parametrize("method", [SVF(), LoRA(rank=2)], ids=method_id)
+def test_generate(method):
+    """With the tied embedding too, whose head multiplies by Wᵀ."""
+    lm, prompts = causal_lm(), tokens(batch=4, length=8)
+    prompts["padding_mask"][:, 3:] = 0
+
+    def answers():
+        inputs = {k: v.copy() for k, v in prompts.items()}
+        return lm.generate(inputs, stop_token_ids=None)["token_ids"]
+
+    outputs = {None: answers()}
+    for seed, name in enumerate("ab"):
+        lm.backbone.enable_adapter(
+            method, [".*(query|ffw_gating|token_embedding).*"], name=name
+        )
+        perturb(lm, seed, 1.0)
+        outputs[name] = answers()
+        assert not np.array_equal(outputs[name], outputs[None])
+    rows = ["a", None, "b", "a"]
+    with lm.adapter_per_example(rows):
+        assert np.array_equal(answers(), rows_of(outputs, rows))
+    assert np.array_equal(answers(), outputs["b"])
+
+
+@pytest.mark.skipif(not compiles(), reason="torch compiles nothing")
+def test_other_rows_compile_nothing_and_what_was_compiled_is_back():
+    x = keras.Input((6,))
+    counter = Counter()
+    y = keras.layers.Dense(5)(keras.layers.Dense(4, "tanh")(counter(x)))
+    model = keras.Model(x, y)
+    randomise(model)
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    for name in ("a", "b", "c"):
+        keras_svdtune.enable_svf(model, name=name)
+        perturb(model, ord(name))
+    model.fit(X, Y, batch_size=8, verbose=0)
+    outputs = {}
+    for name in ("a", "b", "c", None):
+        keras_svdtune.set_adapter(model, name)
+        outputs[name] = predict(model, X)
+    # TensorFlow's functions hold the variables that they were compiled for.
+    again = 0 if keras.backend.backend() == "jax" else 1
+    expected = None
+    for seed in range(3):
+        rows = random.Random(seed).choices(["a", "b", "c", None], k=8)
+        before = counter.calls
+        with keras_svdtune.adapter_per_example(model, rows):
+            assert_close(predict(model, X), rows_of(outputs, rows), 2e-6)
+            assert_close(predict(model, X), rows_of(outputs, rows), 2e-6)
+        if expected is not None:
+            assert counter.calls - before == again * expected
+        expected = counter.calls - before if seed == 0 else expected
+        assert expected > 0
+        before = counter.calls
+        assert_same(predict(model, X), outputs[None])
+        keras_svdtune.set_adapter(model, "c")
+        model.fit(X, Y, batch_size=8, verbose=0)
+        outputs["c"] = predict(model, X)
+        keras_svdtune.set_adapter(model, None)
+        assert counter.calls == before
+
+
+def test_a_batch_of_another_size_leaves_the_model_whole():
+    model, outputs = two(SVF(), compiled=True)
+    rows = ["a", "b", None, "a"]
+    before = values(model)
+    with keras_svdtune.adapter_per_example(model, rows):
+        for call in (
+            lambda: model.predict(X, verbose=0),  # 8 rows
+            lambda: model.predict(X[:6], batch_size=4, verbose=0),
+            lambda: model.evaluate(X, Y, verbose=0),
+            lambda: model(X[:1]),
+        ):
+            with pytest.raises(Exception) as error:
+                call()
+            if keras.backend.backend() != "tensorflow":
+                assert "was given 4 adapters" in str(error.value)
+            assert_same([x for _, x in before], list_values(model))
+        found = model.predict(X, batch_size=4, verbose=0)
+        assert_close(found, rows_of(outputs, rows + rows), 2e-6)
+        assert np.isfinite(model.evaluate(X, Y, batch_size=4, verbose=0))
+    assert_same(values(model), before)
+    model.fit(X, Y, verbose=0)
+
+
+def list_values(model):
+    ours = [v for v in model.weights if "of_each" not in v.path]
+    return [numpy(v) for v in ours]
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda m: m.fit(X, Y, verbose=0), "cannot be trained"),
+        (lambda m: m.train_on_batch(X, Y), "cannot be trained"),
+        (lambda m: keras_svdtune.set_adapter(m, "a"), "Leave the `with"),
+        (lambda m: keras_svdtune.delete_adapter(m, "a"), "Leave the `with"),
+        (lambda m: keras_svdtune.enable_svf(m, name="c"), "Leave the `with"),
+        (lambda m: keras_svdtune.merge_adapter(m), "Leave the `with"),
+        (lambda m: keras_svdtune.remove_adapter(m), "Leave the `with"),
+        (lambda m: keras_svdtune.to_lora(m, 2), "Leave the `with"),
+        (
+            lambda m: keras_svdtune.adapter_disabled(m).__enter__(),
+            "Leave the `with",
+        ),
+        (
+            lambda m: keras_svdtune.adapter_merged(m).__enter__(),
+            "Leave the `with",
+        ),
+        (
+            lambda m: keras_svdtune.adapter_per_example(m, "ab").__enter__(),
+            "Leave the `with",
+        ),
+        (lambda m: m.get_layer("first").kernel, "one for each example"),
+    ],
+)
+def test_what_is_refused_within(call, message):
+    model, outputs = two(SVF(), compiled=True)
+    rows = ["a", None] * 4
+    before = values(model)
+    with keras_svdtune.adapter_per_example(model, rows):
+        with pytest.raises(ValueError, match=message):
+            call(model)
+        assert_close(eager(model, X), rows_of(outputs, rows), 2e-6)
+        assert keras_svdtune.adapter_names(model) == ["a", "b"]
+    assert_same(values(model), before)
+    assert_same(eager(model, X), outputs["b"])
+    model.fit(X, Y, verbose=0)
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ("ab", "must be a list"),
+        ([], "must be a list"),
+        (["a", "c"], "no adapter 'c'"),
+        (["a", 3], "must be a name"),
+        (["a", {"a": 0.5}], "not linear"),
+    ],
+)
+def test_rows_that_are_none(rows, message):
+    model, outputs = two(LoRA(rank=2))
+    before = structure(model)
+    with (
+        pytest.raises(ValueError, match=message),
+        keras_svdtune.adapter_per_example(model, rows),
+    ):
+        pass
+    assert_same(structure(model), before)
+    assert_same(eager(model, X), outputs["b"])
+
+
+def test_layers_that_know_no_examples():
+    bank, data, _ = other_kinds("bank")
+    keras_svdtune.enable_svf(bank, name="a")
+    x = keras.Input((5, 6))
+    time_first = keras.layers.EinsumDense("ibh,hnd->ibnd", (None, 2, 3, 2))
+    for model in (bank, keras.Model(x, time_first(x))):
+        if model is not bank:
+            keras_svdtune.enable_svf(model, name="a")
+        with (
+            pytest.raises(ValueError, match="one merged kernel|first axis"),
+            keras_svdtune.adapter_per_example(model, ["a"] * 4),
+        ):
+            pass
+
+
+def test_a_head_is_not_one_for_each_row():
+    task = classifier()
+    for name, labels in (("a", [0, 1, 0, 1]), ("b", [1, 0, 0, 1])):
+        task.enable_svf(name=name)
+        task.fit(WORDS, np.array(labels), verbose=0)
+    alone = predict(task, WORDS)
+    with task.adapter_per_example(["b"] * 4):
+        assert_close(predict(task, WORDS), alone, 2e-6)
+    with (
+        pytest.raises(ValueError, match="also trained 'logits/kernel'"),
+        task.adapter_per_example(["b", "a", "b", "b"]),
+    ):
+        pass
+    assert_same(predict(task, WORDS), alone)
+
+
+def test_files_do_not_see_it(tmp_path):
+    model, _ = two(SVF())
+    for name in ("out", "in"):
+        rows = ["a"] * 8 if name == "in" else None
+        within = (
+            keras_svdtune.adapter_per_example(model, rows)
+            if rows
+            else contextlib.nullcontext()
+        )
+        with within:
+            keras_svdtune.save_adapter(model, tmp_path / f"{name}.safetensors")
+            model.save_weights(tmp_path / f"{name}.weights.h5")
+    for one, other in (
+        (
+            read_adapter(tmp_path / "out.safetensors").arrays,
+            read_adapter(tmp_path / "in.safetensors").arrays,
+        ),
+        *(
+            (x, y)
+            for x, y in [
+                [h5_values(tmp_path / f"{n}.weights.h5") for n in ("out", "in")]
+            ]
+        ),
+    ):
+        assert_same(other, one)
+
+
+def h5_values(path):
+    found = {}
+    with h5py.File(path) as file:
+        file.visititems(
+            lambda name, x: (
+                found.setdefault(name, x[()])
+                if isinstance(x, h5py.Dataset)
+                else None
+            )
+        )
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("start", range(4))
+def test_an_interrupt_leaves_no_trace(start):
+    model, outputs = two(SVF())
+    before = values(model), structure(model)
+    rows = ["a", "b", None, "a", "b", None, "a", "b"]
+
+    def run():
+        with keras_svdtune.adapter_per_example(model, rows):
+            pass
+
+    with Raises(None) as counted:
+        run()
+    stopped = 0
+    for number in range(1 + start * 3, len(counted.lines) + 1, 12):
+        with contextlib.suppress(KeyboardInterrupt), Raises(number):
+            run()
+            stopped -= 1
+        stopped += 1
+        assert_same((values(model), structure(model)), before)
+    assert stopped > 3
+    assert_same(eager(model, X), outputs["b"])
+    with keras_svdtune.adapter_per_example(model, rows):
+        assert_close(eager(model, X), rows_of(outputs, rows), 2e-6)
 
 
 # Interrupts.

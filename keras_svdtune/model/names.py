@@ -256,18 +256,68 @@ class NamedAdapters:
         Raises:
             ValueError: the variables hold what was trained and has no name.
         """
-        record, before = self.record, self.record.as_set
+        before = self.record.as_set
         if before is not None and not (
             _same(now.weights, before.weights)
             and _same(now.beside, before.beside)
         ):
             raise ValueError(
-                f"{_as_text(record.chosen)} was trained or loaded since it was "
-                "set, and has no name to be kept under. Write it to a file by "
-                "`save_adapter(path)`, or it would be lost; "
+                f"{_as_text(self.record.chosen)} was trained or loaded since "
+                "it was set, and has no name to be kept under. Write it to a "
+                "file by `save_adapter(path)`, or it would be lost; "
                 "`load_adapter(path, name=...)` makes an adapter of it."
             )
-        return {k: now if x is None else x for k, x in record.names.items()}
+        return self.stored(now)
+
+    def stored(self, now: StoredAdapter) -> dict[str, StoredAdapter]:
+        """Returns the values of all adapters, given those in the variables."""
+        names = self.record.names
+        return {k: now if x is None else x for k, x in names.items()}
+
+    def tables(
+        self, rows: list[dict[str, float]]
+    ) -> dict[str, dict[str, np.ndarray]]:
+        """Returns the weights of each row of a batch, by path and name.
+
+        Args:
+            rows: what is to be set for each row.
+
+        Returns:
+            An array (rows, ...) for each weight; none for frozen ones that are
+            the same in all rows.
+        """
+        now = self.now()
+        stored = self.stored(now)
+        found = {str(x): self.values_of(x, stored) for x in rows}
+        for values in found.values():
+            for key, value in self._whole(values).beside.items():
+                if not np.array_equal(value, now.beside[key]):
+                    raise ValueError(
+                        f"These adapters have also trained '{key}', of which "
+                        "there is one for all rows. Load their files with "
+                        "`adapter_only=True`, or set them one by one."
+                    )
+        each = [found[str(x)].weights for x in rows]
+        names = {
+            weight.name
+            for path, target in self.targets.items()
+            for weight in target.adapted.method.weights(target.view.shape)
+            if weight.trainable
+            or weight.saved
+            and not all(
+                np.array_equal(
+                    x[path][weight.name], now.weights[path][weight.name]
+                )
+                for x in each
+            )
+        }
+        return {
+            path: {
+                name: np.stack([x[path][name] for x in each])
+                for name in sorted(names & set(now.weights[path]))
+            }
+            for path in self.targets
+        }
 
     def values_of(
         self, chosen: dict[str, float], stored: dict[str, StoredAdapter]
