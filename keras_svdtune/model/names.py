@@ -34,7 +34,6 @@ from keras_svdtune.model.state import (
     record_of,
     require_adapted,
 )
-from keras_svdtune.model.targets import adapted_targets
 from keras_svdtune.runtime.interrupts import run_to_the_end
 from keras_svdtune.runtime.keras_internals import layers_in
 from keras_svdtune.runtime.processes import to_numpy
@@ -557,8 +556,7 @@ def adapter_set(model: Model, name: str) -> Iterator[None]:
 
 def note_saved(model: Model, adapter_only: bool) -> None:
     """Notes that what is set is in a file, so that it may be lost."""
-    root = adapted_part(model)
-    for owner in enabled_models(root, adapted_targets(root)):
+    for owner in layers_in(adapted_part(model)):
         record = enabled_record(owner)
         if record is None or record.as_set is None:
             continue
