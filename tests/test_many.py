@@ -610,6 +610,33 @@ def test_other_layers(kind, method):
     assert_same(eager(model, data), outputs[None])
 
 
+@pytest.mark.parametrize(
+    "method",
+    [SVF(replace_kernel=True), PiSSA(rank=2, quantize="int8")],
+    ids=["replaced", "quantized"],
+)
+def test_on_a_base_that_was_made_for_them(method, tmp_path):
+    model = small_model()
+    keras_svdtune.enable_adapter(model, method, name="a")
+    outputs = {None: eager(model, X)}
+    perturb(model, 1)
+    outputs["a"] = eager(model, X)
+    keras_svdtune.enable_adapter(model, method, name="b")
+    assert_same(eager(model, X), outputs[None])
+    perturb(model, 2)
+    outputs["b"] = eager(model, X)
+    rows = ["a", "b", None, "b", "a", None, "a", "b"]
+    with keras_svdtune.adapter_per_example(model, rows):
+        assert_close(eager(model, X), rows_of(outputs, rows), 1e-5)
+    path = tmp_path / "a.safetensors"
+    keras_svdtune.save_adapter(model, path, name="a")
+    for name in ("a", None, "b"):
+        keras_svdtune.set_adapter(model, name)
+        assert_same(eager(model, X), outputs[name])
+    keras_svdtune.load_adapter(model, path, name="c")
+    assert_same(eager(model, X), outputs["a"])
+
+
 # One for each example.
 
 KINDS = (*FEW, "einsum_output", "einsum_ellipsis", "conv_tall", "conv_wide")

@@ -50,13 +50,15 @@ from keras_svdtune.model.beside import trained_beside, variables_beside
 from keras_svdtune.model.checks import check_fit, check_trained
 from keras_svdtune.model.commit import commit
 from keras_svdtune.model.enable import attach_plans
-from keras_svdtune.model.names import (
+from keras_svdtune.model.named_adapters import (
     NamedAdapters,
-    adapter_set,
-    adapter_weights,
     check_name,
     join,
     named_adapters,
+)
+from keras_svdtune.model.names import (
+    adapter_set,
+    adapter_weights,
     note_saved,
 )
 from keras_svdtune.model.planning import plan_adapters

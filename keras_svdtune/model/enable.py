@@ -24,12 +24,8 @@ from keras_svdtune.model.checks import (
 )
 from keras_svdtune.model.commit import commit
 from keras_svdtune.model.freezing import freeze
-from keras_svdtune.model.names import (
-    add_untrained,
-    check_alone,
-    check_name,
-    join,
-)
+from keras_svdtune.model.named_adapters import check_name, join
+from keras_svdtune.model.names import add_untrained, check_alone
 from keras_svdtune.model.planning import plan_adapters
 from keras_svdtune.model.recompile import bring_up_to_date, note_change
 from keras_svdtune.model.state import (

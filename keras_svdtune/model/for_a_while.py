@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_svdtune.hosts import attach
 from keras_svdtune.model.checks import check_merged
-from keras_svdtune.model.names import Choice, named_adapters
+from keras_svdtune.model.named_adapters import Choice, named_adapters
 from keras_svdtune.model.recompile import (
     bring_up_to_date,
     note_change_for_a_while,

@@ -1,46 +1,41 @@
 """Keeps several adapters in one model, by name.
 
 All of them have the method, the layers and the frozen weights of the first: an
-adapter costs its own weights only, such as δ of SVF, and these are on the host.
-The variables of the model, which compute and train, hold the one that is set,
-or a weighted sum. To set another one assigns values, so nothing is compiled
-anew, and a model with one adapter computes as ever.
-
-The adapter that is set has its values in the variables alone; they are copied
-to the host when another one is set.
+adapter costs its own weights only, such as δ of SVF. To set another one assigns
+values, so nothing is compiled anew, and a model with one adapter computes as
+ever.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import numpy as np
-from keras import ops
 
-from keras_svdtune.adapter.adapter import Adapter
 from keras_svdtune.adapter.plan import first_values
 from keras_svdtune.hosts.target import Target
-from keras_svdtune.methods.base import Method, nearest
-from keras_svdtune.methods.settings import is_number, plain
-from keras_svdtune.model.beside import trained_beside
-from keras_svdtune.model.commit import commit
+from keras_svdtune.methods.base import Method
+from keras_svdtune.model.named_adapters import (
+    Choice,
+    NamedAdapters,
+    chosen_as_text,
+    host_array,
+    listed,
+    named_adapters,
+    neutral_values,
+    own_weights,
+)
 from keras_svdtune.model.state import (
     Enabled,
-    StoredAdapter,
     adapted_part,
-    enabled_models,
     enabled_record,
     keep_record,
-    record_of,
     require_adapted,
 )
 from keras_svdtune.runtime.interrupts import run_to_the_end
 from keras_svdtune.runtime.keras_internals import layers_in
 from keras_svdtune.runtime.processes import to_numpy
-from keras_svdtune.runtime.types import Array, Model, Variable
-
-# What can be set: a name, the weight of each name in a sum, None for the base.
-Choice = str | Mapping[str, float] | None
+from keras_svdtune.runtime.types import Model
 
 
 def set_adapter(model: Model, adapter: Choice) -> None:
@@ -139,14 +134,6 @@ def adapter_weights(model: Model) -> dict[str, float]:
     }
 
 
-def check_name(name: object) -> None:
-    """Raises a ValueError unless `name` is one for an adapter."""
-    if not isinstance(name, str) or not name:
-        raise ValueError(
-            f"`name` must be a string, not empty. Received: name={name!r}"
-        )
-
-
 def check_alone(record: Enabled, what: str) -> None:
     """Raises a ValueError unless a model's one adapter is set.
 
@@ -156,304 +143,9 @@ def check_alone(record: Enabled, what: str) -> None:
         record.names, 1.0
     ):
         raise ValueError(
-            f"The model has the adapters {_listed(record.names)}, of which "
-            f"{_as_text(record.chosen)} is set. {what}"
+            f"The model has the adapters {listed(record.names)}, of which "
+            f"{chosen_as_text(record.chosen)} is set. {what}"
         )
-
-
-def named_adapters(model: Model) -> "NamedAdapters":
-    """Returns the adapters of a model, to change them.
-
-    Raises:
-        ValueError: the model has none, or none that have names; or a `with`
-            block is open in which the variables hold no adapter's values.
-    """
-    root = adapted_part(model)
-    owners = enabled_models(root, require_adapted(root))
-    if len(owners) != 1:
-        raise ValueError(
-            f"The adapters of '{root.name}' have no names: its layers were "
-            "declared with them, or several parts of it were adapted one by "
-            "one. Enable or load an adapter on a plain model as a whole."
-        )
-    (owner,) = owners
-    record = record_of(owner)
-    if record.within is not None:
-        raise ValueError(
-            f"Leave the `with {record.within}(...):` first, then load, enable, "
-            "set or delete an adapter."
-        )
-    return NamedAdapters(owner, record, require_adapted(owner))
-
-
-@dataclasses.dataclass(frozen=True)
-class NamedAdapters:
-    """The adapters of one model.
-
-    Attributes:
-        owner: the model that they were enabled on.
-        record: what is known of them.
-        targets: the adapted matrices by path.
-    """
-
-    owner: Model
-    record: Enabled
-    targets: dict[str, Target]
-
-    def checked(self, choice: Choice) -> dict[str, float]:
-        """Returns the weight of each name in `choice`, which can be set."""
-        if choice is None:
-            return {}
-        if isinstance(choice, str):
-            choice = {choice: 1.0}
-        if not isinstance(choice, Mapping) or not choice:
-            raise ValueError(
-                "`adapter` must be a name, a dict from names to weights, or "
-                f"None for the base model. Received: {choice!r}"
-            )
-        chosen: dict[str, float] = {}
-        for name, weight in choice.items():
-            weight = plain(weight)
-            if name not in self.record.names:
-                raise ValueError(
-                    f"Model '{self.owner.name}' has no adapter {name!r}. "
-                    f"{nearest(str(name), self.record.names)}"
-                )
-            if not is_number(weight):
-                raise ValueError(
-                    "Each weight must be a finite number. Received: "
-                    f"{weight!r} for '{name}'"
-                )
-            chosen[name] = float(weight)
-        method = self.record.method
-        if list(chosen.values()) != [1.0] and not method.linear:
-            raise ValueError(
-                f"Adapters of {method.title} cannot be added up or scaled "
-                "here: what it adds to W is not linear in what it trains. Set "
-                "one of them; or save each with `save_adapter(path, name=...)` "
-                "and try `compose`, whose sum of low-rank adapters is a LoRA. "
-                f"Received: {dict(choice)}"
-            )
-        return chosen
-
-    def now(self) -> StoredAdapter:
-        """Returns the values that the variables of the model have."""
-        return StoredAdapter(
-            {
-                path: {
-                    name: _array(x) for name, x in own_weights(target.adapted)
-                }
-                for path, target in self.targets.items()
-            },
-            {k: _array(x) for k, (x, _) in self.record.beside.items()},
-            {path: base_of(x.adapted) for path, x in self.targets.items()},
-        )
-
-    def all_stored(self, now: StoredAdapter) -> dict[str, StoredAdapter]:
-        """Returns the values of all adapters, given those in the variables.
-
-        Raises:
-            ValueError: the variables hold what was trained and has no name.
-        """
-        before = self.record.as_set
-        if before is not None and not (
-            _same(now.weights, before.weights)
-            and _same(now.beside, before.beside)
-        ):
-            raise ValueError(
-                f"{_as_text(self.record.chosen)} was trained or loaded since "
-                "it was set, and has no name to be kept under. Write it to a "
-                "file by `save_adapter(path)`, or it would be lost; "
-                "`load_adapter(path, name=...)` makes an adapter of it."
-            )
-        return self.stored(now)
-
-    def stored(self, now: StoredAdapter) -> dict[str, StoredAdapter]:
-        """Returns the values of all adapters, given those in the variables."""
-        names = self.record.names
-        return {k: now if x is None else x for k, x in names.items()}
-
-    def tables(
-        self, rows: list[dict[str, float]]
-    ) -> dict[str, dict[str, np.ndarray]]:
-        """Returns the weights of each row of a batch, by path and name.
-
-        Args:
-            rows: what is to be set for each row.
-
-        Returns:
-            An array (rows, ...) for each weight; none for frozen ones that are
-            the same in all rows.
-        """
-        now = self.now()
-        stored = self.stored(now)
-        found = {str(x): self.values_of(x, stored) for x in rows}
-        for values in found.values():
-            for key, value in self._whole(values).beside.items():
-                if not np.array_equal(value, now.beside[key]):
-                    raise ValueError(
-                        f"These adapters have also trained '{key}', of which "
-                        "there is one for all rows. Load their files with "
-                        "`adapter_only=True`, or set them one by one."
-                    )
-        each = [found[str(x)].weights for x in rows]
-        names = {
-            weight.name
-            for path, target in self.targets.items()
-            for weight in target.adapted.method.weights(target.view.shape)
-            if weight.trainable
-            or weight.saved
-            and not all(
-                np.array_equal(
-                    x[path][weight.name], now.weights[path][weight.name]
-                )
-                for x in each
-            )
-        }
-        return {
-            path: {
-                name: np.stack([x[path][name] for x in each])
-                for name in sorted(names & set(now.weights[path]))
-            }
-            for path in self.targets
-        }
-
-    def values_of(
-        self, chosen: dict[str, float], stored: dict[str, StoredAdapter]
-    ) -> StoredAdapter:
-        """Returns the values that the variables have if `chosen` is set."""
-        for name in chosen:
-            self._check_base(name, stored[name])
-        if list(chosen.values()) == [1.0]:
-            return stored[next(iter(chosen))]
-        parts = [(weight, stored[name]) for name, weight in chosen.items()]
-        for name in chosen:
-            for key, value in stored[name].beside.items():
-                _, base = self.record.beside[key]
-                if not np.array_equal(value, base):
-                    raise ValueError(
-                        f"'{name}' has also trained '{key}' besides its "
-                        "adapter, which cannot be added up or scaled. Set it "
-                        "alone, or load its file with `adapter_only=True`."
-                    )
-        return StoredAdapter(
-            {
-                path: self._sum(path, [(w, x.weights[path]) for w, x in parts])
-                for path in self.targets
-            },
-            {},
-            {path: base_of(x.adapted) for path, x in self.targets.items()},
-        )
-
-    def _check_base(self, name: str, adapter: StoredAdapter) -> None:
-        for path, target in self.targets.items():
-            if not np.array_equal(adapter.bases[path], base_of(target.adapted)):
-                raise ValueError(
-                    f"Another kernel was loaded into layer '{path}' since "
-                    f"'{name}' was trained or loaded, so it fits no more. "
-                    f"Call `delete_adapter({name!r})`."
-                )
-
-    def _sum(
-        self, path: str, parts: list[tuple[float, dict[str, np.ndarray]]]
-    ) -> dict[str, np.ndarray]:
-        """Returns the weights of one layer for a weighted sum of adapters."""
-        adapter = self.targets[path].adapted
-        found: dict[str, np.ndarray] = {}
-        for weight in adapter.method.weights(adapter.shape):
-            name = weight.name
-            if weight.trainable and parts:
-                total = sum(w * x[name].astype("float64") for w, x in parts)
-                found[name] = np.asarray(total, "float32")
-            elif weight.saved or weight.overwritten:
-                found[name] = _array(getattr(adapter, name))
-                if any(
-                    not np.array_equal(x[name], found[name]) for _, x in parts
-                ):
-                    raise ValueError(
-                        f"'{name}' of layer '{path}' differs between these "
-                        "adapters, so they do not add up."
-                    )
-        if not parts:
-            found |= _neutral(adapter)
-        return found
-
-    def choose(
-        self,
-        chosen: dict[str, float],
-        stored: dict[str, StoredAdapter],
-        before: StoredAdapter,
-    ) -> None:
-        """Sets `chosen` among the adapters `stored`, or changes nothing.
-
-        `before` are the values that the variables have.
-        """
-        values = self.values_of(chosen, stored)
-        single = list(chosen.values()) == [1.0]
-        names = {
-            name: None if single and name in chosen else x
-            for name, x in stored.items()
-        }
-        record = dataclasses.replace(
-            self.record,
-            names=names,
-            chosen=chosen,
-            as_set=None if single else self._whole(values),
-        )
-        with commit(self.owner) as undo:
-            undo.callback(self.put, before)
-            self.put(values)
-            keep_record(self.owner, record)
-
-    def _whole(self, values: StoredAdapter) -> StoredAdapter:
-        """Returns the same with a value for all of `Enabled.beside`."""
-        bases = {k: _float(base) for k, (_, base) in self.record.beside.items()}
-        return dataclasses.replace(values, beside=bases | values.beside)
-
-    def put(self, values: StoredAdapter) -> None:
-        """Assigns values to the variables of the model."""
-        for path, target in self.targets.items():
-            for name, variable in own_weights(target.adapted):
-                variable.assign(values.weights[path][name])
-        for key, (variable, base) in self.record.beside.items():
-            variable.assign(values.beside.get(key, base))
-
-    def add(
-        self,
-        name: str,
-        weights: dict[str, dict[str, np.ndarray]],
-        beside: dict[str, tuple[Variable, np.ndarray]],
-        model: Model | None,
-    ) -> None:
-        """Adds an adapter, or gives one other values, and sets it.
-
-        Args:
-            weights: its own weights by path and name; those that are left out
-                are zero.
-            beside: what it has set besides, by key: the variable and its value.
-            model: the model that the user gave, if what trains in it besides
-                the adapters is the adapter's from now on.
-        """
-        stored = self.all_stored(self.now())
-        whole: dict[str, dict[str, np.ndarray]] = {}
-        for path, target in self.targets.items():
-            whole[path] = {
-                key: np.asarray(weights[path][key])
-                if key in weights[path]
-                else np.zeros(tuple(x.shape), "float32")
-                for key, x in own_weights(target.adapted)
-            }
-        with commit(self.owner) as undo:
-            if model is not None:
-                join(self.record, trained_beside(model), undo)
-            variables = {k: x for k, (x, _) in beside.items()}
-            keys = join(self.record, variables, undo)
-            stored[name] = StoredAdapter(
-                whole,
-                {keys[id(x)]: _float(value) for x, value in beside.values()},
-                {path: base_of(x.adapted) for path, x in self.targets.items()},
-            )
-            self.choose({name: 1.0}, stored, self.now())
 
 
 def add_untrained(
@@ -485,8 +177,8 @@ def add_untrained(
     if different:
         raise ValueError(
             "All adapters of a model are on the same layers. Name those of "
-            f"{_listed(named.record.names)} in `target_layer_names`. They "
-            f"differ in: {_listed(sorted(different))}"
+            f"{listed(named.record.names)} in `target_layer_names`. They "
+            f"differ in: {listed(sorted(different))}"
         )
     weights = {path: _first(x) for path, x in named.targets.items()}
     named.add(name, weights, {}, model)
@@ -497,11 +189,11 @@ def _first(target: Target) -> dict[str, np.ndarray]:
     adapter = target.adapted
     method, own = adapter.method, dict(own_weights(adapter))
     trained = {w.name for w in method.weights(adapter.shape) if w.trainable}
-    neutral = _neutral(adapter)
+    neutral = neutral_values(adapter)
     if method.needs(adapter.shape) is not None and trained <= set(neutral):
         # They start there; a decomposition would give the frozen ones only.
         values = {
-            w.name: _array(getattr(adapter, w.name))
+            w.name: host_array(getattr(adapter, w.name))
             for w in method.weights(adapter.shape)
             if w.saved and not w.trainable
         }
@@ -510,31 +202,6 @@ def _first(target: Target) -> dict[str, np.ndarray]:
         method, target.host_matrix(), target.path, adapter.rounds
     )
     return {k: np.asarray(to_numpy(first[k])) for k in own if k in first}
-
-
-def join(
-    record: Enabled,
-    variables: Mapping[str, Variable],
-    undo: contextlib.ExitStack,
-) -> dict[int, str]:
-    """Lets variables besides the layers belong to the adapters from now on.
-
-    The values that they have are those of the base. Returns the key of each
-    variable of the record, by its id.
-    """
-    kept = record.beside
-    keys = {id(x): key for key, (x, _) in kept.items()}
-    for wanted, variable in variables.items():
-        if id(variable) in keys:
-            continue
-        key, count = wanted, 0
-        while key in kept:
-            count += 1
-            key = f"{wanted}#{count}"
-        undo.callback(kept.pop, key, None)
-        kept[key] = (variable, to_numpy(variable.value).copy())
-        keys[id(variable)] = key
-    return keys
 
 
 @contextlib.contextmanager
@@ -564,67 +231,3 @@ def note_saved(model: Model, adapter_only: bool) -> None:
         if adapter_only:
             now = dataclasses.replace(now, beside=record.as_set.beside)
         keep_record(owner, dataclasses.replace(record, as_set=now))
-
-
-def own_weights(adapter: Adapter) -> list[tuple[str, Variable]]:
-    """Returns the weights of an adapter that another one has otherwise."""
-    return [
-        (weight.name, getattr(adapter, weight.name))
-        for weight in adapter.method.weights(adapter.shape)
-        if weight.saved or weight.overwritten
-    ]
-
-
-def base_of(adapter: Adapter) -> np.ndarray:
-    """Returns what identifies the kernel and the basis of an adapter."""
-    base = adapter.base_fingerprint
-    assert base is not None  # a declared layer has no names
-    return np.append(base, adapter.rounds)
-
-
-def _neutral(adapter: Adapter) -> dict[str, np.ndarray]:
-    """Returns values of trainables with which the layer computes x·W."""
-    return {
-        name: to_numpy(
-            ops.broadcast_to(value, tuple(getattr(adapter, name).shape))
-        )
-        for name, value in adapter.method.neutral(adapter).items()
-    }
-
-
-def _array(variable: Variable) -> np.ndarray:
-    return _float(to_numpy(variable.value)).copy()
-
-
-def _float(value: Array) -> np.ndarray:
-    """Returns an array, in float32 if it is in half precision."""
-    array = np.asarray(value)
-    half = array.dtype.itemsize == 2 and array.dtype.name.endswith("float16")
-    return array.astype("float32") if half else array
-
-
-def _same(one: Mapping[str, object], other: Mapping[str, object]) -> bool:
-    """Says whether two dicts of arrays, or of such dicts, are equal."""
-    if one.keys() != other.keys():
-        return False
-    for key, a in one.items():
-        b = other[key]
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            if not _same(a, b):
-                return False
-        elif not np.array_equal(np.asarray(a), np.asarray(b)):
-            return False
-    return True
-
-
-def _as_text(chosen: Mapping[str, float]) -> str:
-    if not chosen:
-        return "The base model"
-    if list(chosen.values()) == [1.0]:
-        return f"'{next(iter(chosen))}'"
-    return f"The sum {dict(chosen)}"
-
-
-def _listed(names: Iterable[str]) -> str:
-    found = [f"'{x}'" for x in names]
-    return ", ".join(found[:4]) + (" ..." if len(found) > 4 else "")
