@@ -48,7 +48,8 @@ def targets_for(
     """Returns the targets to adapt, having checked that `method` fits each.
 
     Args:
-        beside_others: whether they may have adapters already.
+        beside_others: whether they may have adapters already. Then what the
+            first of these was checked for is not checked again.
     """
     if adapted_targets(root) and not beside_others:
         raise ValueError(
@@ -71,6 +72,8 @@ def targets_for(
                 f"{method.title} takes no bank of matrices, and model "
                 f"'{root.name}' has nothing else."
             )
+    if beside_others:
+        return targets
     for path, target in targets.items():
         check_fit(path, target, method)
     check_holders(root, targets)
