@@ -925,6 +925,22 @@ def test_a_head_is_not_one_for_each_row():
     assert_same(predict(task, WORDS), alone)
 
 
+def test_nothing_is_loaded_within(tmp_path):
+    model = small_model()
+    keras_svdtune.enable_svf(model)
+    path = tmp_path / "a.safetensors"
+    keras_svdtune.save_adapter(model, path)
+    perturb(model)
+    before = values(model)
+    for name in (None, "b"):
+        with (
+            pytest.raises(ValueError, match="Leave the `with"),
+            keras_svdtune.adapter_per_example(model, ["default"]),
+        ):
+            keras_svdtune.load_adapter(model, path, name=name)
+    assert_same(values(model), before)
+
+
 def test_files_do_not_see_it(tmp_path):
     model, _ = two(SVF())
     for name in ("out", "in"):

@@ -64,6 +64,7 @@ from keras_svdtune.model.names import (
 from keras_svdtune.model.planning import plan_adapters
 from keras_svdtune.model.state import (
     DEFAULT,
+    PER_EXAMPLE,
     adapted_part,
     enabled_method,
     enabled_record,
@@ -226,6 +227,10 @@ def load_adapter(
         adapter = shared(0, lambda: read_adapter(file))
     root = adapted_part(model)
     adapted = adapted_targets(root)
+    if any(x.adapted.examples is not None for x in adapted.values()):
+        raise ValueError(
+            f"Leave the `with {PER_EXAMPLE}(...):` first, then load."
+        )
     named = _beside_others(root, name) if adapted else None
     method, methods = methods_of(adapter)
     ours = adapted or matrices_in(root).targets
