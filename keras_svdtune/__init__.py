@@ -46,7 +46,16 @@ from keras_svdtune.model.enable import (
     merge_adapter,
     remove_adapter,
 )
-from keras_svdtune.model.for_a_while import adapter_disabled, adapter_merged
+from keras_svdtune.model.for_a_while import (
+    adapter_disabled,
+    adapter_merged,
+    adapter_per_example,
+)
+from keras_svdtune.model.names import (
+    adapter_names,
+    delete_adapter,
+    set_adapter,
+)
 from keras_svdtune.reports.cost import (
     Cost,
     LayerCost,

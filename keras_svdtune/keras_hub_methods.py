@@ -21,7 +21,16 @@ from keras_svdtune.model.enable import (
     merge_adapter,
     remove_adapter,
 )
-from keras_svdtune.model.for_a_while import adapter_disabled, adapter_merged
+from keras_svdtune.model.for_a_while import (
+    adapter_disabled,
+    adapter_merged,
+    adapter_per_example,
+)
+from keras_svdtune.model.names import (
+    adapter_names,
+    delete_adapter,
+    set_adapter,
+)
 from keras_svdtune.reports.cost import adapter_summary
 from keras_svdtune.reports.plot_spectrum import plot_spectrum
 from keras_svdtune.reports.quantization_error import quantization_error
@@ -35,6 +44,10 @@ ON_MODELS: dict[str, Callable[..., Any]] = {
         enable_adapter,
         merge_adapter,
         remove_adapter,
+        set_adapter,
+        delete_adapter,
+        adapter_names,
+        adapter_per_example,
         adapter_disabled,
         adapter_merged,
         save_adapter,
@@ -51,26 +64,34 @@ ON_MODELS: dict[str, Callable[..., Any]] = {
 
 
 def enable_function(cls: type[Method]) -> Callable[..., None]:
-    """Makes `enable_<name>(model, <settings>, target_layer_names=None)`."""
-    model, _, targets = inspect.signature(enable_adapter).parameters.values()
+    """Makes `enable_<method>(model, <settings>, target_layer_names=None)`.
+
+    A further argument, by keyword only, is the adapter's `name`.
+    """
+    model, _, targets, name = inspect.signature(
+        enable_adapter
+    ).parameters.values()
+    name = name.replace(kind=name.KEYWORD_ONLY)
     settings = list(inspect.signature(cls).parameters.values())
     by_name = [x for x in settings if x.kind is x.KEYWORD_ONLY]
     in_order = [x for x in settings if x not in by_name]
-    signature = inspect.Signature([model, *in_order, targets, *by_name])
+    signature = inspect.Signature([model, *in_order, targets, *by_name, name])
 
     def enable_method(*args: Any, **kwargs: Any) -> None:
         arguments = signature.bind(*args, **kwargs).arguments
         model = arguments.pop("model")
         targets = arguments.pop("target_layer_names", None)
-        enable_adapter(model, cls(**arguments), targets)
+        name = arguments.pop("name", None)
+        enable_adapter(model, cls(**arguments), targets, name)
 
     enable_method.__signature__ = signature  # type: ignore[attr-defined]
     enable_method.__name__ = enable_method.__qualname__ = f"enable_{cls.name}"
     enable_method.__module__ = "keras_svdtune"
     enable_method.__doc__ = (
         f"Enables {cls.title} on a model, as `enable_adapter` does.\n\n"
-        "Takes the settings below; `model` and `target_layer_names` are as "
-        f"for `enable_adapter`.\n\n{inspect.getdoc(cls)}"
+        "Takes the settings below; `model`, `target_layer_names` and, by "
+        "keyword only, `name` are as for `enable_adapter`."
+        f"\n\n{inspect.getdoc(cls)}"
     )
     return enable_method
 

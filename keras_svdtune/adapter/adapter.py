@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_svdtune.adapter.bank import over_bank
+from keras_svdtune.adapter.examples import Product, over_examples
 from keras_svdtune.adapter.fingerprint import (
     effect,
     matches,
@@ -22,14 +23,17 @@ from keras_svdtune.adapter.stepped import (
 )
 from keras_svdtune.matrix.view import MatrixView
 from keras_svdtune.methods.base import (
-    LinearMap,
     Method,
-    ReverseMap,
     Weight,
     Weights,
     WeightValues,
 )
-from keras_svdtune.runtime.placement import place_variable, undistributed
+from keras_svdtune.runtime.keras_internals import unlocked
+from keras_svdtune.runtime.placement import (
+    place_variable,
+    placement_of,
+    undistributed,
+)
 from keras_svdtune.runtime.types import Shape, Store, Tensor, Variable
 
 # Maps the name of a weight to its first value; None for zeros.
@@ -99,6 +103,8 @@ class Adapter(keras.layers.Layer):
         self.replaced: ReplacedBase | None = None
         # Whether the basis is that of W rounded to bfloat16.
         self.rounds = False
+        # How many examples have weights of their own; None if none have.
+        self.examples: int | None = None
         self._first_value: FirstValue | None = first_value
         self._shardings = shardings or {}
 
@@ -153,9 +159,63 @@ class Adapter(keras.layers.Layer):
             dtype,
         )
 
-    def call(self, base: LinearMap) -> Tensor:
-        """Returns the adapted product (tokens, out)."""
-        return self.method.call(self.current, base)
+    def for_each_example(self, product: Product, inputs: Tensor) -> Tensor:
+        """Returns `product(weights, inputs)`.
+
+        The weights are the adapter's; or, after `give_each_example`, those of
+        each example, along the first axis of `inputs`.
+        """
+        if self.examples is None:
+            return product(self.current, inputs)
+        rows = inputs.shape[0]
+        if rows is not None and rows != self.examples:
+            raise ValueError(
+                f"`adapter_per_example` was given {self.examples} adapters, "
+                f"and '{self.path}' in a layer with {rows} rows of input. "
+                "There must be one adapter for each example of a batch, and "
+                "all batches must be of this size: "
+                f"`predict(x, batch_size={self.examples})`."
+            )
+        frozen, tables = {}, {}
+        for weight in self.method.weights(self.shape):
+            table = getattr(self, f"{weight.name}_of_each", None)
+            if table is None:
+                frozen[weight.name] = getattr(self.current, weight.name)
+            else:
+                tables[weight.name] = ops.convert_to_tensor(table)
+        return over_examples(product, self.shape, frozen, tables, inputs)
+
+    def give_each_example(self, values: dict[str, np.ndarray]) -> None:
+        """Gives each example of a batch weights of its own, until it is undone.
+
+        They are frozen variables, which compiled functions get as inputs. What
+        saves an adapter knows nothing of them.
+
+        Args:
+            values: some of the adapter's weights by name, all trainable ones
+                among them: an array (examples, ...) each.
+        """
+        autocasts = {
+            w.name: w.dtype is None for w in self.method.weights(self.shape)
+        }
+        with unlocked(self), undistributed():
+            for name, value in values.items():
+                weight = getattr(self, name)
+                table = self.add_weight(
+                    name=f"{self.method.name}_{name}_of_each",
+                    shape=value.shape,
+                    initializer="zeros",
+                    trainable=False,
+                    dtype=weight.dtype,
+                    autocast=autocasts[name],
+                )
+                placement = placement_of(variable_of(weight))
+                if placement is not None:
+                    spec = ((), *placement.spec)
+                    place_variable(table, placement.sharding(spec))
+                table.assign(value)
+                setattr(self, f"{name}_of_each", table)
+                self.examples = len(value)
 
     def quantize(self, *args: object, **kwargs: object) -> None:
         """Raises a ValueError: Keras would leave the layer around it as it is.
@@ -166,10 +226,6 @@ class Adapter(keras.layers.Layer):
             f"'{self.path}' is an adapter. Quantize the model before you "
             "enable one, or call `merge_adapter()` first."
         )
-
-    def reverse(self, base: ReverseMap) -> Tensor:
-        """Returns x·W'ᵀ (tokens, in), for layers that multiply by Wᵀ too."""
-        return self.method.reverse(self.current, base)
 
     def merged(self, matrix: Tensor) -> Tensor:
         """Returns W' for W (in, out) or a bank (count, in, out).

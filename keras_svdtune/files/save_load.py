@@ -4,6 +4,7 @@ Loading checks everything before it changes anything: a file that does not
 belong to this model never loads. `format.py` describes the file.
 """
 
+import contextlib
 import functools
 import os
 import warnings
@@ -16,6 +17,7 @@ from keras import ops
 from keras_svdtune.adapter.fingerprint import effect
 from keras_svdtune.adapter.plan import AdapterPlan
 from keras_svdtune.files.beside import (
+    Assignments,
     assign_beside,
     find_beside,
     saved_beside,
@@ -43,14 +45,29 @@ from keras_svdtune.files.format import (
     checked_path,
     read_adapter,
 )
-from keras_svdtune.model.beside import variables_beside
+from keras_svdtune.hosts.target import Target
+from keras_svdtune.model.beside import trained_beside, variables_beside
 from keras_svdtune.model.checks import check_fit, check_trained
 from keras_svdtune.model.commit import commit
 from keras_svdtune.model.enable import attach_plans
+from keras_svdtune.model.named_adapters import (
+    NamedAdapters,
+    check_name,
+    join,
+    named_adapters,
+)
+from keras_svdtune.model.names import (
+    adapter_set,
+    adapter_weights,
+    note_saved,
+)
 from keras_svdtune.model.planning import plan_adapters
 from keras_svdtune.model.state import (
+    DEFAULT,
+    PER_EXAMPLE,
     adapted_part,
     enabled_method,
+    enabled_record,
     require_adapted,
 )
 from keras_svdtune.model.targets import adapted_targets, matrices_in
@@ -63,8 +80,12 @@ def save_adapter(
     path: str | os.PathLike[str],
     include_basis: bool = False,
     adapter_only: bool = False,
+    name: str | None = None,
 ) -> None:
     """Writes the trainable weights of the enabled adapter to one file.
+
+    Of several adapters, that is what is set (`set_adapter`), also a sum of
+    them, or the one with this `name`.
 
     What else trains in `model` is in the file too: the head of a Task, layers
     around a backbone or thawed by hand, moving statistics of a
@@ -85,14 +106,21 @@ def save_adapter(
             them, it computes nothing and cannot differ, which a base in
             float16 may need.
         adapter_only: whether to leave out what trains besides the adapter.
+        name: str or None. Which adapter to save; None for what is set.
 
     Raises:
-        ValueError: the model has no adapter, `path` another ending, or what
-            trained holds NaN or infinity.
+        ValueError: the model has no adapter, or none of that `name`; `path` has
+            another ending, or what trained holds NaN or infinity.
     """
     path = checked_path(path)
-    saved = saved_adapter(model, include_basis, adapter_only)
+    which = (
+        contextlib.nullcontext() if name is None else adapter_set(model, name)
+    )
+    with which:
+        saved = saved_adapter(model, include_basis, adapter_only)
     shared(0, lambda: saved.save(path))
+    if name is None:
+        note_saved(model, adapter_only)
 
 
 def saved_adapter(
@@ -155,6 +183,7 @@ def load_adapter(
     model: Model,
     adapter: str | os.PathLike[str] | SavedAdapter,
     adapter_only: bool = False,
+    name: str | None = None,
 ) -> None:
     """Loads an adapter file into the base model that it was trained on.
 
@@ -162,6 +191,9 @@ def load_adapter(
     file's layers. If it has the same one, values are assigned and nothing is
     compiled anew. With several processes all call this, and the first one reads
     for all.
+
+    With a `name` the adapter comes beside those that the model has, which must
+    be of the same method on the same layers, and is set (`set_adapter`).
 
     What trained besides the adapter, such as the head of a Task, is assigned
     too; `remove_adapter` undoes that. While this runs, no other thread may use
@@ -174,19 +206,37 @@ def load_adapter(
             `"@revision"`, or `"kaggle://user/model/keras/variation"`, also
             with `"/version"`; or what `compose` returned.
         adapter_only: whether to leave out what trained besides the adapter.
+        name: str or None. What `set_adapter` calls the adapter; one that has
+            this name gets the file's values. None for the only one.
 
     Raises:
         ImportError: a URI needs `pip install keras_svdtune[hub]`.
         ValueError: the file is no adapter file; or it does not belong to this
             model, by its layers, shapes, method, base weights, or singular
             vectors that come out otherwise here; or the hub does not have
-            it or does not answer. The model stays as it was.
+            it or does not answer; or the model has several adapters, and no
+            `name` is given. The model stays as it was.
+
+    Example:
+
+    ```python
+    gemma.backbone.load_adapter("pirate.safetensors", name="pirate")
+    gemma.backbone.load_adapter("spanish.safetensors", name="spanish")
+    gemma.backbone.set_adapter("pirate")
+    ```
     """
+    if name is not None:
+        check_name(name)
     if not isinstance(adapter, SavedAdapter):
         file = adapter
         adapter = shared(0, lambda: read_adapter(file))
     root = adapted_part(model)
     adapted = adapted_targets(root)
+    if any(x.adapted.examples is not None for x in adapted.values()):
+        raise ValueError(
+            f"Leave the `with {PER_EXAMPLE}(...):` first, then load."
+        )
+    named = _beside_others(root, name) if adapted else None
     method, methods = methods_of(adapter)
     ours = adapted or matrices_in(root).targets
     targets = find_targets_of(adapter, ours, root)
@@ -221,9 +271,20 @@ def load_adapter(
         plans = plan_adapters(label, targets, methods, values, rounds)
         for row, (path, target) in enumerate(targets.items()):
             check_effect(adapter, row, target, plans[path])
-        assign = functools.partial(assign_beside, root, beside)
-        attach_plans(root, method, targets, plans, assign)
+        first = name or DEFAULT
+        assign = functools.partial(_assign, model, beside, first, adapter_only)
+        attach_plans(root, method, targets, plans, assign, first)
         return
+    if named is not None:
+        _check_same_basis(adapter, targets)
+        values = {
+            path: {
+                w.name: values[path][w.name]
+                for w in methods[path].weights(target.view.shape)
+                if w.saved
+            }
+            for path, target in targets.items()
+        }
     for path, target in targets.items():
         check_basis_can_change(adapter, path, target)
     others = {p: x for p, x in targets.items() if x.adapted.rounds != rounds[p]}
@@ -241,14 +302,68 @@ def load_adapter(
         plan = AdapterPlan(ours_now.method, new, base)
         check_frozen_weights(adapter, path, target, values[path])
         check_effect(adapter, row, target, plan)
+    if named is not None:
+        assert name is not None
+        paths = {id(x.kernel): path for path, x in named.targets.items()}
+        weights = {paths[id(x.kernel)]: values[p] for p, x in targets.items()}
+        named.add(name, weights, beside, None if adapter_only else model)
+        return
+    only = next(iter(adapter_weights(root)), DEFAULT)
     with commit(root) as undo:
         for path, target in targets.items():
-            for name, value in values[path].items():
-                weight = getattr(target.adapted, name)
+            for key, value in values[path].items():
+                weight = getattr(target.adapted, key)
                 undo.callback(weight.assign, ops.copy(weight.value))
                 weight.assign(value)
             target.adapted.rounds = rounds[path]
-        assign_beside(root, beside, undo)
+        _assign(model, beside, only, adapter_only, undo)
+
+
+def _beside_others(root: Model, name: str | None) -> NamedAdapters | None:
+    """Returns the adapters of a model, beside which one is to be loaded.
+
+    None if the values of the only one are to be assigned.
+    """
+    weights = adapter_weights(root)
+    if name is None:
+        if weights and list(weights.values()) != [1.0]:
+            raise ValueError(
+                f"Model '{root.name}' has several adapters, or none of them is "
+                f"set: {', '.join(map(repr, weights))}. Say by `name` which "
+                "one to load."
+            )
+        return None
+    return None if weights == {name: 1.0} else named_adapters(root)
+
+
+def _check_same_basis(
+    adapter: SavedAdapter, targets: dict[str, Target]
+) -> None:
+    """Checks that a file's adapter has the singular vectors of the others."""
+    for path, target in targets.items():
+        if target.adapted.rounds != adapter.rounds(path):
+            raise ValueError(
+                f"{adapter.source} and the adapters of this model were trained "
+                f"with singular vectors of layer '{path}' that were computed "
+                "otherwise: one of them by an earlier release, or on a "
+                "quantized base. Load it into a model of its own, convert both "
+                "by `to_lora(model, rank)`, and load those files."
+            )
+
+
+def _assign(
+    model: Model,
+    beside: Assignments,
+    name: str,
+    adapter_only: bool,
+    undo: contextlib.ExitStack,
+) -> None:
+    """Assigns what a file holds besides the adapter, for one of this `name`."""
+    root = adapted_part(model)
+    assign_beside(root, beside, undo)
+    record = enabled_record(root)
+    if record is not None and name != DEFAULT and not adapter_only:
+        join(record, trained_beside(model), undo)
 
 
 def _warn_of_head(model: Model, adapter: SavedAdapter) -> None:

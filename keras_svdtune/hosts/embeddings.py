@@ -16,6 +16,7 @@ from keras_svdtune.hosts.host import HOSTS, AdapterHost
 from keras_svdtune.hosts.linear_maps import LookupMap, TiedHeadMap
 from keras_svdtune.hosts.target import plain_layer
 from keras_svdtune.matrix.view import DENSE_EQUATION, MatrixView
+from keras_svdtune.methods.base import Weights
 from keras_svdtune.runtime.keras_internals import set_mask
 from keras_svdtune.runtime.types import Layer, Tensor
 
@@ -25,6 +26,7 @@ class AdaptedEmbedding(AdapterHost, keras.layers.Embedding):
 
     plain = keras.layers.Embedding
     kernel_name = "_embeddings"
+    map_class = LookupMap
 
     @staticmethod
     def matrix_view(layer: Layer) -> MatrixView:
@@ -39,10 +41,8 @@ class AdaptedEmbedding(AdapterHost, keras.layers.Embedding):
         return layer.call(inputs, **reverse)
 
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
-        base = LookupMap(self, inputs)
-        y = base.to_output(self.adapter.call(base))
-        # y may be wider, like the adapter's weights.
-        return ops.cast(y, self.compute_dtype)
+        # It may be wider, like the adapter's weights.
+        return ops.cast(self.product(inputs), self.compute_dtype)
 
     _int8_call = _int4_call = call
 
@@ -69,9 +69,13 @@ class AdaptedReversibleEmbedding(
             return y
         if not self.tie_weights:
             return plain_layer(self).call(inputs, reverse=True)
-        base = TiedHeadMap(self, inputs)
-        logits = base.to_output(self.adapter.reverse(base))
-        logits = ops.cast(logits, base.output_dtype)
+
+        def of(weights: Weights, x: Tensor) -> Tensor:
+            base = TiedHeadMap(self, x)
+            y = base.to_output(self.adapter.method.reverse(weights, base))
+            return ops.cast(y, base.output_dtype)
+
+        logits = self.adapter.for_each_example(of, inputs)
         if self.logit_soft_cap is not None:
             cap = self.logit_soft_cap
             logits = ops.multiply(ops.tanh(ops.divide(logits, cap)), cap)

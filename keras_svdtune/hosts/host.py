@@ -19,6 +19,7 @@ from keras_svdtune.adapter.adapter import Adapter
 from keras_svdtune.hosts.linear_maps import ConvolutionMap, FrozenMap
 from keras_svdtune.hosts.target import Target, plain_layer
 from keras_svdtune.matrix.view import DENSE_EQUATION, GroupedView, MatrixView
+from keras_svdtune.methods.base import Weights
 from keras_svdtune.runtime.keras_internals import float_kernel_shape
 from keras_svdtune.runtime.types import Layer, Tensor
 
@@ -68,13 +69,21 @@ class AdapterHost:
             return layer.quantized_call(inputs)
         return layer.call(inputs)
 
+    def product(self, inputs: Tensor) -> Tensor:
+        """Returns the product of `inputs` and the adapted kernel."""
+
+        def of(weights: Weights, x: Tensor) -> Tensor:
+            base = self.map_class(self, x)
+            return base.to_output(self.adapter.method.call(weights, base))
+
+        return self.adapter.for_each_example(of, inputs)
+
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         layer: Layer = self
         if self.adapter.view.count is not None:
             y = self.linear(inputs, self.target.merged_in_compute_dtype())
         else:
-            base = self.map_class(layer, inputs)
-            y = base.to_output(self.adapter.call(base))
+            y = self.product(inputs)
         if layer.bias is not None:
             y = ops.add(y, self._bias())
         if layer.activation is not None:

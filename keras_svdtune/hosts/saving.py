@@ -36,7 +36,17 @@ class SavesMerged(MadePlain, AdapterHost):
     def kernel(self) -> Tensor:
         # Code that reads the kernel rather than call the layer, such as Gemma
         # 4's feed-forward block, gets the merged one.
+        self._check_that_there_is_one()
         return self.target.merged_in_compute_dtype()
+
+    def _check_that_there_is_one(self) -> None:
+        if self.adapter.examples is not None:
+            raise ValueError(
+                f"Layer '{self.target.path}' is not called: another layer "
+                "reads its kernel, and within `adapter_per_example` there is "
+                "one for each example. Set one adapter for all of them by "
+                "`set_adapter`."
+            )
 
     def _get_kernel_with_merged_lora(self) -> tuple[Tensor, ...]:
         # Keras calls this for the (kernel, scale, zero point) to save.
@@ -53,6 +63,7 @@ class SavesMergedEmbedding(SavesMerged):
 
     @property
     def embeddings(self) -> Tensor:
+        self._check_that_there_is_one()
         return self.merged_kernel()  # Keras does not autocast it either
 
     def _get_embeddings_with_merged_lora(self) -> tuple[Tensor, ...]:

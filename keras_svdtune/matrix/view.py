@@ -100,6 +100,16 @@ class MatrixView:
         """The shape in front of `shape`: (count,) for a bank, else ()."""
         return () if self.count is None else (self.count,)
 
+    @property
+    def by_example(self) -> bool:
+        """Whether the first axis of input and output is that of the examples.
+
+        Not in a bank; nor in XLNet, whose first axis is that of the tokens.
+        """
+        inputs, _, outputs = _split(self.equation, self.count is not None)
+        time_first = inputs[:2] == ("i", "b")
+        return self.count is None and inputs[0] == outputs[0] and not time_first
+
     def to_matrix(self, kernel: Array) -> Array:
         """Reshapes a kernel to W (in, out), or (count, in, out) of a bank."""
         labels = self._shared + self._contracted + self._produced

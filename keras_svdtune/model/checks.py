@@ -43,15 +43,22 @@ def targets_for(
     root: Model,
     method: Method,
     target_layer_names: Iterable[str] | None,
+    beside_others: bool = False,
 ) -> dict[str, Target]:
-    """Returns the targets to adapt, having checked that `method` fits each."""
-    if adapted_targets(root):
+    """Returns the targets to adapt, having checked that `method` fits each.
+
+    Args:
+        beside_others: whether they may have adapters already. Then what the
+            first of these was checked for is not checked again.
+    """
+    if adapted_targets(root) and not beside_others:
         raise ValueError(
             f"Model '{root.name}' already has an adapter "
             f"({enabled_method(root)}). Call `merge_adapter()` or "
-            "`remove_adapter()` first."
+            "`remove_adapter()` first; or give this one a `name`, to have "
+            "both."
         )
-    targets = find_targets(root, target_layer_names)
+    targets = find_targets(root, target_layer_names, beside_others)
     if target_layer_names is None and not method.banks:
         banks = [p for p, x in targets.items() if x.view.batch]
         targets = {p: x for p, x in targets.items() if p not in banks}
@@ -65,6 +72,8 @@ def targets_for(
                 f"{method.title} takes no bank of matrices, and model "
                 f"'{root.name}' has nothing else."
             )
+    if beside_others:
+        return targets
     for path, target in targets.items():
         check_fit(path, target, method)
     check_holders(root, targets)

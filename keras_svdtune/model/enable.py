@@ -16,6 +16,7 @@ from keras_svdtune.hosts import attach
 from keras_svdtune.hosts.replace_base import put_in_place, remember_value
 from keras_svdtune.hosts.target import Target
 from keras_svdtune.methods.base import Method
+from keras_svdtune.model.beside import trained_beside
 from keras_svdtune.model.checks import (
     check_merged,
     checked_method,
@@ -23,9 +24,12 @@ from keras_svdtune.model.checks import (
 )
 from keras_svdtune.model.commit import commit
 from keras_svdtune.model.freezing import freeze
+from keras_svdtune.model.named_adapters import check_name, join
+from keras_svdtune.model.names import add_untrained, check_alone
 from keras_svdtune.model.planning import plan_adapters
 from keras_svdtune.model.recompile import bring_up_to_date, note_change
 from keras_svdtune.model.state import (
+    DEFAULT,
     Enabled,
     adapted_part,
     enabled_models,
@@ -34,6 +38,7 @@ from keras_svdtune.model.state import (
     record_of,
     require_adapted,
 )
+from keras_svdtune.model.targets import adapted_targets
 from keras_svdtune.runtime.interrupts import run_to_the_end
 from keras_svdtune.runtime.types import Model
 
@@ -42,6 +47,7 @@ def enable_adapter(
     model: Model,
     method: Method,
     target_layer_names: Iterable[str] | None = None,
+    name: str | None = None,
 ) -> None:
     """Adds an adapter to each target layer and freezes everything else.
 
@@ -55,6 +61,12 @@ def enable_adapter(
     anew with the new trainables. BatchNormalization is frozen too, as Keras'
     LoRA freezes it; `layer.trainable = True` thaws a layer by hand.
 
+    With a `name` an adapter can be put beside others, of the same method on the
+    same layers; it shares their frozen weights, and is set (`set_adapter`).
+    What trains in `model` besides, such as the head of a Task, belongs to it
+    then: it changes with the adapter, and `remove_adapter` gives back what it
+    was. Give the Task and not its backbone, to have its head with the adapter.
+
     Args:
         model: a KerasHub Backbone; a Task, which means its backbone; or any
             built `keras.Model`.
@@ -62,10 +74,14 @@ def enable_adapter(
         target_layer_names: None for every Dense, EinsumDense and convolution
             and every bank of experts; or a list of layer names (`"query"`) and
             regular expressions that match a whole layer path (`".*ffw.*"`).
+        name: str or None. What `set_adapter` calls the adapter. None for the
+            only one.
 
     Raises:
         ValueError: an adapter is enabled already, a target matches nothing, a
-            layer cannot be adapted, or a kernel holds NaN or infinity.
+            layer cannot be adapted, or a kernel holds NaN or infinity. With a
+            `name`: the model has an adapter of that name, or those that it has
+            are of another method or on other layers.
 
     Example:
 
@@ -75,11 +91,22 @@ def enable_adapter(
     """
     root = adapted_part(model)
     method = checked_method(method)
-    targets = targets_for(root, method, target_layer_names)
+    if name is not None:
+        check_name(name)
+    beside_others = name is not None and bool(adapted_targets(root))
+    targets = targets_for(root, method, target_layer_names, beside_others)
+    if name is not None and beside_others:
+        add_untrained(model, name, method, targets)
+        return
     plans = plan_adapters(
         f"{method.title}: decomposing", targets, dict.fromkeys(targets, method)
     )
-    attach_plans(root, method, targets, plans)
+
+    def join_what_trains(undo: contextlib.ExitStack) -> None:
+        join(record_of(root), trained_beside(model), undo)
+
+    also = None if name is None else join_what_trains
+    attach_plans(root, method, targets, plans, also, name or DEFAULT)
 
 
 def attach_plans(
@@ -88,12 +115,14 @@ def attach_plans(
     targets: dict[str, Target],
     plans: dict[str, AdapterPlan],
     also: Callable[[contextlib.ExitStack], None] | None = None,
+    name: str = DEFAULT,
 ) -> None:
     """Attaches planned adapters to all layers, or on an error to none.
 
     Args:
         also: what else belongs to the change, given the stack on which to say
             how to undo it.
+        name: the name of the adapter.
     """
     with commit(root) as undo:
         for path, target in targets.items():
@@ -106,7 +135,10 @@ def attach_plans(
             # pop, so that no value is held beside the variable made of it.
             adapter = attach.attach_plan(target, plans.pop(path))
             adapter.share = 1.0 / len(targets)
-        keep_record(root, Enabled(method, unfreeze))
+        enabled = Enabled(
+            method, unfreeze, names={name: None}, chosen={name: 1.0}
+        )
+        keep_record(root, enabled)
         if also is not None:
             also(undo)
         note_change(x.owner for x in targets.values())
@@ -125,10 +157,16 @@ def replace_adapters(
         plans: the new adapter of each adapted layer, by its path.
 
     Raises:
-        ValueError: the model has no adapter of its own.
+        ValueError: the model has no adapter of its own, or several.
     """
     targets = require_adapted(root)
     owners = enabled_models(root, targets)
+    for owner in owners:
+        check_alone(
+            record_of(owner),
+            "Only one can be replaced. Delete the others by `delete_adapter`, "
+            "and set it.",
+        )
     with commit(root):
         for path, target in targets.items():
             share = target.adapted.share
@@ -142,9 +180,10 @@ def replace_adapters(
 
 
 def merge_adapter(model: Model) -> None:
-    """Merges every adapter into its kernel: W becomes W'.
+    """Merges the adapter into its kernels: W becomes W'.
 
-    The layers are plain Keras layers again, with the outputs of the adapted
+    Of several, that is what is set (`set_adapter`); the others are lost. The
+    layers are plain Keras layers again, with the outputs of the adapted
     ones (1e-5 relative in float32) and no overhead. What was trainable before
     the adapter was enabled is trainable again.
 
@@ -183,7 +222,7 @@ def _unfreeze(
 
 
 def remove_adapter(model: Model) -> None:
-    """Removes every adapter: the base model again, bit for bit.
+    """Removes all adapters: the base model again, bit for bit.
 
     After `PiSSA(rank, quantize="int4")` there is no W to give back. The layers
     stay quantized and compute, to one more rounding of the kernel, what the

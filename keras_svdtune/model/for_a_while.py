@@ -1,18 +1,21 @@
-"""Disables adapters, or merges them, for as long as a `with` block lasts."""
+"""Disables or merges adapters, or gives each example its own, for a while."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
+import keras
 import numpy as np
 from keras import ops
 
 from keras_svdtune.hosts import attach
 from keras_svdtune.model.checks import check_merged
+from keras_svdtune.model.named_adapters import Choice, named_adapters
 from keras_svdtune.model.recompile import (
     bring_up_to_date,
     note_change_for_a_while,
 )
 from keras_svdtune.model.state import (
+    PER_EXAMPLE,
     adapted_part,
     enabled_models,
     record_of,
@@ -56,22 +59,30 @@ def adapter_disabled(model: Model) -> Iterator[None]:
         for adapter in adapters
         for v in adapter.variables_by_name(trainable=True).values()
     ]
+    owners = enabled_models(adapted_part(model), targets)
     beside = [
         (variable, base, to_numpy(variable.value).copy())
-        for owner in enabled_models(adapted_part(model), targets)
+        for owner in owners
         for variable, base in record_of(owner).beside.values()
     ]
+
+    records = [record_of(owner) for owner in owners]
+    outer = [record.within for record in records]
 
     def restore() -> None:
         for variable, value in trained:
             variable.assign(value)
         for variable, _, value in beside:
             variable.assign(value)
+        for record, within in zip(records, outer, strict=True):
+            record.within = within
 
     neutral: list[np.ndarray] = []
     after: list[np.ndarray] = []
     with contextlib.ExitStack() as at_end:
         at_end.callback(run_to_the_end, [restore])
+        for record in records:
+            record.within = "adapter_disabled"
         for adapter in adapters:
             adapter.reset()
         neutral = [to_numpy(v.value).copy() for v, _ in trained]
@@ -118,7 +129,7 @@ def adapter_merged(model: Model) -> Iterator[None]:
     owners = [x.owner for x in targets.values()]
     structure = Structure(owners)
     before: list[tuple[Variable, Tensor]] = []
-    undone = note_change_for_a_while(owners)
+    undone = note_change_for_a_while(owners, "merged")
 
     def restore() -> None:
         for variable, value in before:
@@ -136,4 +147,85 @@ def adapter_merged(model: Model) -> Iterator[None]:
             ]
             attach.Merge(target)()
         bring_up_to_date(root)
+        yield
+
+
+@contextlib.contextmanager
+def adapter_per_example(
+    model: Model, adapters: Sequence[Choice]
+) -> Iterator[None]:
+    """Temporarily lets each example of a batch have an adapter of its own.
+
+    Within, `predict`, `evaluate`, `generate` and a plain call compute row i of
+    every batch with the i-th adapter, to float32 rounding as if that were set
+    alone. So all batches must have as many rows as there are adapters; with
+    another number of rows the call is an error. The base model computes all
+    rows together.
+
+    Other adapters compile nothing anew on JAX, if there are as many of them; on
+    the other backends each block compiles its own functions, and computes what
+    an adapter adds row by row. At the end all is as before, compiled functions
+    included.
+
+    Each row takes as much memory as an adapter does by itself: for SVF, n
+    numbers a matrix. What the model has trained besides the adapters, such as a
+    head, is not one for each row: adapters that have trained it are refused,
+    unless it has these values now.
+
+    Args:
+        model: a model with adapters.
+        adapters: what is to be set for each row: a name, None for the base
+            model, or a sum as for `set_adapter`.
+
+    Example:
+
+    ```python
+    with adapter_per_example(gemma, ["pirate", "spanish", None]):
+        answers = gemma.generate(["Hello", "Hello", "Hello"])
+    ```
+
+    Raises:
+        ValueError: the model has no such adapter; or it has one in a bank of
+            matrices, in a kernel that another layer reads, or in a layer whose
+            first axis is not that of the examples. Later, a batch has another
+            number of rows, or the model is trained.
+    """
+    named = named_adapters(model)
+    if isinstance(adapters, (str, Mapping)) or not len(adapters):
+        raise ValueError(
+            "`adapters` must be a list with one for each row of a batch. "
+            f"Received: {adapters!r}"
+        )
+    rows = [named.checked(x) for x in adapters]
+    for path, target in named.targets.items():
+        if target.direct or not target.view.by_example:
+            raise ValueError(
+                f"Layer '{path}' cannot have an adapter for each example: "
+                "it computes with one merged kernel for all of them, or its "
+                "first axis is not that of the examples. Leave it out of "
+                "`target_layer_names`."
+            )
+    tables = named.tables(rows)
+    names = "+".join(next(iter(tables.values())))
+    record = named.record
+    structure = Structure(x.adapted for x in named.targets.values())
+    undone = note_change_for_a_while(
+        [x.owner for x in named.targets.values()],
+        f"{PER_EXAMPLE} {names}",
+        again=keras.backend.backend() == "jax",
+        training=False,
+    )
+
+    def restore() -> None:
+        structure.restore()
+        record.within = None
+        undone()
+        bring_up_to_date(named.owner)
+
+    with contextlib.ExitStack() as at_end:
+        at_end.callback(run_to_the_end, [restore])
+        record.within = PER_EXAMPLE
+        for path, target in named.targets.items():
+            target.adapted.give_each_example(tables.pop(path))
+        bring_up_to_date(named.owner)
         yield

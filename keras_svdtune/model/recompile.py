@@ -23,6 +23,7 @@ from keras_svdtune.runtime.keras_internals import (
     COMPILED_FUNCTIONS,
     built_for,
     forget_trainables,
+    keep_values,
     layers_in,
     track_parameters,
 )
@@ -34,9 +35,13 @@ _ticks = itertools.count(1)
 _now = 0
 # The change that a layer has seen last, by number.
 _CHANGED: weakref.WeakKeyDictionary[Layer, int] = weakref.WeakKeyDictionary()
-# The number of a change that will be undone, by that of the change before; 0 is
-# none.
-_FOR_A_WHILE: dict[int, int] = {}
+# The number of a change that will be undone, by its kind and the number of the
+# change before; 0 is none.
+_FOR_A_WHILE: dict[tuple[str, int], int] = {}
+# Those of which nothing that is compiled meanwhile can be used again.
+_ONCE: set[int] = set()
+# Those during which a model must not be trained.
+_NO_TRAINING: set[int] = set()
 
 
 class _Known:
@@ -62,17 +67,33 @@ def note_change(layers: Iterable[Layer]) -> None:
         _CHANGED[layer] = _now
 
 
-def note_change_for_a_while(layers: Iterable[Layer]) -> Callable[[], None]:
+def note_change_for_a_while(
+    layers: Iterable[Layer],
+    kind: str,
+    again: bool = True,
+    training: bool = True,
+) -> Callable[[], None]:
     """Notes a change that will be undone; returns how to note that.
 
-    What models had compiled is used again then, and what they compile meanwhile
-    at the next such change.
+    What models had compiled is used again then.
+
+    Args:
+        kind: what kind of change it is.
+        again: whether what they compile meanwhile can be used at the next
+            change of this kind.
+        training: whether they may be trained meanwhile.
     """
     global _now
     before = {layer: _CHANGED.get(layer) for layer in layers}
     _now = next(_ticks)
+    if not again:
+        _ONCE.add(_now)
+        kind = f"{kind} {_now}"
     for layer, change in before.items():
-        _CHANGED[layer] = _FOR_A_WHILE.setdefault(change or 0, _now)
+        number = _FOR_A_WHILE.setdefault((kind, change or 0), _now)
+        _CHANGED[layer] = number
+        if not training:
+            _NO_TRAINING.add(number)
 
     def undone() -> None:
         global _now
@@ -116,10 +137,10 @@ def _update(
 ) -> None:
     before, held = known.changes, model.__dict__
     for_a_while = not (changes | before).isdisjoint(_FOR_A_WHILE.values())
-    if for_a_while:
-        known.aside[before] = {x: held.get(x) for x in COMPILED_FUNCTIONS}
-    else:
+    if not for_a_while:
         known.aside.clear()
+    elif before.isdisjoint(_ONCE):
+        known.aside[before] = {x: held.get(x) for x in COMPILED_FUNCTIONS}
     found = known.aside.get(changes, {})
     for name in COMPILED_FUNCTIONS:
         if name in held:
@@ -144,18 +165,36 @@ class _UpToDate:
             return self
         bring_up_to_date(model)
         try:
-            return model.__dict__[self._name]
+            value = model.__dict__[self._name]
         except KeyError:
             raise AttributeError(
                 f"'{type(model).__name__}' object has no attribute "
                 f"'{self._name}'"
             ) from None
+        known = model.__dict__.get(_KNOWN)
+        if known is None or known.changes.isdisjoint(_NO_TRAINING):
+            return value
+        return _without_training(model, self._name, value)
 
     def __set__(self, model: Model, value: Any) -> None:
         model.__dict__[self._name] = value
 
     def __delete__(self, model: Model) -> None:
         model.__dict__.pop(self._name, None)
+
+
+def _without_training(model: Model, name: str, value: Any) -> Any:
+    """Returns an attribute of a model that must not be trained now."""
+    if name == "train_function":
+        # Not later: in a step Keras on JAX has taken the values from the
+        # variables.
+        raise ValueError(
+            f"'{model.name}' cannot be trained within `adapter_per_example`. "
+            "Leave the `with` block, and set the adapter to train."
+        )
+    if value is None or name not in ("predict_function", "test_function"):
+        return value
+    return functools.partial(keep_values, model, value)
 
 
 def _after_update(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,6 +14,27 @@ from keras_svdtune.model.targets import adapted_targets
 from keras_svdtune.runtime.keras_internals import layers_in
 from keras_svdtune.runtime.types import Model, Variable
 
+# The `with` block in which each example has its own adapter.
+PER_EXAMPLE = "adapter_per_example"
+# The name of an adapter that was enabled or loaded without one.
+DEFAULT = "default"
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredAdapter:
+    """The values of one named adapter of a model, on the host.
+
+    Attributes:
+        weights: its own weights, by the path of their layer and their name.
+        beside: values of `Enabled.beside`, by key; those of the base, if left
+            out.
+        bases: identifies the kernel and the basis that it is for, by path.
+    """
+
+    weights: dict[str, dict[str, np.ndarray]]
+    beside: dict[str, np.ndarray]
+    bases: dict[str, np.ndarray]
+
 
 @dataclasses.dataclass
 class Enabled:
@@ -22,9 +43,16 @@ class Enabled:
     Attributes:
         method: the method, with the user's settings.
         unfreeze: function that restores what was trainable before.
-        beside: what an adapter file has set besides the adapters, such as the
-            head of a Task, by key: the variable, and its value without the
-            file.
+        beside: what belongs to the adapters besides their layers, such as the
+            head of a Task, by key: the variable, and its value in the base.
+        names: the adapters by name; None for the one whose values are in the
+            variables of the model.
+        chosen: the weight of each adapter that is set. Empty for the base.
+        as_set: the values that were set, unless they are those of one adapter:
+            if the variables have others, a sum of adapters, or the base, was
+            trained.
+        within: the `with` block that is open, in which the variables hold what
+            no adapter does; or None.
     """
 
     method: Method
@@ -32,6 +60,14 @@ class Enabled:
     beside: dict[str, tuple[Variable, np.ndarray]] = dataclasses.field(
         default_factory=dict
     )
+    names: dict[str, StoredAdapter | None] = dataclasses.field(
+        default_factory=lambda: {DEFAULT: None}
+    )
+    chosen: dict[str, float] = dataclasses.field(
+        default_factory=lambda: {DEFAULT: 1.0}
+    )
+    as_set: StoredAdapter | None = None
+    within: str | None = None
 
 
 # The models that have a record. It is kept on the model itself: it refers to
@@ -79,7 +115,8 @@ def enabled_models(root: Model, targets: dict[str, Target]) -> list[Model]:
     """Returns the models in `root` on which adapters were enabled.
 
     Raises:
-        ValueError: the adapters are of a model that holds `root` and more.
+        ValueError: the adapters are of a model that holds `root` and more, or
+            each example has its own at the moment.
     """
     inside = {id(x) for x in layers_in(root)}
     ours = {id(x.owner) for x in targets.values()}
@@ -91,7 +128,13 @@ def enabled_models(root: Model, targets: dict[str, Target]) -> list[Model]:
                 f"The adapter was enabled on '{owner.name}', which holds "
                 f"'{root.name}' and more. Call this on '{owner.name}'."
             )
-    return [m for m in _ENABLED if id(m) in inside]
+    found = [m for m in _ENABLED if id(m) in inside]
+    if any(record_of(x).within == PER_EXAMPLE for x in found):
+        raise ValueError(
+            f"Leave the `with {PER_EXAMPLE}(...):` first, in which each "
+            f"example has an adapter of its own in '{root.name}'."
+        )
+    return found
 
 
 def adapted_part(model: Model) -> Model:

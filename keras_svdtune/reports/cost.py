@@ -18,7 +18,9 @@ from keras_svdtune.methods.low_rank import RankedMethod
 from keras_svdtune.methods.replaced_base import ReplacesBase
 from keras_svdtune.model.beside import trained_beside
 from keras_svdtune.model.checks import checked_method, targets_for
+from keras_svdtune.model.names import adapter_weights
 from keras_svdtune.model.state import (
+    DEFAULT,
     adapted_part,
     enabled_method,
     require_adapted,
@@ -64,6 +66,8 @@ class Cost(PrintsTable):
             take on this machine; None once it is enabled.
         beside: what else trains in the model, by `<layer path>/<variable>`:
             its shape. The head of a Task, for example.
+        adapters: the model's adapters by name: the weight with which each is
+            set, 0 if it is not (`set_adapter`).
     """
 
     method: Method
@@ -71,6 +75,7 @@ class Cost(PrintsTable):
     model_parameters: int
     decomposition_seconds: float | None = None
     beside: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    adapters: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def trainable(self) -> int:
@@ -98,6 +103,7 @@ class Cost(PrintsTable):
                 f"learning rate: {self.method.suggested_learning_rate:g}"
                 + (f". Enabling takes about {seconds:.1f} s" if seconds else "")
                 + self._also()
+                + self._names()
             ),
             layers=self.layers,
             columns=("rank", "trainable", "extra frozen", "MiB"),
@@ -113,6 +119,17 @@ class Cost(PrintsTable):
         count = sum(math.prod(shape) for shape in self.beside.values())
         return f". Besides, {count:,} parameters train: {', '.join(each)}"
 
+    def _names(self) -> str:
+        if set(self.adapters) <= {DEFAULT}:
+            return ""
+        each = (
+            name + (" (set)" if weight == 1.0 else f" (set, {weight:g})")
+            if weight
+            else name
+            for name, weight in self.adapters.items()
+        )
+        return f". Adapters: {', '.join(each)}"
+
 
 def _cells(layers: Sequence[LayerCost]) -> tuple[str, str, str, str]:
     return (
@@ -126,7 +143,9 @@ def _cells(layers: Sequence[LayerCost]) -> tuple[str, str, str, str]:
 def adapter_summary(model: Model) -> Cost:
     """Prints the cost of the enabled adapter as a table, and returns it.
 
-    It names what else trains in `model`, such as the head of a Task.
+    Of several adapters, all of which cost the same, it tells the names and
+    which is set. It names what else trains in `model`, such as the head of a
+    Task.
 
     Args:
         model: a model with an adapter.
@@ -153,6 +172,7 @@ def cost_of(model: Model) -> Cost:
         costs,
         root.count_params() - extra,
         beside=beside,
+        adapters=adapter_weights(model),
     )
 
 

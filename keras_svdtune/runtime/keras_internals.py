@@ -11,7 +11,7 @@ those that the classes of `hosts/` define or read because Keras asks for them.
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
@@ -60,7 +60,7 @@ RELIED_ON = (
     ("a tracker", "stored_ids", "moving variables between its lists"),
     ("a tracker", "locked", "locking a built layer again"),
     ("a tracker", "untrack", "taking a sublayer away"),
-    ("a variable", "_value", "knowing whether it has a value yet"),
+    ("a variable", "_value", "knowing whether it has a value, giving it back"),
     ("a variable", "_layout", "putting it on the devices of another one"),
     ("an optimizer", "_variables", "building it for other variables"),
     ("an optimizer", "_trainable_variables", "building it for others"),
@@ -293,6 +293,31 @@ def forget_trainables(optimizer: Optimizer) -> None:
 def built_for(optimizer: Optimizer) -> list[Variable]:
     """Returns the variables that an optimizer was built for."""
     return list(optimizer._trainable_variables)
+
+
+def keep_values(
+    model: Model, function: Callable[..., Any], state: Any, *args: Any
+) -> Any:
+    """Returns `function(state, *args)`, a step of `predict` or `evaluate`.
+
+    On JAX Keras takes the values from the variables before it calls the first
+    step. If that is an error, as where a batch has the wrong size, the model
+    would lose them all; here it gets them back.
+    """
+    try:
+        return function(state, *args)
+    except Exception:
+        if isinstance(state, tuple):  # on JAX; elsewhere it is an iterator
+            variables = (
+                model.trainable_variables,
+                model.non_trainable_variables,
+                model.metrics_variables,
+            )
+            for ours, values in zip(variables, state, strict=False):
+                for variable, value in zip(ours, values, strict=True):
+                    if value_or_none(variable) is None:
+                        variable._value = value
+        raise
 
 
 def track_parameters(layers: Iterable[Layer]) -> None:
