@@ -60,7 +60,7 @@ NAVIGATION: list[dict[str, str | list[str]]] = [
         "Guides": [
             f"guides/{x}.md"
             for x in (
-                *("choosing", "saving", "quantized", "devices"),
+                *("choosing", "saving", "many", "quantized", "devices"),
                 *("your_own", "new_method", "peft", "limits"),
             )
         ]
@@ -70,7 +70,7 @@ NAVIGATION: list[dict[str, str | list[str]]] = [
         "Reference": [
             f"reference/{x}.md"
             for x in (
-                *("enabling", "training", "files", "reports"),
+                *("enabling", "training", "files", "many", "reports"),
                 *("converting", "devices", "methods"),
             )
         ]

@@ -66,11 +66,11 @@ plain = chat.encode(
 # %% [markdown]
 # ## The race
 #
-# Each method at its own learning rate: they differ by a factor of a thousand. `method.suggested_learning_rate` is meant for hundreds of steps. In the few of the small mode a low rank would not get anywhere with it, so there the low-rank methods get ten times as much. Neither was swept for this task.
+# Each method at the learning rate that it suggests. `method.suggested_learning_rate` is meant for hundreds of steps. In the few of the small mode a low rank would not get anywhere with it, so there the low-rank methods get ten times as much. Neither was swept for this task.
 
 # %%
 def rate_of(method):
-    short = SMALL and method.name not in ("svf", "svft")
+    short = SMALL and method.name not in ("svf", "svft", "lora")
     return method.suggested_learning_rate * (10 if short else 1)
 
 
@@ -170,10 +170,10 @@ notebook.table([
 # %% [markdown]
 # ## So, which?
 #
-# - **SVF**: few parameters, kilobytes, and tunings that add up (notebook 04). Start here.
+# - **SVF**: few parameters, kilobytes, and tunings that add up (notebook 04).
 # - **SVFT**: when SVF does not fit the data well enough; a few times its size.
 # - **LoRA-XS**: the fewest parameters, for the components that matter most.
-# - **LoRA, DoRA, AdaLoRA**: the habits of the field, its tools and its rates.
+# - **LoRA**: the safe first choice; **DoRA** and **AdaLoRA** are its relatives.
 # - **PiSSA**: LoRA's size, from the largest components; `quantize="int4"` for a small base.
 # - **MiLoRA**: LoRA's size, from the smallest ones, to leave the rest alone.
 #

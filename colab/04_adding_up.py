@@ -66,7 +66,7 @@ notebook.table([
 
 # %%
 # SmolLM2 knows little Spanish, and the examples are few: it learns them by heart.
-RATES = {"pirate": 5e-2, "spanish": 1e-2 if SMALL else 5e-2}
+RATES = {"pirate": 6.25e-3, "spanish": 1.25e-3 if SMALL else 6.25e-3}
 files = {}
 for task, (learn, _) in data.items():
     model.backbone.enable_svf(target_layer_names=TARGETS)

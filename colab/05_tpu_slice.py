@@ -128,7 +128,7 @@ Markdown(
 learn, _ = notebook.data(model, name, pirate.pirate_pairs(), LENGTH, HELD_OUT)
 if SMALL:
     learn = learn.rows(np.arange(fit.BATCH))
-fit.prepare(model, learning_rate=5e-2, steps=STEPS)
+fit.prepare(model, learning_rate=6.25e-3, steps=STEPS)
 losses, seconds = fit.train(model, learn, STEPS, seed=0)
 model.backbone.save_adapter("slice.safetensors")
 Markdown(

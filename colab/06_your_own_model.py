@@ -97,14 +97,14 @@ for ax, image, label in zip(axes, *learn):
     ax.axis("off")
 
 # %%
-compile_with(model, 5e-3)
+compile_with(model, 6.25e-4)
 before = model.evaluate(*test, verbose=0)[1]
 print(f"As it is: {before:.1%} correct on the new task")
 
 # %% [markdown]
 # ## SVF, and what Keras' callbacks make of it
 #
-# `enable_svf(model)` finds every Dense, EinsumDense and convolution, also those inside `MultiHeadAttention`. Everything else is frozen. Singular values of classifiers want a lower rate than those of language models.
+# `enable_svf(model)` finds every Dense, EinsumDense and convolution, also those inside `MultiHeadAttention`. Everything else is frozen.
 #
 # `SpectralMonitor` comes before `TensorBoard` in the list, so that its metrics are in the logs when `TensorBoard` writes them.
 
@@ -113,7 +113,7 @@ keras_svdtune.enable_svf(model)
 cost = keras_svdtune.adapter_summary(model)
 
 # %%
-compile_with(model, 5e-3)
+compile_with(model, 6.25e-4)
 history = model.fit(
     *learn,
     validation_data=check,
@@ -196,7 +196,7 @@ own.summary()
 # %%
 keras_svdtune.save_adapter(model, "turned.safetensors")
 keras_svdtune.merge_adapter(model)
-compile_with(model, 5e-3)
+compile_with(model, 6.25e-4)
 model.save("turned.keras")
 merged = keras.models.load_model("turned.keras").evaluate(*test, verbose=0)[1]
 Markdown(
