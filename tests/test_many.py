@@ -1125,7 +1125,7 @@ class Program:
 
     def train(self):
         for path, target in adapted_targets(self.model).items():
-            weights = target.adapted.variables_by_name(trainable=True)
+            weights = target.adapted.weights_by_name(trainable=True)
             self.live = dict(self.live)
             self.live[path] = {}
             for name, variable in weights.items():

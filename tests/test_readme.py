@@ -170,8 +170,8 @@ def test_calls_in_the_text_are_of_functions_that_exist():
         name = ast.unparse(call.func).rpartition(".")[2]
         ours = name.startswith("enable_") and name != "enable_lora"
         assert not ours or known(name), name
-    (call,) = calls_in("enable_svf(rank=8)")
-    with pytest.raises(AssertionError, match="rank"):
+    (call,) = calls_in("enable_svf(alpha=8)")
+    with pytest.raises(AssertionError, match="alpha"):
         check_call(call)
 
 

@@ -1,6 +1,7 @@
 """SVF: trains the singular values, and nothing else."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from keras import ops
@@ -127,6 +128,11 @@ class SVF(Method):
                 "`replace_kernel` must be True or False. Received: "
                 f"replace_kernel={self.replace_kernel!r}"
             )
+
+    def settings(self) -> dict[str, Any]:
+        # Without `rank`, files are those that older releases read.
+        found = super().settings()
+        return found if self.rank is not None else {}
 
     def needs(self, shape: Shape) -> Needs:
         return Needs("small_side")
