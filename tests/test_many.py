@@ -737,9 +737,11 @@ def test_each_row_in_other_layers(kind, method):
 
 
 def causal_lm():
-    return keras_hub.models.GemmaCausalLM(
+    lm = keras_hub.models.GemmaCausalLM(
         backbone=tiny_gemma(), preprocessor=None
     )
+    lm.compile(sampler="greedy")
+    return lm
 
 
 @pytest.mark.parametrize("method", [SVF(), LoRA(rank=2)], ids=method_id)
