@@ -32,6 +32,7 @@ from pictures import draw  # noqa: E402
 
 import keras_svdtune  # noqa: E402
 from keras_svdtune import METHODS  # noqa: E402
+from keras_svdtune.demo.train import make_method  # noqa: E402
 from keras_svdtune.keras_hub_methods import ON_MODELS  # noqa: E402
 from keras_svdtune.layers import LAYERS  # noqa: E402
 from keras_svdtune.methods.base import Method  # noqa: E402
@@ -177,8 +178,7 @@ def methods_page() -> str:
         "|---|---|---|",
     ]
     for name, cls in methods().items():
-        settings = inspect.signature(cls).parameters
-        method = cls(rank=8) if "rank" in settings else cls()
+        method = make_method(name)
         shapes = [w.shape for w in method.weights((1024, 256)) if w.trainable]
         count = sum(map(math.prod, shapes))
         lines.append(

@@ -72,6 +72,13 @@ def all_methods():
     ]
 
 
+def of_rank(method, rank):
+    """The method with another rank; as it is if it has none."""
+    if getattr(method, "rank", None) is None:
+        return method
+    return type(method)(**(method.settings() | {"rank": rank}))
+
+
 def method_id(method):
     """A short name for a config in pytest's output."""
     cls = type(method)

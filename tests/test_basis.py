@@ -15,6 +15,7 @@ from helpers import (
     eager,
     method_id,
     must_stay,
+    of_rank,
     perturb,
     slow_elsewhere,
     small_data,
@@ -31,10 +32,7 @@ X, _ = small_data()
 
 def methods_for_small():
     """Rank 2: the matrices of the small model are 6 x 4 and 4 x 5."""
-    return [
-        type(m)(**(m.settings() | ({"rank": 2} if hasattr(m, "rank") else {})))
-        for m in default_methods()
-    ]
+    return [of_rank(m, 2) for m in default_methods()]
 
 
 SETTINGS = [*methods_for_small(), SVFT("random", 1), PiSSA(rank=0.5)]

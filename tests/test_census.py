@@ -7,7 +7,7 @@ with `-k dozen` for twelve that have little in common.
 
 import keras
 import pytest
-from helpers import default_method, numpy
+from helpers import default_method, numpy, of_rank
 from keras import layers
 from test_hosts import Eager, promises, stepped
 from tiny_backbones import EAGER_ONLY, TINY, exported, missing
@@ -71,10 +71,7 @@ def test_svf(name, tmp_path):
 @pytest.mark.census
 @pytest.mark.parametrize("method, name", DOZEN)
 def test_dozen(method, name, tmp_path):
-    method = default_method(method)
-    if hasattr(method, "rank"):
-        method = type(method)(rank=1)
-    census(name, method, tmp_path)
+    census(name, of_rank(default_method(method), 1), tmp_path)
 
 
 class Compiled(Eager):

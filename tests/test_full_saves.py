@@ -2,8 +2,6 @@
 model; adapted ones take them up where they were; hand-built ones keep apart
 what belongs to the base and to the adapter."""
 
-import dataclasses
-
 import keras
 import keras_hub
 import numpy as np
@@ -19,6 +17,7 @@ from helpers import (
     method_id,
     must_stay,
     numpy,
+    of_rank,
     perturb,
     randomise,
     small_data,
@@ -40,14 +39,8 @@ Z = np.random.default_rng(1).standard_normal((4, 3, 6)).astype("float32")
 slow = pytest.mark.slow
 
 
-def _fit_rank(method):
-    """The smallest matrices here are 6 x 4 and 4 x 5."""
-    if not hasattr(method, "rank"):
-        return method
-    return dataclasses.replace(method, rank=2)
-
-
-METHODS = [_fit_rank(method) for method in default_methods()]
+# The smallest matrices here are 6 x 4 and 4 x 5.
+METHODS = [of_rank(method, 2) for method in default_methods()]
 one_of_each = pytest.mark.parametrize("method", METHODS, ids=method_id)
 
 

@@ -14,6 +14,7 @@ from helpers import (
     hosts_model,
     method_id,
     must_stay,
+    of_rank,
     small_data,
     small_model,
     tiny_gemma,
@@ -87,8 +88,7 @@ def adapted_in_order(model):
 @pytest.mark.parametrize("method", default_methods(), ids=method_id)
 def test_estimate_touches_nothing(method):
     model = small_model(compiled=True)
-    if hasattr(method, "rank"):
-        method = type(method)(**(method.settings() | {"rank": 2}))
+    method = of_rank(method, 2)
     with must_stay(model, X, compiled=False):
         function = model.predict_function
         cost = keras_svdtune.estimate(model, method, ["first"])
@@ -112,8 +112,7 @@ def test_a_model_without_values_is_counted():
     # Or else Keras gives them values when it leaves the next scope.
     keras.utils.clear_session()
     for method in default_methods():
-        if hasattr(method, "rank"):
-            method = type(method)(**(method.settings() | {"rank": 2}))
+        method = of_rank(method, 2)
         assert keras_svdtune.estimate(model, method).layers == (
             keras_svdtune.estimate(tiny_gemma(), method).layers
         )

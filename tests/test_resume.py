@@ -13,6 +13,7 @@ from helpers import (
     assert_same,
     default_method,
     numpy,
+    of_rank,
     small_data,
     small_model,
     trainables,
@@ -35,10 +36,7 @@ def compiled_model(name):
     keras.utils.set_random_seed(0)
     keras.backend.clear_session(free_memory=False)
     model = small_model()
-    method = default_method(name)
-    if hasattr(method, "rank"):
-        method = type(method)(rank=2)
-    keras_svdtune.enable_adapter(model, method)
+    keras_svdtune.enable_adapter(model, of_rank(default_method(name), 2))
     model.compile(keras.optimizers.AdamW(0.01), "mse")
     return model
 

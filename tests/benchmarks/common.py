@@ -125,7 +125,7 @@ def methods_for(
     Args:
         wanted: names, each perhaps with settings (`svft:pattern=random`);
             None for every method.
-        rank: for the methods that have one.
+        rank: for the methods that want one.
     """
     methods: dict[str, keras_svdtune.Method] = {}
     left_out: dict[str, str] = {}
@@ -135,8 +135,11 @@ def methods_for(
             known = ", ".join(keras_svdtune.METHODS)
             raise SystemExit(f"There is no method '{name}', only: {known}")
         cls = keras_svdtune.METHODS[name]
-        fields = {f.name for f in dataclasses.fields(cls)}
-        settings: dict[str, Any] = {"rank": rank} if "rank" in fields else {}
+        wants = any(
+            f.name == "rank" and f.default is dataclasses.MISSING
+            for f in dataclasses.fields(cls)
+        )
+        settings: dict[str, Any] = {"rank": rank} if wants else {}
         for setting in filter(None, rest.split(",")):
             key, _, value = setting.partition("=")
             settings[key] = _plain(value)
@@ -154,9 +157,11 @@ def label_of(name: str, method: keras_svdtune.Method) -> str:
         name: as `methods_for` takes it, `svft:pattern=random`.
     """
     label = method.title
-    if hasattr(method, "rank"):
+    if getattr(method, "rank", None) is not None:
         label += f" (rank {method.rank})"
-    return f"{label} {name.partition(':')[2]}".strip()
+    rest = name.partition(":")[2].split(",")
+    others = [x for x in rest if not x.startswith("rank=")]
+    return f"{label} {','.join(others)}".strip()
 
 
 def trained_numbers(variables: list[Any]) -> int:

@@ -43,7 +43,8 @@ from keras_svdtune.methods.adalora import AdaLoRA
 
 RESULTS = Path(__file__).parent / "results" / "study.jsonl"
 FULL = "full"
-# Each with the rate to start from, in half powers of ten: -5 is 3.2e-3.
+# Each with the rate of its weights to start from, in half powers of ten: -5 is
+# 3.2e-3.
 METHODS = {
     "lora:rank=8": -5,
     "svf": -3,
@@ -93,9 +94,21 @@ class Cell:
         object.__setattr__(self, "rate", float(f"{self.rate:.3g}"))
 
 
-def grid(k: int) -> float:
-    """The rate of a half power of ten."""
-    return float(10 ** (k / 2))
+def grid(k: int, method: str) -> float:
+    """The rate at which the method's weights move by a half power of ten.
+
+    That is the rate times the weight's step: a method of step 8, whose
+    variable holds an eighth of the weight, is given an eighth of the rate.
+    """
+    return float(10 ** (k / 2)) / step_of(method)
+
+
+def step_of(method: str) -> float:
+    """The largest step of what a method trains; 1 for full fine-tuning."""
+    if method == FULL:
+        return 1.0
+    weights = method_for(method, seed=0).weights((64, 64))
+    return max(weight.step for weight in weights if weight.trainable)
 
 
 class Session:
@@ -337,8 +350,9 @@ class Sweep:
         start = METHODS.get(method)
         if start is None:
             suggested = make_method(method.split(":")[0])
-            start = round(2 * math.log10(suggested.suggested_learning_rate))
-        tried = {k: self.run(seed, grid(k)) for k in (start, start - 1)}
+            rate = suggested.suggested_learning_rate * step_of(method)
+            start = round(2 * math.log10(rate))
+        tried = {k: self.run(seed, grid(k, method)) for k in (start, start - 1)}
         while True:
             best = self.log.best([*tried.values()])
             k = next(k for k, cell in tried.items() if cell == best)
@@ -346,7 +360,7 @@ class Sweep:
             if not missing:
                 return best
             for j in missing:
-                tried[j] = self.run(seed, grid(j))
+                tried[j] = self.run(seed, grid(j, method))
 
     def seeds(self, seeds: int) -> None:
         """The rates with the first seed, the best of them with the others."""

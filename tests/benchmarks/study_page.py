@@ -202,8 +202,13 @@ def valleys(axes: Any, groups: dict[str, Group], base: Run | None) -> None:
             linewidth=2.2 if method in (LORA, "svf") else 1.2,
             label=group.label,
         )
-    lowest = min(validation_loss(g.best[0]) for g in groups.values())
-    if top is not None:
+    every = [validation_loss(r) for g in groups.values() for r in g.rates]
+    lowest = min(every)
+    # A method that fails at a high rate must not hide where the others lie.
+    highest = min(max(x for x in every if x < math.inf), top or 2 * lowest)
+    room = 0.08 * (highest - lowest)
+    axes.set_ylim(lowest - room, highest + room)
+    if top == highest:
         axes.axhline(top, color="#777777", linestyle="--", linewidth=1)
         axes.annotate(
             "base model",
@@ -213,8 +218,6 @@ def valleys(axes: Any, groups: dict[str, Group], base: Run | None) -> None:
             textcoords="offset points",
             color="#555555",
         )
-    highest = top or lowest * 2
-    axes.set_ylim(lowest - 0.05 * (highest - lowest), highest * 1.03)
     axes.set_xscale("log")
     axes.set_xlabel("learning rate (Adam)")
     axes.set_ylabel("validation loss a token")
