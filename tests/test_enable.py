@@ -633,7 +633,7 @@ assert set(changed) == wrapped, changed
 added = {k for k in after if k not in before}
 assert ("Backbone", "enable_svf") in added
 on_models = {name for owner, name in added if owner == "Model"}
-watched = {"generate_function", "optimizer", "predict_function",
+watched = {"fit", "generate_function", "optimizer", "predict_function",
            "test_function", "train_function"}
 torch = {"load_state_dict", "named_parameters", "state_dict"}
 if keras.config.backend() == "torch":

@@ -197,11 +197,11 @@ def same_function(found, expected, variables):
         assert np.any(a), variable.path
 
 
-def trains_alone(model, x, y, epochs=10):
+def trains_alone(model, x, y, epochs=10, rate=2e-2):
     """Trains the adapter of a model, all of it, and nothing else."""
     frozen = [numpy(v) for v in model.non_trainable_variables]
     before = learned(model)
-    model.compile(keras.optimizers.Adam(2e-2), "mse")
+    model.compile(keras.optimizers.Adam(rate), "mse")
     losses = model.fit(x, y, epochs=epochs, verbose=0).history["loss"]
     assert losses[-1] < 0.98 * losses[0], losses
     for path, value in learned(model).items():

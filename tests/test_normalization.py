@@ -54,7 +54,7 @@ def test_its_statistics_stay_and_are_what_training_computes_by(model, end):
 
     keras_svdtune.enable_svf(model)
     assert_same(call(model, True), base, "enabled")
-    model.compile(keras.optimizers.SGD(0.05), "mse")
+    model.compile(keras.optimizers.SGD(1e-3), "mse")
     model.fit(IMAGES, np.ones((8, 2)), batch_size=4, epochs=2, verbose=0)
     assert_same(statistics(model), before)
     learned = call(model, False)

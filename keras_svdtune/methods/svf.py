@@ -114,7 +114,9 @@ class SVF(Method):
         Block("Vᵀ", "n", "out"),
     )
 
-    rank: int | float | None = dataclasses.field(default=None, kw_only=True)
+    rank: int | float | None = dataclasses.field(
+        default=None, repr=False, kw_only=True
+    )
     replace_kernel: bool = dataclasses.field(
         default=False, compare=False, repr=False, kw_only=True
     )

@@ -18,7 +18,7 @@ from keras_svdtune.runtime.types import Shape, Tensor
 
 
 @form_of(SVF, "rank")
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class TopSVF(SVF):
     """SVF of the r largest singular values: `SVF(rank=r)`.
 
@@ -30,14 +30,21 @@ class TopSVF(SVF):
     Reference: Sun et al. 2024 (SVFit), https://arxiv.org/abs/2409.05926.
     """
 
+    def __repr__(self) -> str:
+        return f"SVF(rank={self.rank!r})"
+
     def for_shape(self, shape: Shape) -> Self:
         if not isinstance(self.rank, int) or self.rank <= min(shape):
             return self
-        return dataclasses.replace(self, rank=min(shape))
+        return self.with_rank(min(shape))
 
     def resolved(self, factors: Factors | None) -> Self:
         assert factors is not None
-        return dataclasses.replace(self, rank=len(factors.s))
+        return self.with_rank(len(factors.s))
+
+    def with_rank(self, rank: int) -> Self:
+        """Returns the method with the integer rank found for one matrix."""
+        return dataclasses.replace(self, rank=rank)
 
     def needs(self, shape: Shape) -> Needs:
         return Needs("top", self.rank)

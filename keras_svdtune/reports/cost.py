@@ -16,6 +16,7 @@ from keras_svdtune.matrix.rounding import rounded
 from keras_svdtune.methods.base import Method
 from keras_svdtune.methods.low_rank import RankedMethod
 from keras_svdtune.methods.replaced_base import ReplacesBase
+from keras_svdtune.methods.top_svf import TopSVF
 from keras_svdtune.model.beside import trained_beside
 from keras_svdtune.model.checks import checked_method, targets_for
 from keras_svdtune.model.names import adapter_weights
@@ -240,7 +241,10 @@ def _bytes_of(dtype: str) -> int:
 def _resolved(method: Method, target: Target, path: str) -> Method:
     """Returns `method` for one matrix, with an integer rank if it has one."""
     method = method.for_shape(target.view.shape)
-    if not isinstance(method, RankedMethod) or isinstance(method.rank, int):
+    if not isinstance(method, (RankedMethod, TopSVF)):
+        return method
+    share = method.rank
+    if not isinstance(share, float):
         return method
     matrix = target.host_matrix()
     if target.rounds(method):  # as `adapter/plan.py` does
@@ -251,7 +255,7 @@ def _resolved(method: Method, target: Target, path: str) -> Method:
     rank = max(
         rank_of_energy(
             decompose(one, Needs("small_side"), path).s,
-            method.rank,
+            share,
             needs.part,
         )
         for one in each

@@ -43,6 +43,7 @@ def test_names_of_the_package():
         "rank",
         "alpha",
         "target_layer_names",
+        "name",
     ]
 
 
