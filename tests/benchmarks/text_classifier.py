@@ -74,7 +74,7 @@ ROWS = {
     ),
     "SVF": Row(
         lambda backbone: backbone.enable_svf(),
-        (5e-3, 2e-2, 5e-2),
+        (6e-4, 2e-3, 6e-3),
         keras_svdtune.save_adapter,
     ),
     f"PiSSA, rank {RANK}": Row(
