@@ -1,4 +1,4 @@
-"""A trained weight whose variable holds a multiple of it.
+"""A trained weight whose variable holds a part of it.
 
 Adam moves every variable by about the learning rate, whatever the gradients'
 size. The singular values of W want larger steps than LoRA's A and B, so their

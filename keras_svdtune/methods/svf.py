@@ -65,11 +65,9 @@ class SVF(Method):
     back but for two roundings to the kernel's dtype. Adapter files are the
     same, and load into either. Dense and EinsumDense only.
 
-    The variable that trains holds δ / 8, so that SVF learns at the rates that
-    suit LoRA: the best rates of δ were 3 and 10 times LoRA's
-    (`tests/benchmarks/study.py`: a style on SmolLM2-135M, film reviews on
-    MiniLM). Files and formulas have δ. A rate that is too high costs more
-    here than with LoRA: what the base knows is forgotten.
+    The variable that trains holds δ / 8, so that SVF learns at rates that suit
+    LoRA. Files and formulas have δ. The 8 rests on few runs so far, of one
+    seed (`tests/benchmarks/study.py`): sweep the rate.
 
     With `rank=r` only the r largest singular values train, and only their r
     singular vectors are kept, r·n numbers: the cheap SVF. W' - W then has rank
@@ -134,7 +132,9 @@ class SVF(Method):
     def settings(self) -> dict[str, Any]:
         # Without `rank`, files are those that older releases read.
         found = super().settings()
-        return found if self.rank is not None else {}
+        if self.rank is None:
+            del found["rank"]
+        return found
 
     def needs(self, shape: Shape) -> Needs:
         return Needs("small_side")
