@@ -1,16 +1,7 @@
-"""What `export_peft` writes, loaded by PEFT onto the twin in transformers.
+"""What `export_peft` writes, loaded by PEFT onto the twin in transformers."""
 
-Each twin is a tiny random model of transformers, saved and read by KerasHub's
-own converter: so its logits are KerasHub's before anything is adapted.
-"""
-
-import contextlib
-import copy
-import functools
 import gc
 import json
-import pathlib
-import tempfile
 
 import keras
 import keras_hub
@@ -18,7 +9,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from helpers import (
-    adapted,
     assert_close,
     assert_same,
     error,
@@ -29,11 +19,21 @@ from helpers import (
     tiny_bert,
     values,
 )
+from peft_twins import (
+    FAMILIES,
+    GEMMA,
+    TOLERANCE,
+    WINDOW,
+    WORDS,
+    our_logits,
+    real_twins,
+    their_logits,
+    twins,
+)
 
 import keras_svdtune
 from keras_svdtune import SVF, SVFT, AdaLoRA, DoRA, LoRA, LoRAXS, MiLoRA, PiSSA
 from keras_svdtune.convert import hf_names
-from keras_svdtune.demo.weights import gguf_to_hf
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -42,126 +42,11 @@ transformers = pytest.importorskip("transformers")
 gc.collect()
 gc.freeze()
 
-TOLERANCE = 1e-4
-WORDS = 48
-IDS = np.random.default_rng(0).integers(1, WORDS, (2, 10)).astype("int32")
-X = {"token_ids": IDS, "padding_mask": np.ones_like(IDS)}
-
-_SIZES = dict(
-    vocab_size=WORDS,
-    hidden_size=32,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    rms_norm_eps=1e-6,
-    attn_implementation="eager",
-)
-_GEMMA = _SIZES | dict(head_dim=16)
-_WINDOW = dict(sliding_window=4, layer_types=["sliding_attention"] * 2)
-_SOFT_CAPS = dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
-# Name -> (config in transformers, its settings, CausalLM in KerasHub).
-FAMILIES = {
-    "gemma": ("GemmaConfig", _GEMMA, "GemmaCausalLM"),
-    "gemma2": (
-        "Gemma2Config",
-        _GEMMA | _SOFT_CAPS | dict(sliding_window=16, query_pre_attn_scalar=16),
-        "GemmaCausalLM",
-    ),
-    "gemma3": (
-        "Gemma3TextConfig",
-        _GEMMA | _WINDOW | dict(query_pre_attn_scalar=16),
-        "Gemma3CausalLM",
-    ),
-    # Of one layer: every method is compared on it.
-    "llama": (
-        "LlamaConfig",
-        _SIZES | dict(num_hidden_layers=1),
-        "Llama3CausalLM",
-    ),
-    "tied llama": (
-        "LlamaConfig",
-        _SIZES | dict(tie_word_embeddings=True),
-        "Llama3CausalLM",
-    ),
-    "mistral": ("MistralConfig", _SIZES, "MistralCausalLM"),
-    "qwen2": (
-        "Qwen2Config",
-        _SIZES | dict(tie_word_embeddings=True),
-        "QwenCausalLM",
-    ),
-    "qwen3": (
-        "Qwen3Config",
-        _SIZES | dict(head_dim=16, tie_word_embeddings=True),
-        "Qwen3CausalLM",
-    ),
-    "gpt2": (
-        "GPT2Config",
-        dict(
-            vocab_size=WORDS,
-            n_embd=32,
-            n_layer=2,
-            n_head=4,
-            n_positions=16,
-            attn_implementation="eager",
-        ),
-        "GPT2CausalLM",
-    ),
-}
-
 
 @pytest.fixture(autouse=True)
 def on_cpu():
     with torch.device("cpu"), torch.enable_grad():
         yield
-
-
-@functools.cache
-def _twins(name):
-    """The same model in transformers and in KerasHub; its logits."""
-    config, settings, causal_lm = FAMILIES[name]
-    config = getattr(transformers, config)(**settings)
-    torch.manual_seed(0)
-    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for p in theirs.parameters():
-            noise = torch.randn(p.shape)
-            if p.ndim == 1:
-                p += 0.1 * noise
-            else:
-                p.copy_(noise / p.shape[-1] ** 0.5)
-            p.copy_(p.half())  # KerasHub reads Mistral in float16
-    with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
-        backbone = keras_hub.models.Backbone.from_preset(
-            folder, dtype="float32"
-        )
-    task = getattr(keras_hub.models, causal_lm)
-    task = task(backbone=backbone, preprocessor=None)
-    base = our_logits(task)
-    assert_close(their_logits(theirs), base, TOLERANCE, "the twins")
-    return theirs, task, base
-
-
-@contextlib.contextmanager
-def twins(name):
-    """The same, to be changed."""
-    theirs, task, base = _twins(name)
-    weights = task.get_weights()
-    yield copy.deepcopy(theirs), task, base
-    if adapted(task.backbone):
-        task.remove_adapter()
-    task.set_weights(weights)
-
-
-def their_logits(model):
-    with torch.no_grad():
-        ids = torch.from_numpy(IDS.astype("int64"))
-        return model(input_ids=ids).logits.numpy()
-
-
-def our_logits(task):
-    return numpy(task(X, training=False))
 
 
 def load(theirs, folder):
@@ -322,7 +207,7 @@ def test_the_text_half_of_a_model_that_sees(tmp_path):
         vision_encoder=gemma3_vision_encoder.Gemma3VisionEncoder(**vision),
     )
     config = transformers.Gemma3Config(
-        text_config=_GEMMA | _WINDOW,
+        text_config=GEMMA | WINDOW,
         vision_config=dict(
             hidden_size=16,
             intermediate_size=16,
@@ -366,26 +251,8 @@ def test_the_text_half_of_a_model_that_sees(tmp_path):
 @pytest.mark.xdist_group("real")
 @pytest.mark.parametrize("name", ["smollm2_135m", "gemma3_270m"])
 def test_real(name, tmp_path):
-    weights = pytest.importorskip("keras_svdtune.demo.weights")
-    task = weights.load_model(name)
-    text = "The captain looked at the sea for a long time before he spoke."
-    tokenizer = task.preprocessor.tokenizer
-    ids = np.array([[tokenizer.start_token_id, *tokenizer(text)]], "int32")
-    task.preprocessor = None
-    x = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
-    with tempfile.TemporaryDirectory() as folder:
-        gguf_to_hf.write_hf_folder(
-            weights.cache_folder() / name / "model.gguf", pathlib.Path(folder)
-        )
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
-
-    def logits(model):
-        with torch.no_grad():
-            found = model(input_ids=torch.from_numpy(ids.astype("int64")))
-            return found.logits.numpy()
-
+    theirs, task, x, logits = real_twins(name)
+    ids = x["token_ids"]
     base = numpy(task(x))
     assert_close(logits(theirs), base, 1e-3, "the twins")
     for method, rank, learning_rate in [

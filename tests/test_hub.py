@@ -1,6 +1,7 @@
 """Adapters pushed to the hubs, and loaded from them: `hub_stand_in.py` plays
 the hubs, so none of this says how the live services behave."""
 
+import json
 import pathlib
 import re
 import subprocess
@@ -8,8 +9,11 @@ import sys
 
 import keras
 import keras_hub
+import numpy as np
 import pytest
+import safetensors.numpy
 from helpers import (
+    adapted,
     assert_close,
     assert_differ,
     assert_same,
@@ -105,6 +109,45 @@ def test_round_trip(hf, tmp_path):
         assert_same(eager(again, tokens()), eager(model, tokens()))
         assert_differ(eager(again, tokens()), base)
         hf.fail[""] = (503, b"")  # the second time it is in the cache
+
+
+@once
+def test_a_repository_of_peft(hf):
+    """It has no `adapter.safetensors`, but the two files of a folder."""
+    backbone = keras_hub.models.Llama3Backbone(
+        vocabulary_size=32,
+        num_layers=1,
+        num_query_heads=2,
+        num_key_value_heads=1,
+        hidden_dim=16,
+        intermediate_dim=24,
+    )
+    randomise(backbone)
+    ids = tokens()
+    base = eager(backbone, ids)
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    arrays = {f"{key}A.weight": (2, 16), f"{key}B.weight": (16, 2)}
+    rng = np.random.default_rng(0)
+    arrays = {
+        k: rng.standard_normal(shape).astype("float32")
+        for k, shape in arrays.items()
+    }
+    config = {"peft_type": "LORA", "lora_alpha": 2}
+    files = {
+        "adapter_config.json": json.dumps(config).encode(),
+        "adapter_model.safetensors": safetensors.numpy.save(arrays),
+    }
+    hf.repos["user/peft"] = {"private": False, "history": [files]}
+    backbone.load_adapter("hf://user/peft")
+    assert_differ(eager(backbone, ids), base)
+    assert set(adapted(backbone)) == {
+        x for x in adapted(backbone) if x.endswith("query")
+    }
+    backbone.remove_adapter()
+    del files["adapter_config.json"]
+    hf.repos["user/half"] = {"private": False, "history": [files]}
+    with pytest.raises(ValueError, match="no file 'adapter.safetensors'"):
+        backbone.load_adapter("hf://user/half")
 
 
 @once

@@ -82,9 +82,9 @@ def family_of(root: Model) -> Family:
     kind = type(root).__name__
     if kind not in FAMILIES:
         raise ValueError(
-            "`export_peft` knows the names that transformers gives to the "
-            f"layers of these backbones: {', '.join(FAMILIES)}. Received: a "
-            f"{kind}. `to_lora` and `save_adapter` take any model."
+            "PEFT's folders name layers as transformers does, and its names "
+            f"are known for these backbones: {', '.join(FAMILIES)}. Received: "
+            f"a {kind}. `to_lora`, `save_adapter` and its files take any model."
         )
     family = FAMILIES[kind]
     if getattr(root, "vision_encoder", None) is not None:

@@ -95,13 +95,15 @@ class SavedAdapter:
         write_atomically(path, data)
 
 
-def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
+def read_adapter(
+    path: str | os.PathLike[str], source: str | None = None
+) -> SavedAdapter:
     """Reads an adapter file, from a hub if `path` is a URI.
 
-    Raises a ValueError if the file is no adapter file, is damaged, has
-    another format, or could not be fetched.
+    Errors call it `source`. Raises a ValueError if the file is no adapter file,
+    is damaged, has another format, or could not be fetched.
     """
-    source = f"'{path}'"
+    source = source or f"'{path}'"
     path = checked_path(
         hub_client.fetch(str(path)) if hub_client.is_uri(path) else path
     )
@@ -127,7 +129,8 @@ def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
     except (KeyError, TypeError, ValueError, RecursionError):
         raise ValueError(
             f"{source} is a safetensors file, but not an adapter that "
-            f"`save_adapter` wrote: its metadata has no valid '{_KEY}'."
+            f"`save_adapter` wrote: its metadata has no valid '{_KEY}'. Of an "
+            "adapter of PEFT's, give the folder."
         ) from None
     if version != FORMAT_VERSION:
         raise ValueError(

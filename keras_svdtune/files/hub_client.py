@@ -1,7 +1,8 @@
 """Reads and writes adapters on model hubs, and parses their URIs.
 
 On either hub an adapter is the file `adapter.safetensors` and a model card,
-`README.md`. The URIs are KerasHub's, with a revision:
+`README.md`. What PEFT pushed to Hugging Face is fetched too. The URIs are
+KerasHub's, with a revision:
 
     hf://user/name                          Hugging Face, its branch `main`
     hf://user/name@revision                 a branch, a tag or a commit of it
@@ -21,6 +22,7 @@ from collections.abc import Iterator
 from typing import Any
 
 FILE, CARD = "adapter.safetensors", "README.md"
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # Only a card with this line in it is replaced on Hugging Face.
 MARK = (
     "<!-- Written by keras_svdtune: each push_adapter replaces this card. "
@@ -107,6 +109,7 @@ def place_to_push(uri: object, private: bool) -> Place:
 def fetch(uri: str) -> str:
     """Downloads an adapter's file, and returns its path in the hub's cache.
 
+    Of a repository of PEFT's on Hugging Face that is the path of a folder.
     Raises an ImportError if the hub's client is not installed, and a
     ValueError if `uri` is no URI of an adapter or there is no such one.
     """
@@ -116,7 +119,21 @@ def fetch(uri: str) -> str:
         if place.hub == "kaggle":
             version = f"/{place.version}" if place.version else ""
             return client.model_download(place.name + version, FILE)
-        return client.hf_hub_download(place.name, FILE, revision=place.version)
+        try:
+            return _download(client, place, FILE)
+        except client.errors.EntryNotFoundError as missing:
+            if isinstance(missing, client.errors.LocalEntryNotFoundError):
+                raise  # the hub did not answer
+            try:
+                paths = [_download(client, place, x) for x in PEFT_FILES]
+            except client.errors.EntryNotFoundError:
+                raise missing from None
+        return str(pathlib.Path(paths[0]).parent)
+
+
+def _download(client: Any, place: Place, file: str) -> str:
+    path: str = client.hf_hub_download(place.name, file, revision=place.version)
+    return path
 
 
 def upload(place: Place, folder: pathlib.Path, private: bool) -> None:

@@ -16,6 +16,7 @@ from keras import ops
 
 from keras_svdtune.adapter.fingerprint import effect
 from keras_svdtune.adapter.plan import AdapterPlan
+from keras_svdtune.files import hub_client
 from keras_svdtune.files.beside import (
     Assignments,
     assign_beside,
@@ -45,6 +46,9 @@ from keras_svdtune.files.format import (
     checked_path,
     read_adapter,
 )
+from keras_svdtune.files.keras_lora_file import is_keras_lora, read_keras_lora
+from keras_svdtune.files.low_rank_files import LowRankFile
+from keras_svdtune.files.peft_folder import read_peft
 from keras_svdtune.hosts.target import Target
 from keras_svdtune.model.beside import trained_beside, variables_beside
 from keras_svdtune.model.checks import check_fit, check_trained
@@ -204,7 +208,11 @@ def load_adapter(
         adapter: a file that `save_adapter` wrote; the URI of what
             `push_adapter` uploaded, `"hf://user/name"`, also with
             `"@revision"`, or `"kaggle://user/model/keras/variation"`, also
-            with `"/version"`; or what `compose` returned.
+            with `"/version"`; or what `compose` returned. Or what another
+            library wrote, which becomes a `LoRA` or `DoRA`: a folder of
+            PEFT's (LoRA, DoRA, AdaLoRA), also on Hugging Face, or a
+            `.lora.h5` of KerasHub's `save_lora_weights`. These do not say
+            which weights they belong to: only shapes are checked.
         adapter_only: whether to leave out what trained besides the adapter.
         name: str or None. What `set_adapter` calls the adapter; one that has
             this name gets the file's values. None for the only one.
@@ -227,10 +235,9 @@ def load_adapter(
     """
     if name is not None:
         check_name(name)
-    if not isinstance(adapter, SavedAdapter):
-        file = adapter
-        adapter = shared(0, lambda: read_adapter(file))
     root = adapted_part(model)
+    if not isinstance(adapter, SavedAdapter):
+        adapter = _read(adapter, root)
     adapted = adapted_targets(root)
     if any(x.adapted.examples is not None for x in adapted.values()):
         raise ValueError(
@@ -317,6 +324,24 @@ def load_adapter(
                 weight.assign(value)
             target.adapted.rounds = rounds[path]
         _assign(model, beside, only, adapter_only, undo)
+
+
+def _read(file: str | os.PathLike[str], root: Model) -> SavedAdapter:
+    """Reads a file of any kind; one process does, for all."""
+
+    def contents() -> SavedAdapter | LowRankFile:
+        source = f"'{file}'"
+        path = hub_client.fetch(str(file)) if hub_client.is_uri(file) else file
+        if os.path.isdir(path):
+            return read_peft(path, root, source)
+        if is_keras_lora(path):
+            return read_keras_lora(path, root)
+        return read_adapter(path, source)
+
+    found = shared(0, contents)
+    if isinstance(found, SavedAdapter):
+        return found
+    return found.as_saved(matrices_in(root, adapted=True).targets, root)
 
 
 def _beside_others(root: Model, name: str | None) -> NamedAdapters | None:

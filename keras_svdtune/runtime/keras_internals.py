@@ -45,6 +45,7 @@ RELIED_ON = (
     ("a layer", "_tracker", "giving a built layer a sublayer, and taking it"),
     ("a layer", "_open_name_scope", "the paths of an adapter's variables"),
     ("a layer", "_layers", "going through the layers of a model in order"),
+    ("a layer", "_flatten_layers", "the numbers of layers in a .lora.h5"),
     ("a layer", "_trainable_variables", "freezing a layer's own variables"),
     ("a layer", "_non_trainable_variables", "thawing a layer's own variables"),
     ("a layer", "_untrack_variable", "quantizing a given kernel"),
@@ -115,6 +116,11 @@ def layers_in(model: Model) -> list[Layer]:
             found.append(layer)
             stack.extend(reversed(sublayers(layer)))
     return found
+
+
+def layers_as_keras_counts(model: Model) -> list[Layer]:
+    """Returns every layer inside a model in the order of Keras' own lists."""
+    return list(model._flatten_layers(include_self=False))
 
 
 @contextlib.contextmanager
