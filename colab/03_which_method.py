@@ -66,7 +66,7 @@ plain = chat.encode(
 # %% [markdown]
 # ## The race
 #
-# Each method at the learning rate that it suggests. `method.suggested_learning_rate` is meant for hundreds of steps. In the few of the small mode a low rank would not get anywhere with it, so there the low-rank methods get ten times as much. Neither was swept for this task.
+# Each method at 1e-3, the rate that all suggest, which is meant for hundreds of steps. In the few of the small mode a low rank would not get anywhere with it, so there the low-rank methods get ten times as much. Neither was swept for this task.
 
 # %%
 def rate_of(method):

@@ -260,7 +260,9 @@ def test_importance_is_the_published_recursion():
     keras_svdtune.enable_adapter(model, method)
     for layer in adapted(model).values():  # or P and Q have no gradient
         layer.adapter.singular_values.assign(np.ones(FIRST_RANK))
-    model.compile(keras.optimizers.SGD(rate), "mse")
+    # The variable is a part of the weight, which so moves step² times as far.
+    step = method.weights((WIDTH, WIDTH))[0].step
+    model.compile(keras.optimizers.SGD(rate / step**2), "mse")
     names = ("p", "singular_values", "q")
     mean = {}
     spread = {}

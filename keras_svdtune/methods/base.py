@@ -140,7 +140,8 @@ class Method:
         name: str, the method's short name: `"svf"`.
         title: str, the method's name in print: `"SVF"`. Layers are called
             after it: `SVFDense`.
-        suggested_learning_rate: float, a rate for Adam to start from.
+        suggested_learning_rate: float, a rate for Adam to start from. One for
+            all, LoRA's: methods that want other steps say so by `Weight.step`.
         formula: str, what it computes, in LaTeX, for the documentation.
         picture: what it trains, for the documentation.
         example: str, the settings that have no default, written as further
@@ -160,7 +161,7 @@ class Method:
 
     name: ClassVar[str]
     title: ClassVar[str]
-    suggested_learning_rate: ClassVar[float]
+    suggested_learning_rate: ClassVar[float] = 1e-3
     formula: ClassVar[str] = ""
     picture: ClassVar[Picture] = ()
     example: ClassVar[str] = ""

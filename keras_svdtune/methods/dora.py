@@ -46,7 +46,7 @@ class DoRA(RankedMethod):
 
     Trainable: r·(in + out) + out a matrix; frozen: out.
 
-    `suggested_learning_rate` is 2e-4, LoRA's: the sweep
+    Its best learning rates are about LoRA's: the sweep
     https://arxiv.org/abs/2602.04998 found optima of 1 to 2 times less. The
     authors advise half of LoRA's rank.
 
@@ -67,7 +67,6 @@ class DoRA(RankedMethod):
 
     name = "dora"
     title = "DoRA"
-    suggested_learning_rate = 2e-4
     example = ", rank=8"
     formula = (
         r"W' = \Bigl(W + \frac{\alpha}{r} A B\Bigr)"

@@ -56,7 +56,6 @@ class LoRA(RankedMethod):
 
     name = "lora"
     title = "LoRA"
-    suggested_learning_rate = 1e-3
     example = ", rank=8"
     has_enable = False
     formula = (

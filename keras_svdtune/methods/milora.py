@@ -23,9 +23,9 @@ class MiLoRA(SpectralLoRA):
     Trainable: r·(in + out) a matrix, and as many frozen. A component with
     s = 0 has A₀ = B₀ = 0, no gradient, and stays as it is.
 
-    `suggested_learning_rate` is 2e-4: the authors used 3e-4 (7B, batch 16),
-    and the sweep https://arxiv.org/abs/2602.04998 found optima of 6e-5 to
-    6e-4, 1 to 3 times below LoRA's.
+    Its best learning rates were LoRA's in `tests/benchmarks/study.py`; the
+    authors used 3e-4 (7B, batch 16), and the sweep
+    https://arxiv.org/abs/2602.04998 found optima 1 to 3 times below LoRA's.
 
     Args:
         rank: int, 1 or more; at most min(in, out) in each layer. Or float
@@ -45,7 +45,6 @@ class MiLoRA(SpectralLoRA):
 
     name = "milora"
     title = "MiLoRA"
-    suggested_learning_rate = 2e-4
     example = ", rank=8"
     part = "bottom"
     formula = (

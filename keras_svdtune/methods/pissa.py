@@ -56,6 +56,7 @@ class SpectralLoRA(RankedMethod):
     """
 
     part: ClassVar[Literal["top", "bottom"]] = "top"
+    step: ClassVar[float] = 1.0  # of ΔA and ΔB, as in `Weight`
     by_energy = True
 
     rank: int | float
@@ -68,9 +69,19 @@ class SpectralLoRA(RankedMethod):
         rows, columns = shape
         rank = int(self.rank)
         return [
-            Weight("delta_a", (rows, rank), trainable=True, axes=(IN, None)),
             Weight(
-                "delta_b", (rank, columns), trainable=True, axes=(None, OUT)
+                "delta_a",
+                (rows, rank),
+                trainable=True,
+                step=self.step,
+                axes=(IN, None),
+            ),
+            Weight(
+                "delta_b",
+                (rank, columns),
+                trainable=True,
+                step=self.step,
+                axes=(None, OUT),
             ),
             # Saved, so that a file gives the same function on any backend.
             Weight("a0", (rows, rank), saved=True, axes=(IN, None)),
@@ -140,9 +151,9 @@ class PiSSA(SpectralLoRA):
     where Q is computed again. Dense and EinsumDense only; not for layers that
     are declared (`PiSSADense`).
 
-    `suggested_learning_rate` is 5e-5, between the authors' 2e-5 (7B models,
-    rank 128) and the optima of the sweep https://arxiv.org/abs/2602.04998,
-    2 to 10 times below LoRA's.
+    The variables that train hold 4·ΔA and 4·ΔB, so that PiSSA learns at rates
+    that suit LoRA (`tests/benchmarks/study.py`): the sweep
+    https://arxiv.org/abs/2602.04998 found optima 2 to 10 times below LoRA's.
 
     Args:
         rank: int, 1 or more; at most min(in, out) in each layer. Or float
@@ -175,7 +186,7 @@ class PiSSA(SpectralLoRA):
 
     name = "pissa"
     title = "PiSSA"
-    suggested_learning_rate = 5e-5
+    step = 0.25
     example = ", rank=8"
 
     formula = (

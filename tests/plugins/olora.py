@@ -36,7 +36,6 @@ class OLoRA(RankedMethod):
 
     name = "olora"
     title = "OLoRA"
-    suggested_learning_rate = 2e-4  # LoRA's, for want of a sweep
     example = ", rank=8"
     formula = (
         r"W' = W + \frac{\alpha}{r} (A B - A_0 B_0), \qquad W = Q R, \quad"
