@@ -61,8 +61,8 @@ NAVIGATION: list[dict[str, str | list[str]]] = [
         "Guides": [
             f"guides/{x}.md"
             for x in (
-                *("choosing", "saving", "many", "quantized", "devices"),
-                *("your_own", "new_method", "peft", "limits"),
+                *("choosing", "answers", "saving", "many", "quantized"),
+                *("devices", "your_own", "new_method", "peft", "limits"),
             )
         ]
     },

@@ -1,4 +1,4 @@
-"""Runs the notebooks of `colab/` in their small mode, and keeps the outputs.
+"""Runs the notebooks of `colab/`, and keeps the outputs.
 
     python tests/notebooks.py            all of them
     python tests/notebooks.py 01 03      some
@@ -41,7 +41,7 @@ def read(name: str, suffix: str) -> Any:
     return jupytext.read(COLAB / f"{name}{suffix}")
 
 
-def execute(name: str, folder: Path, cache: Path) -> Any:
+def execute(name: str, folder: Path, cache: Path, steps: int | None) -> Any:
     """Executes a notebook in a process of its own.
 
     The cell that installs packages is left out, and the notebook writes its
@@ -52,6 +52,8 @@ def execute(name: str, folder: Path, cache: Path) -> Any:
         name: str, without its suffix.
         folder: where it runs.
         cache: a folder that the notebooks have in common.
+        steps: int or None, how many steps to train; None for as many as the
+            notebook says. What is stored comes from such a run.
 
     Returns:
         The notebook with its outputs.
@@ -73,6 +75,8 @@ def execute(name: str, folder: Path, cache: Path) -> Any:
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "XLA_FLAGS": "",  # as users have it, whatever the tests set
     }
+    if steps is not None:
+        settings["STEPS"] = str(steps)
     client = nbclient.NotebookClient(
         notebook, timeout=900, resources={"metadata": {"path": str(folder)}}
     )
@@ -125,7 +129,7 @@ def main() -> None:
                 continue
             start, cpu = time.perf_counter(), children_seconds()
             with tempfile.TemporaryDirectory() as folder:
-                notebook = execute(name, Path(folder), cache.absolute())
+                notebook = execute(name, Path(folder), cache.absolute(), None)
             jupytext.write(tidy(notebook), COLAB / f"{name}.ipynb")
             seconds = time.perf_counter() - start
             total += seconds
