@@ -46,11 +46,11 @@ def set_adapter(model: Model, adapter: Choice) -> None:
     besides the adapter, such as the head of a Task, changes with it.
 
     A dict sets a weighted sum, ΔW = Σ weight · ΔW of each. That is exact for
-    SVF, SVFT and LoRA-XS, which are linear in what they train, and an error for
-    the other methods. A sum has no name, and neither has the base: what is
-    trained while they are set belongs to no adapter, so that the next call is
-    an error, until `save_adapter(path)` has written it to a file. To train a
-    sum as an adapter of its own, make it one with `compose` and
+    SVF, SVFT, LoRA-XS and MiCA, which are linear in what they train, and an
+    error for the other methods. A sum has no name, and neither has the base:
+    what is trained while they are set belongs to no adapter, so that the next
+    call is an error, until `save_adapter(path)` has written it to a file. To
+    train a sum as an adapter of its own, make it one with `compose` and
     `load_adapter(..., name=...)`.
 
     An optimizer keeps the averages that it has gathered, as it does after
