@@ -97,18 +97,23 @@ def enable_function(cls: type[Method]) -> Callable[..., None]:
 
 
 def add_to_keras_hub(name: str, function: Callable[..., Any]) -> None:
-    """Adds a method to Backbone and Task, unless they have one of that name."""
-    for cls in (keras_hub.models.Backbone, keras_hub.models.Task):
+    """Adds a method to Backbone and Task, unless one has one of that name.
+
+    Then the other gets none either: a name means one thing on both.
+    """
+    classes = (keras_hub.models.Backbone, keras_hub.models.Task)
+    for cls in classes:
         existing = getattr(cls, name, None)
-        if existing is None or hasattr(existing, "_keras_svdtune"):
-            function._keras_svdtune = True  # type: ignore[attr-defined]
-            setattr(cls, name, function)
-        else:
+        if existing is not None and not hasattr(existing, "_keras_svdtune"):
             warnings.warn(
                 f"{cls.__name__} has a method `{name}` of its own; it is "
                 f"left as it is. Call `keras_svdtune.{name}(model, ...)`.",
                 stacklevel=3,
             )
+            return
+    function._keras_svdtune = True  # type: ignore[attr-defined]
+    for cls in classes:
+        setattr(cls, name, function)
 
 
 def _add_enable(cls: type[Method]) -> None:

@@ -142,8 +142,8 @@ def check_fit(path: str, target: Target, method: Method) -> None:
 def _problem_of(target: Target, method: Method) -> str:
     """Returns why a layer cannot be adapted, and a remedy; empty if it can."""
     layer = target.owner
-    if target.lora_enabled:
-        return "has Keras LoRA enabled; load the model without it"
+    if (theirs := target.adapter_of_keras) is not None:
+        return f"has Keras {theirs} enabled; load the model without it"
     if target.quantization_mode not in (None, *QUANTIZATIONS):
         return (
             f"is quantized to {target.quantization_mode}, and adapters know "
