@@ -443,10 +443,11 @@ def test_an_unknown_quantization(monkeypatch):
     """Keras is about to have another mode; only "first" is quantized to it."""
     model = small_model()
     mode = property(lambda x: "ternary" if x.name == "first" else None)
-    monkeypatch.setattr(keras.layers.Dense, "quantization_mode", mode)
-    message = ("first' is quantized to ternary", "know int8 and int4 only")
-    refused(model, message)
-    keras_svdtune.enable_svf(model, ["second"])
+    message = "first' is quantized to ternary, and adapters know int8 and int4"
+    with must_stay(model, X), monkeypatch.context() as patch:
+        patch.setattr(keras.layers.Dense, "quantization_mode", mode)
+        with pytest.raises(ValueError, match=message):
+            keras_svdtune.enable_svf(model)
 
 
 def test_keras_hub_lora():
