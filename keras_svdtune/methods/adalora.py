@@ -77,6 +77,7 @@ class AdaLoRA(RankedMethod):
 
     name = "adalora"
     title = "AdaLoRA"
+    shares_ranks = True
     suggested_learning_rate = 1e-3
     example = ", rank=8"
     banks = False  # one rank for each expert would be needed

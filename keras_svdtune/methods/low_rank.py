@@ -23,10 +23,12 @@ class RankedMethod(Method):
     r components gets as many as it has, n = min(in, out), and a scale of
     alpha / n there: LoRA divides by the rank so that the sum of r trained
     terms is of one size at any r, and n is how many terms the sum has there.
-    A method without a setting `alpha` has a scale of 1.
+    A method without a setting `alpha` has a scale of 1. `shares_ranks` says
+    whether `rank` is a budget that the layers share, and not each one's own.
     """
 
     by_energy: ClassVar[bool] = False
+    shares_ranks: ClassVar[bool] = False
     rank: int | float
     alpha: float | None = None
 

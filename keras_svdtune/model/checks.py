@@ -44,6 +44,7 @@ def targets_for(
     method: Method,
     target_layer_names: Iterable[str] | None,
     beside_others: bool = False,
+    exclude: Iterable[str] = (),
 ) -> dict[str, Target]:
     """Returns the targets to adapt, having checked that `method` fits each.
 
@@ -58,7 +59,7 @@ def targets_for(
             "`remove_adapter()` first; or give this one a `name`, to have "
             "both."
         )
-    targets = find_targets(root, target_layer_names, beside_others)
+    targets = find_targets(root, target_layer_names, beside_others, exclude)
     if target_layer_names is None and not method.banks:
         banks = [p for p, x in targets.items() if x.view.batch]
         targets = {p: x for p, x in targets.items() if p not in banks}

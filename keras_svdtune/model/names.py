@@ -8,7 +8,7 @@ ever.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -149,12 +149,13 @@ def check_alone(record: Enabled, what: str) -> None:
 
 
 def add_untrained(
-    model: Model, name: str, method: Method, paths: Iterable[str]
+    model: Model, name: str, method: Method, methods: dict[str, Method]
 ) -> None:
     """Adds an adapter that changes nothing yet, beside others, and sets it.
 
     Args:
-        paths: the layers that it is to be on.
+        methods: the layers that it is to be on, by path, and the method of
+            each. Those that have `method` itself take what they have.
 
     Raises:
         ValueError: the model has one of that name; or another method, other
@@ -173,13 +174,21 @@ def add_untrained(
             f"since they share their frozen weights. '{named.owner.name}' has "
             f"{theirs}. Received: {method}"
         )
-    different = set(paths) ^ set(named.targets)
+    different = set(methods) ^ set(named.targets)
     if different:
         raise ValueError(
             "All adapters of a model are on the same layers. Name those of "
             f"{listed(named.record.names)} in `target_layer_names`. They "
             f"differ in: {listed(sorted(different))}"
         )
+    for path, target in named.targets.items():
+        wanted = methods[path].for_shape(target.view.shape)
+        ours = target.adapted.method
+        if methods[path] != method and not ours.trains_like(wanted):
+            raise ValueError(
+                "All adapters of a model have the same settings in each layer. "
+                f"Layer '{path}' has {ours}. Received: {wanted}"
+            )
     weights = {path: _first(x) for path, x in named.targets.items()}
     named.add(name, weights, {}, model)
 
