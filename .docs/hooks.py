@@ -53,7 +53,10 @@ FROM_REPOSITORY = {
     f"{RESULTS}/distribution_llama3_small_cpu.md": "benchmarks/cpu_devices.md",
 }
 # The methods in README.md's order; others follow.
-ORDER = ("lora", "svf", "svft", "lora_xs", "pissa", "milora", "dora", "adalora")
+ORDER = (
+    *("lora", "svf", "svft", "lora_xs", "pissa", "milora", "dora", "adalora"),
+    *("mica", "psoft", "oplora"),
+)
 
 NAVIGATION: list[dict[str, str | list[str]]] = [
     {"Start": "index.md"},

@@ -31,6 +31,7 @@ from keras_svdtune.model.names import (
     delete_adapter,
     set_adapter,
 )
+from keras_svdtune.model.patterns import patterns_of
 from keras_svdtune.reports.cost import adapter_summary
 from keras_svdtune.reports.plot_spectrum import plot_spectrum
 from keras_svdtune.reports.quantization_error import quantization_error
@@ -66,23 +67,31 @@ ON_MODELS: dict[str, Callable[..., Any]] = {
 def enable_function(cls: type[Method]) -> Callable[..., None]:
     """Makes `enable_<method>(model, <settings>, target_layer_names=None)`.
 
-    A further argument, by keyword only, is the adapter's `name`.
+    Further arguments, by keyword only, are those of `enable_adapter`; without
+    the patterns that the method has no use for.
     """
-    model, _, targets, name = inspect.signature(
+    model, _, targets, *others = inspect.signature(
         enable_adapter
     ).parameters.values()
-    name = name.replace(kind=name.KEYWORD_ONLY)
+    known = patterns_of(cls)
+    further = [
+        x.replace(kind=x.KEYWORD_ONLY)
+        for x in others
+        if not x.name.endswith("_pattern") or x.name in known
+    ]
     settings = list(inspect.signature(cls).parameters.values())
     by_name = [x for x in settings if x.kind is x.KEYWORD_ONLY]
     in_order = [x for x in settings if x not in by_name]
-    signature = inspect.Signature([model, *in_order, targets, *by_name, name])
+    signature = inspect.Signature(
+        [model, *in_order, targets, *by_name, *further]
+    )
+    options = [targets.name, *(x.name for x in further)]
 
     def enable_method(*args: Any, **kwargs: Any) -> None:
         arguments = signature.bind(*args, **kwargs).arguments
         model = arguments.pop("model")
-        targets = arguments.pop("target_layer_names", None)
-        name = arguments.pop("name", None)
-        enable_adapter(model, cls(**arguments), targets, name)
+        given = {k: arguments.pop(k) for k in options if k in arguments}
+        enable_adapter(model, cls(**arguments), **given)
 
     enable_method.__signature__ = signature  # type: ignore[attr-defined]
     enable_method.__name__ = enable_method.__qualname__ = f"enable_{cls.name}"
@@ -90,25 +99,31 @@ def enable_function(cls: type[Method]) -> Callable[..., None]:
     enable_method.__doc__ = (
         f"Enables {cls.title} on a model, as `enable_adapter` does.\n\n"
         "Takes the settings below; `model`, `target_layer_names` and, by "
-        "keyword only, `name` are as for `enable_adapter`."
+        f"keyword only, {', '.join(f'`{x}`' for x in options[1:])} are as for "
+        "`enable_adapter`."
         f"\n\n{inspect.getdoc(cls)}"
     )
     return enable_method
 
 
 def add_to_keras_hub(name: str, function: Callable[..., Any]) -> None:
-    """Adds a method to Backbone and Task, unless they have one of that name."""
-    for cls in (keras_hub.models.Backbone, keras_hub.models.Task):
+    """Adds a method to Backbone and Task, unless one has one of that name.
+
+    Then the other gets none either: a name means one thing on both.
+    """
+    classes = (keras_hub.models.Backbone, keras_hub.models.Task)
+    for cls in classes:
         existing = getattr(cls, name, None)
-        if existing is None or hasattr(existing, "_keras_svdtune"):
-            function._keras_svdtune = True  # type: ignore[attr-defined]
-            setattr(cls, name, function)
-        else:
+        if existing is not None and not hasattr(existing, "_keras_svdtune"):
             warnings.warn(
                 f"{cls.__name__} has a method `{name}` of its own; it is "
                 f"left as it is. Call `keras_svdtune.{name}(model, ...)`.",
                 stacklevel=3,
             )
+            return
+    function._keras_svdtune = True  # type: ignore[attr-defined]
+    for cls in classes:
+        setattr(cls, name, function)
 
 
 def _add_enable(cls: type[Method]) -> None:

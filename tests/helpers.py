@@ -42,6 +42,9 @@ VARIANTS = {
     "lora_xs": [{"rank": 4}, {"rank": 3, "alpha": 6.0, "n_iter": 4}],
     "lora": [{"rank": 4, "alpha": 8.0}],
     "dora": [{"rank": 4, "alpha": 8.0}],
+    "mica": [{"rank": 4}, {"rank": 3, "alpha": 6.0, "part": "top"}],
+    "psoft": [{"rank": 4}, {"rank": 1}],
+    "oplora": [{"rank": 4}, {"rank": 3, "keep": 2, "alpha": 6.0}],
 }
 
 

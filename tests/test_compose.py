@@ -18,13 +18,16 @@ from helpers import (
 
 import keras_svdtune
 from keras_svdtune import (
+    PSOFT,
     SVF,
     SVFT,
     AdaLoRA,
     DoRA,
     LoRA,
     LoRAXS,
+    MiCA,
     MiLoRA,
+    OPLoRA,
     PiSSA,
     compose,
 )
@@ -66,6 +69,7 @@ LINEAR = [
     SVFT(off_diagonals=1),
     SVFT("random", off_diagonals=1),
     LoRAXS(rank=2, alpha=4.0),
+    MiCA(rank=2, alpha=4.0),
 ]
 LOW_RANK = [
     LoRA(rank=1, alpha=3.0),
@@ -190,10 +194,12 @@ def test_clear_errors(tmp_path):
     saved(b, LoRA(rank=1), 2)
     with pytest.raises(ValueError, match=r"SVF\(\).*to_lora"):
         compose({a: 1, b: 1})
-    saved(c, DoRA(rank=1), 2)
-    for files in ({b: 1, c: 1}, {c: 2}):
-        with pytest.raises(ValueError, match=r"DoRA.*a norm of its own.*to_lo"):
-            compose(files)
+    for method in (DoRA(rank=1), PSOFT(rank=2), OPLoRA(rank=1)):
+        saved(c, method, 2)
+        said = f"{method.title} adds is not linear in its weights.*to_lora"
+        for files in ({b: 1, c: 1}, {c: 2}):
+            with pytest.raises(ValueError, match=said):
+                compose(files)
     for rank in (0, 1.5, True, "2"):
         with pytest.raises(ValueError, match="1 or more. Received: rank="):
             compose({b: 1}, rank=rank)

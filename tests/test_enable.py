@@ -431,6 +431,25 @@ def test_keras_lora():
     keras_svdtune.enable_svf(model, ["second"])  # beside it there is room
 
 
+def test_keras_dora():
+    """A stand-in for what Keras is about to have."""
+    model = small_model()
+    model.get_layer("first").dora_enabled = True
+    refused(model, ("first' has Keras DoRA enabled", "load the model"))
+    keras_svdtune.enable_svf(model, ["second"])  # beside it there is room
+
+
+def test_an_unknown_quantization(monkeypatch):
+    """Keras is about to have another mode; only "first" is quantized to it."""
+    model = small_model()
+    mode = property(lambda x: "ternary" if x.name == "first" else None)
+    message = "first' is quantized to ternary, and adapters know int8 and int4"
+    with must_stay(model, X), monkeypatch.context() as patch:
+        patch.setattr(keras.layers.Dense, "quantization_mode", mode)
+        with pytest.raises(ValueError, match=message):
+            keras_svdtune.enable_svf(model)
+
+
 def test_keras_hub_lora():
     gemma = tiny_gemma()
     gemma.enable_lora(2)
@@ -670,6 +689,26 @@ def test_a_method_of_keras_hub_is_left_alone(monkeypatch):
     assert len(caught) == 1
     assert cls.enable_svf is own
     assert others == {k: v for k, v in vars(cls).items() if k != "enable_svf"}
+
+
+@pytest.mark.parametrize("owner", ["Backbone", "Task"])
+def test_a_name_of_keras_hub_means_one_thing(monkeypatch, owner):
+    """Stand-ins for a KerasHub where one of them has an `enable_dora`."""
+
+    def own(self):
+        pass
+
+    plain = {name: type(name, (), {}) for name in ("Backbone", "Task")}
+    plain[owner].enable_dora = own
+    for name, cls in plain.items():
+        monkeypatch.setattr(keras_hub.models, name, cls)
+    with pytest.warns(UserWarning, match=f"{owner} has a method `enable_dora`"):
+        add_to_keras_hub("enable_dora", ON_MODELS["enable_dora"])
+    (other,) = set(plain) - {owner}
+    assert plain[owner].enable_dora is own
+    assert not hasattr(plain[other], "enable_dora")
+    add_to_keras_hub("enable_svf", ON_MODELS["enable_svf"])
+    assert all(hasattr(cls, "enable_svf") for cls in plain.values())
 
 
 def test_every_method_has_its_functions():

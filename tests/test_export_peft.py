@@ -32,7 +32,19 @@ from peft_twins import (
 )
 
 import keras_svdtune
-from keras_svdtune import SVF, SVFT, AdaLoRA, DoRA, LoRA, LoRAXS, MiLoRA, PiSSA
+from keras_svdtune import (
+    PSOFT,
+    SVF,
+    SVFT,
+    AdaLoRA,
+    DoRA,
+    LoRA,
+    LoRAXS,
+    MiCA,
+    MiLoRA,
+    OPLoRA,
+    PiSSA,
+)
 from keras_svdtune.convert import hf_names
 
 torch = pytest.importorskip("torch")
@@ -120,6 +132,9 @@ def test_every_family(name, tmp_path):
                 (LoRAXS(rank=4), None),
                 (AdaLoRA(rank=2), None),
                 (MiLoRA(rank=2), None),
+                (MiCA(rank=2), None),
+                (PSOFT(rank=3), None),
+                (OPLoRA(rank=2, keep=3), None),
                 (SVFT(), 6),
             ]
         ),

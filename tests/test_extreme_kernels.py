@@ -16,13 +16,16 @@ from helpers import (
 
 import keras_svdtune
 from keras_svdtune import (
+    PSOFT,
     SVF,
     SVFT,
     AdaLoRA,
     DoRA,
     LoRA,
     LoRAXS,
+    MiCA,
     MiLoRA,
+    OPLoRA,
     PiSSA,
 )
 from keras_svdtune.matrix import decompose
@@ -44,6 +47,9 @@ METHODS = [
     LoRA(rank=2),
     DoRA(rank=2),
     AdaLoRA(rank=2),
+    MiCA(rank=2),
+    PSOFT(rank=2),
+    OPLoRA(rank=2, keep=2),
 ]
 REPLACES = [x for x in METHODS if hasattr(x, "option")]
 SHAPES = {"square": (8, 8), "tall": (8, 4)}

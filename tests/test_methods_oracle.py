@@ -4,8 +4,9 @@ The oracle of a method is its equation and nothing else: a function from the
 trainables to W'. Outputs follow by one product, gradients by central
 differences, so no derivative is written down twice. Singular vectors come
 from `np.linalg.svd`, with the package's rule for signs: the entry of largest
-magnitude of each singular vector of the smaller side is positive. SVF, SVFT and
-LoRA-XS take the singular vectors of W rounded to bfloat16.
+magnitude of each singular vector of the smaller side is positive. SVF, SVFT,
+LoRA-XS, MiCA, PSOFT and OPLoRA take the singular vectors of W rounded to
+bfloat16.
 """
 
 import keras
@@ -161,6 +162,42 @@ def adalora(w, settings, start):
     return lambda t: w + k * (t["p"] * (t["singular_values"] * mask)) @ t["q"]
 
 
+def mica(w, settings, start):
+    v = svd(rounded(w))[2]
+    rank = settings.rank
+    v = v[:, -rank:] if settings.part == "bottom" else v[:, :rank]
+    k = 1.0 if settings.alpha is None else settings.alpha / rank
+    return lambda t: w + k * t["a"] @ v.T
+
+
+def psoft(w, settings, start):
+    u, s, v = svd(rounded(w))
+    rank = settings.rank
+    a, b = u[:, :rank], (v[:, :rank] * s[:rank]).T
+    above = np.triu_indices(rank, 1)
+    one = np.eye(rank)
+
+    def merged(t):
+        q = np.zeros((rank, rank))
+        q[above] = t.get("skew", ())
+        q = q - q.T
+        r = (one + q) @ np.linalg.inv(one - q)
+        assert np.allclose(r.T @ r, one, atol=1e-12)
+        alpha, beta = 1 + t["alpha_change"], 1 + t["beta_change"]
+        return w + a @ (np.diag(alpha) @ r @ np.diag(beta) - one) @ b
+
+    return merged
+
+
+def oplora(w, settings, start):
+    u, _, v = svd(rounded(w))
+    u, v = u[:, : settings.keep], v[:, : settings.keep]
+    left = np.eye(w.shape[0]) - u @ u.T
+    right = np.eye(w.shape[1]) - v @ v.T
+    k = 1.0 if settings.alpha is None else settings.alpha / settings.rank
+    return lambda t: w + k * left @ t["a"] @ t["b"] @ right
+
+
 ORACLES = {
     "adalora": adalora,
     "svf": svf,
@@ -170,6 +207,9 @@ ORACLES = {
     "lora_xs": lora_xs,
     "lora": lora,
     "dora": dora,
+    "mica": mica,
+    "psoft": psoft,
+    "oplora": oplora,
 }
 
 

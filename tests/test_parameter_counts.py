@@ -11,7 +11,19 @@ import pytest
 from helpers import method_id, tiny_gemma
 
 import keras_svdtune
-from keras_svdtune import SVF, SVFT, AdaLoRA, DoRA, LoRA, LoRAXS, MiLoRA, PiSSA
+from keras_svdtune import (
+    PSOFT,
+    SVF,
+    SVFT,
+    AdaLoRA,
+    DoRA,
+    LoRA,
+    LoRAXS,
+    MiCA,
+    MiLoRA,
+    OPLoRA,
+    PiSSA,
+)
 
 pytestmark = pytest.mark.fast
 
@@ -186,6 +198,12 @@ def test_low_rank_peers_count_alike(model):
         triplets = len(ALL) * MODELS[model].layers * rank
         adalora = AdaLoRA(rank=rank // 2, initial_rank=rank)
         assert count(adalora, model, ALL) == lora + triplets
+        inputs = sum(s[0] for s in MODELS[model].matrices(ALL))
+        mica = rank * inputs * MODELS[model].layers
+        assert count(MiCA(rank=rank), model, ALL) == mica
+        assert count(OPLoRA(rank=rank), model, ALL) == lora
+        turned = len(ALL) * MODELS[model].layers * rank * (rank + 3) // 2
+        assert count(PSOFT(rank=rank), model, ALL) == turned
         outputs = sum(s[1] for s in MODELS[model].matrices(ALL))
         extra = count(DoRA(rank=rank), model, ALL) - lora
         assert extra == outputs * MODELS[model].layers

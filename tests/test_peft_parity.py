@@ -8,6 +8,7 @@ import gc
 import types
 
 import keras
+import ml_dtypes
 import numpy as np
 import pytest
 from helpers import adapted, assert_close, gradients, numpy
@@ -198,6 +199,91 @@ def test_pissa(shape):
     case.compare(layer, theirs, pairs)
     theirs.merge()
     merged = theirs.weight.detach().numpy().T
+    assert_close(layer.merged_kernel(), merged, TOLERANCE)
+
+
+def _in_bfloat16(case):
+    """Gives the case a kernel that bfloat16 holds: ours rounds it to that
+    before it is decomposed."""
+    case.w = np.asarray(case.w.astype(ml_dtypes.bfloat16), "float32")
+
+
+def _signs(ours, theirs):
+    """Of singular vectors in columns, which are the same up to these."""
+    found = np.sign(np.sum(ours * theirs, axis=0))
+    assert_close(ours * found, theirs, TOLERANCE)
+    return found
+
+
+@every_shape
+def test_mica(shape):
+    case = Case(shape)
+    _in_bfloat16(case)
+    layer = case.ours(keras_svdtune.MiCA(rank=RANK, alpha=ALPHA))
+    try:
+        theirs = case.lora(init_lora_weights="mica")
+    except ValueError:
+        pytest.skip("this PEFT has no MiCA")
+    a, b = _factors(theirs)
+    assert not a.any() and not b.requires_grad  # what trains and what does not
+    signs = _signs(numpy(layer.adapter.v), b.detach().numpy())
+    layer.adapter.a.assign(case.a * signs)
+    _set(a, case.a.T)
+    case.compare(layer, theirs, {})
+    (y,) = gradients(
+        lambda: one_program(lambda: inner(layer(case.x), case.cotangent)),
+        [layer.adapter.a],
+    )
+    assert_close(y * signs, a.grad.numpy().T, TOLERANCE)
+    theirs.merge()
+    merged = theirs.weight.detach().numpy().T
+    assert_close(layer.merged_kernel(), merged, TOLERANCE)
+
+
+@every_shape
+def test_psoft(shape):
+    if not hasattr(peft, "PsoftConfig"):
+        pytest.skip("this PEFT has no PSOFT")
+    case = Case(shape)
+    _in_bfloat16(case)
+    layer = case.ours(keras_svdtune.PSOFT(rank=RANK))
+    # Its `alpha` has no say: B is divided by the scale.
+    config = peft.PsoftConfig(
+        r=RANK, psoft_alpha=3 * RANK, target_modules=["0"]
+    )
+    model = peft.get_peft_model(torch.nn.Sequential(case.linear()), config)
+    theirs = model.base_model.model[0]
+    their_a, their_b = theirs._get_psoft_ab_cache_buffers("default")
+    signs = _signs(numpy(layer.adapter.a), their_a.numpy().T)
+    assert_close(
+        numpy(layer.adapter.b) * signs[:, None], 3 * their_b.numpy().T, 1e-5
+    )
+    # R multiplies columns there, so Q is the transpose of ours.
+    turn = theirs.psoft_R["default"]
+    above = np.triu_indices(RANK, 1)
+    assert np.array_equal(turn.rows, above[0])
+    assert np.array_equal(turn.cols, above[1])
+    skew = 0.4 * case.normal(len(above[0]))
+    flips = signs[above[0]] * signs[above[1]]
+    alpha, beta = 0.3 * case.normal(RANK), 0.3 * case.normal(RANK)
+    layer.adapter.skew.assign(-skew * flips)
+    layer.adapter.alpha_change.assign(alpha)
+    layer.adapter.beta_change.assign(beta)
+    _set(turn.weight, skew)
+    _set(turn.vector_a, 1 + alpha)
+    _set(turn.vector_b, 1 + beta)
+    pairs = {
+        "alpha": (layer.adapter.alpha_change, turn.vector_a),
+        "beta": (layer.adapter.beta_change, turn.vector_b),
+    }
+    case.compare(layer, theirs, pairs)
+    (found,) = gradients(
+        lambda: one_program(lambda: inner(layer(case.x), case.cotangent)),
+        [layer.adapter.skew],
+    )
+    assert_close(-found * flips, turn.weight.grad.numpy(), TOLERANCE)
+    theirs.merge()
+    merged = theirs.base_layer.weight.detach().numpy().T
     assert_close(layer.merged_kernel(), merged, TOLERANCE)
 
 

@@ -552,6 +552,10 @@ POOR_METHODS = [
     LoRA(rank=4, alpha=8.0),
     DoRA(rank=4, alpha=8.0),
     AdaLoRA(rank=2, initial_rank=4),
+    keras_svdtune.MiCA(rank=4, alpha=8.0),
+    keras_svdtune.MiCA(rank=3, part="top"),
+    keras_svdtune.PSOFT(rank=4),
+    keras_svdtune.OPLoRA(rank=2, keep=3, alpha=4.0),
 ]
 
 

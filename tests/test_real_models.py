@@ -20,7 +20,7 @@ from helpers import (
 )
 from keras import ops
 
-from keras_svdtune import SVF, SVFT, LoRAXS
+from keras_svdtune import PSOFT, SVF, SVFT, LoRAXS, MiCA, OPLoRA
 from keras_svdtune.files.format import read_adapter
 from keras_svdtune.model.targets import adapted_targets
 
@@ -301,3 +301,43 @@ def perplexity(logits, ids):
     logits -= logits.max(axis=-1, keepdims=True)
     log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     return np.exp(-np.mean(log_p[np.arange(len(ids) - 1), ids[1:]]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method",
+    [MiCA(rank=8), PSOFT(rank=32), OPLoRA(rank=8, keep=32)],
+    ids=lambda x: x.name,
+)
+def test_newer_methods(method, tmp_path):
+    """Enabled, trained, saved, loaded and merged."""
+    weights = pytest.importorskip("keras_svdtune.demo.weights")
+    task = weights.load_model("smollm2_135m")
+    tokenizer = task.preprocessor.tokenizer
+    ids = np.array([tokenizer.start_token_id, *tokenizer(PARAGRAPH)])[:32]
+    x = {
+        "token_ids": ids[None, :-1].astype("int32"),
+        "padding_mask": np.ones((1, len(ids) - 1), "int32"),
+    }
+    task.preprocessor = None
+    base = eager(task, x)
+    task.enable_adapter(method)
+    assert_same(eager(task, x), base, "the first step")
+    task.compile(
+        optimizer=keras.optimizers.Adam(method.suggested_learning_rate),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    losses = task.fit(x, ids[None, 1:], epochs=5, verbose=0).history["loss"]
+    print(f"{method}: losses {losses}")
+    assert losses[-1] < losses[0], losses
+    learned = eager(task, x)
+    assert_differ(learned, base)
+    path = tmp_path / "adapter.safetensors"
+    task.save_adapter(path)
+    print(f"{method}: {path.stat().st_size} bytes")
+    task.remove_adapter()
+    assert_same(eager(task, x), base, "removed")
+    task.load_adapter(path)
+    assert_same(eager(task, x), learned, "loaded")
+    task.merge_adapter()
+    assert error(eager(task, x), learned) < 1e-4

@@ -28,7 +28,9 @@ from keras_svdtune import (
     LayerSpectrum,
     LoRA,
     LoRAXS,
+    MiCA,
     MiLoRA,
+    OPLoRA,
     PiSSA,
     Spectrum,
 )
@@ -344,6 +346,9 @@ def test_plot_with_many_kinds_has_one_panel(tmp_path):
         (SVF(), (1, 6)),
         (PiSSA(2), (1, 2)),
         (LoRAXS(4), (1, 4)),
+        (OPLoRA(2, keep=2), (3, 6)),
+        (OPLoRA(2), (4, 6)),  # at most half of them stay
+        (MiCA(2), (5, 6)),
         (MiLoRA(2), (5, 6)),
         (PiSSA(0.8), (1, 1)),  # 64 of 79.5
         (MiLoRA(0.1), (2, 6)),  # 15.5 of 79.5; without the 9 too little

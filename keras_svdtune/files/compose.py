@@ -128,7 +128,7 @@ def compose(
 ) -> SavedAdapter:
     """Computes the weighted sum of adapters: ΔW = Σ weight · ΔW of each file.
 
-    SVF, SVFT and LoRA-XS are linear in their trainable weights: these are
+    SVF, SVFT, LoRA-XS and MiCA are linear in their trainable weights: these are
     added up, and the result is an adapter of the same method and size. PiSSA,
     MiLoRA, LoRA and AdaLoRA become one LoRA, exactly: with ΔW_i = A_i·B_i
 
@@ -408,8 +408,8 @@ def _concatenate(layer: str, parts: list[_File], rank: int | None) -> _LayerSum:
     products = [_product(layer, part) for part in parts]
     if any(a.ndim > 2 for a, _ in products):
         raise ValueError(
-            f"Layer '{layer}' is a bank of matrices. Of these only SVF, SVFT "
-            "and LoRA-XS add up."
+            f"Layer '{layer}' is a bank of matrices. Of these only SVF, SVFT, "
+            "LoRA-XS and MiCA add up."
         )
     a = np.concatenate([a for a, _ in products], axis=1)
     b = np.concatenate([b for _, b in products], axis=0)
@@ -451,8 +451,8 @@ def _product(layer: str, part: _File) -> tuple[np.ndarray, np.ndarray]:
         why = (
             "it adds up with adapters of its own method and settings only"
             if method.linear
-            else f"what {method.title} adds is neither linear in its weights "
-            "nor of low rank, since every column has a norm of its own"
+            else f"what {method.title} adds is not linear in its weights, and "
+            "the file alone does not give it as a product of two thin matrices"
         )
         raise ValueError(
             f"{part.file.source} holds {method}, and {why}. Load it and "

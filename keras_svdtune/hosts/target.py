@@ -107,9 +107,13 @@ class Target:
         return method.rebuilds_basis and self.quantization_mode is None
 
     @property
-    def lora_enabled(self) -> bool:
-        """Whether Keras' own LoRA is enabled on the layer."""
-        return not self.direct and self.owner.lora_enabled
+    def adapter_of_keras(self) -> str | None:
+        """`"LoRA"` or `"DoRA"`, if Keras' own is enabled on the layer."""
+        if self.direct:
+            return None
+        if getattr(self.owner, "dora_enabled", False):  # not in all releases
+            return "DoRA"
+        return "LoRA" if self.owner.lora_enabled else None
 
     @property
     def replaced(self) -> bool:

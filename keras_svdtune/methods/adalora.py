@@ -84,6 +84,7 @@ class AdaLoRA(RankedMethod):
 
     name = "adalora"
     title = "AdaLoRA"
+    shares_ranks = True
     example = ", rank=8"
     banks = False  # one rank for each expert would be needed
     embeddings = False  # two calls in a step would count twice

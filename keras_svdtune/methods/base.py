@@ -155,6 +155,8 @@ class Method:
             singular vectors of W again. They are then those of W rounded to
             bfloat16 (`matrix/rounding.py`), so that W in float32 and W in
             bfloat16 have the same; W·V = U·diag(s) holds to that rounding only.
+        trains_other_components: bool. Whether the components of W that `needs`
+            names are the ones that stay, and all others may change.
         has_enable: bool. Whether there is an `enable_<name>`. There is none
             where Keras has a method of that name.
     """
@@ -169,6 +171,7 @@ class Method:
     banks: ClassVar[bool] = True
     embeddings: ClassVar[bool] = True
     rebuilds_basis: ClassVar[bool] = False
+    trains_other_components: ClassVar[bool] = False
     has_enable: ClassVar[bool] = True
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:

@@ -42,7 +42,8 @@ class LoRA(RankedMethod):
     Args:
         rank: int, 1 or more; at most min(in, out) in each layer.
         alpha: float or None. The branch is scaled by alpha / rank; None
-            means rank, a scale of 1.
+            means rank, a scale of 1. (For rsLoRA's scale, alpha / sqrt(rank),
+            give alpha·sqrt(rank).)
         seed: int. Seed of A.
 
     Example:

@@ -23,11 +23,14 @@ class RankedMethod(Method):
     r components gets as many as it has, n = min(in, out), and a scale of
     alpha / n there: LoRA divides by the rank so that the sum of r trained
     terms is of one size at any r, and n is how many terms the sum has there.
+    A method without a setting `alpha` has a scale of 1. `shares_ranks` says
+    whether `rank` is a budget that the layers share, and not each one's own.
     """
 
     by_energy: ClassVar[bool] = False
+    shares_ranks: ClassVar[bool] = False
     rank: int | float
-    alpha: float | None
+    alpha: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,12 +68,9 @@ class RankedMethod(Method):
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def reverse(self, weights: Weights, base: ReverseMap) -> Tensor:
-        # x·(W + a·b)ᵀ = x·Wᵀ + (x·bᵀ)·aᵀ
         factors = self.low_rank_factors(weights)
         assert factors is not None  # a method without them has its own form
-        a, b = (ops.cast(x, base.dtype) for x in factors)
-        xb = base.times(ops.transpose(b))
-        return base() + ops.matmul(xb, ops.transpose(a))
+        return base() + reversed_branch(base, *factors)
 
 
 def branch(base: LinearMap, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -82,3 +82,9 @@ def branch(base: LinearMap, a: Tensor, b: Tensor, scale: float) -> Tensor:
         b = b * scale  # r·out numbers, not tokens·out
     xa = base.times(ops.cast(a, base.dtype))
     return ops.matmul(xa, ops.cast(b, base.dtype))
+
+
+def reversed_branch(base: ReverseMap, a: Tensor, b: Tensor) -> Tensor:
+    """Computes x·(A·B)ᵀ = (x·Bᵀ)·Aᵀ in the dtype of `base`."""
+    xb = base.times(ops.transpose(ops.cast(b, base.dtype)))
+    return ops.matmul(xb, ops.transpose(ops.cast(a, base.dtype)))

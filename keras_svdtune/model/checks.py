@@ -44,6 +44,7 @@ def targets_for(
     method: Method,
     target_layer_names: Iterable[str] | None,
     beside_others: bool = False,
+    exclude: Iterable[str] = (),
 ) -> dict[str, Target]:
     """Returns the targets to adapt, having checked that `method` fits each.
 
@@ -58,7 +59,7 @@ def targets_for(
             "`remove_adapter()` first; or give this one a `name`, to have "
             "both."
         )
-    targets = find_targets(root, target_layer_names, beside_others)
+    targets = find_targets(root, target_layer_names, beside_others, exclude)
     if target_layer_names is None and not method.banks:
         banks = [p for p, x in targets.items() if x.view.batch]
         targets = {p: x for p, x in targets.items() if p not in banks}
@@ -142,8 +143,8 @@ def check_fit(path: str, target: Target, method: Method) -> None:
 def _problem_of(target: Target, method: Method) -> str:
     """Returns why a layer cannot be adapted, and a remedy; empty if it can."""
     layer = target.owner
-    if target.lora_enabled:
-        return "has Keras LoRA enabled; load the model without it"
+    if (theirs := target.adapter_of_keras) is not None:
+        return f"has Keras {theirs} enabled; load the model without it"
     if target.quantization_mode not in (None, *QUANTIZATIONS):
         return (
             f"is quantized to {target.quantization_mode}, and adapters know "

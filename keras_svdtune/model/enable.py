@@ -7,7 +7,7 @@ in one `commit`, so that an error or an interrupt leaves the model as it was.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from keras import ops
 
@@ -26,6 +26,7 @@ from keras_svdtune.model.commit import commit
 from keras_svdtune.model.freezing import freeze
 from keras_svdtune.model.named_adapters import check_name, join
 from keras_svdtune.model.names import add_untrained, check_alone
+from keras_svdtune.model.patterns import methods_by_path
 from keras_svdtune.model.planning import plan_adapters
 from keras_svdtune.model.recompile import bring_up_to_date, note_change
 from keras_svdtune.model.state import (
@@ -48,6 +49,10 @@ def enable_adapter(
     method: Method,
     target_layer_names: Iterable[str] | None = None,
     name: str | None = None,
+    *,
+    exclude: Iterable[str] = (),
+    rank_pattern: Mapping[str, float] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
 ) -> None:
     """Adds an adapter to each target layer and freezes everything else.
 
@@ -76,12 +81,19 @@ def enable_adapter(
             regular expressions that match a whole layer path (`".*ffw.*"`).
         name: str or None. What `set_adapter` calls the adapter. None for the
             only one.
+        exclude: names and expressions like those of `target_layer_names`, of
+            layers to leave out.
+        rank_pattern: dict or None. The rank of some layers, by names and
+            expressions like those of `target_layer_names`:
+            `{"query": 16, ".*ffw.*": 4}`. The others have `method.rank`.
+        alpha_pattern: the same for alpha.
 
     Raises:
-        ValueError: an adapter is enabled already, a target matches nothing, a
-            layer cannot be adapted, or a kernel holds NaN or infinity. With a
-            `name`: the model has an adapter of that name, or those that it has
-            are of another method or on other layers.
+        ValueError: an adapter is enabled already, a name or an expression
+            matches nothing, the method has no such setting, a layer gets two
+            numbers, a layer cannot be adapted, or a kernel holds NaN or
+            infinity. With a `name`: the model has an adapter of that name, or
+            those that it has are of another method or on other layers.
 
     Example:
 
@@ -94,13 +106,16 @@ def enable_adapter(
     if name is not None:
         check_name(name)
     beside_others = name is not None and bool(adapted_targets(root))
-    targets = targets_for(root, method, target_layer_names, beside_others)
-    if name is not None and beside_others:
-        add_untrained(model, name, method, targets)
-        return
-    plans = plan_adapters(
-        f"{method.title}: decomposing", targets, dict.fromkeys(targets, method)
+    targets = targets_for(
+        root, method, target_layer_names, beside_others, exclude
     )
+    methods = methods_by_path(
+        method, targets, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern
+    )
+    if name is not None and beside_others:
+        add_untrained(model, name, method, methods)
+        return
+    plans = plan_adapters(f"{method.title}: decomposing", targets, methods)
 
     def join_what_trains(undo: contextlib.ExitStack) -> None:
         join(record_of(root), trained_beside(model), undo)

@@ -8,7 +8,7 @@ ever.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -46,11 +46,11 @@ def set_adapter(model: Model, adapter: Choice) -> None:
     besides the adapter, such as the head of a Task, changes with it.
 
     A dict sets a weighted sum, ΔW = Σ weight · ΔW of each. That is exact for
-    SVF, SVFT and LoRA-XS, which are linear in what they train, and an error for
-    the other methods. A sum has no name, and neither has the base: what is
-    trained while they are set belongs to no adapter, so that the next call is
-    an error, until `save_adapter(path)` has written it to a file. To train a
-    sum as an adapter of its own, make it one with `compose` and
+    SVF, SVFT, LoRA-XS and MiCA, which are linear in what they train, and an
+    error for the other methods. A sum has no name, and neither has the base:
+    what is trained while they are set belongs to no adapter, so that the next
+    call is an error, until `save_adapter(path)` has written it to a file. To
+    train a sum as an adapter of its own, make it one with `compose` and
     `load_adapter(..., name=...)`.
 
     An optimizer keeps the averages that it has gathered, as it does after
@@ -149,12 +149,13 @@ def check_alone(record: Enabled, what: str) -> None:
 
 
 def add_untrained(
-    model: Model, name: str, method: Method, paths: Iterable[str]
+    model: Model, name: str, method: Method, methods: dict[str, Method]
 ) -> None:
     """Adds an adapter that changes nothing yet, beside others, and sets it.
 
     Args:
-        paths: the layers that it is to be on.
+        methods: the layers that it is to be on, by path, and the method of
+            each. Those that have `method` itself take what they have.
 
     Raises:
         ValueError: the model has one of that name; or another method, other
@@ -173,13 +174,21 @@ def add_untrained(
             f"since they share their frozen weights. '{named.owner.name}' has "
             f"{theirs}. Received: {method}"
         )
-    different = set(paths) ^ set(named.targets)
+    different = set(methods) ^ set(named.targets)
     if different:
         raise ValueError(
             "All adapters of a model are on the same layers. Name those of "
             f"{listed(named.record.names)} in `target_layer_names`. They "
             f"differ in: {listed(sorted(different))}"
         )
+    for path, target in named.targets.items():
+        wanted = methods[path].for_shape(target.view.shape)
+        ours = target.adapted.method
+        if methods[path] != method and not ours.trains_like(wanted):
+            raise ValueError(
+                "All adapters of a model have the same settings in each layer. "
+                f"Layer '{path}' has {ours}. Received: {wanted}"
+            )
     weights = {path: _first(x) for path, x in named.targets.items()}
     named.add(name, weights, {}, model)
 

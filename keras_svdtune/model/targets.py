@@ -66,6 +66,7 @@ def find_targets(
     model: Model,
     target_layer_names: Iterable[str] | None = None,
     adapted: bool = False,
+    exclude: Iterable[str] = (),
 ) -> dict[str, Target]:
     """Returns the matrices to adapt, by path.
 
@@ -76,6 +77,8 @@ def find_targets(
             regular expressions that match a whole layer path
             (`".*attention/(query|value)"`). Embeddings only where named.
         adapted: whether to include those that have an adapter already.
+        exclude: names and expressions of the same kind, of layers to leave out
+            of these.
 
     Returns:
         dict from layer path to `Target`, in the model's order. A layer that the
@@ -90,26 +93,36 @@ def find_targets(
             f"Model '{model.name}' is not built yet, so it has no kernels. "
             "Call it on some data, or `build()` it, first."
         )
-    if isinstance(target_layer_names, str):
-        raise ValueError(
-            "`target_layer_names` must be a list of strings. Received the "
-            f"string {target_layer_names!r}; write [{target_layer_names!r}]."
-        )
+    for option, value in (
+        ("target_layer_names", target_layer_names),
+        ("exclude", exclude),
+    ):
+        if isinstance(value, str):
+            raise ValueError(
+                f"`{option}` must be a list of strings. Received the "
+                f"string {value!r}; write [{value!r}]."
+            )
     found = matrices_in(model, adapted)
     if not found.targets and not found.not_matrices:
         raise ValueError(
             f"Model '{model.name}' has no Dense, EinsumDense or convolution "
             "that is built and not yet adapted."
         )
-    if target_layer_names is None:
-        return _by_default(model.name, found)
     names = {path: target.name for path, target in found.targets.items()}
     names |= {path: name for path, (name, _) in found.not_matrices.items()}
+    left_out = {path for name in exclude for path in matching(name, names)}
+    if target_layer_names is None:
+        return _by_default(model.name, _without(found, left_out))
     wanted = {
-        path for name in target_layer_names for path in _matching(name, names)
+        path for name in target_layer_names for path in matching(name, names)
     }
     if not wanted:
         raise ValueError("`target_layer_names` is empty. Received: []")
+    wanted -= left_out
+    if not wanted:
+        raise ValueError(
+            "`exclude` leaves out all that `target_layer_names` names."
+        )
     for path, (_, problem) in found.not_matrices.items():
         if path in wanted:
             raise ValueError(f"Layer '{path}': {problem}")
@@ -150,8 +163,18 @@ def numbered(items: Iterable[T], path_of: Callable[[T], str]) -> dict[str, T]:
     return found
 
 
-def _matching(wanted: str, names: dict[str, str]) -> list[str]:
-    """Returns the paths in `names` that a name or an expression selects."""
+def _without(found: Matrices, left_out: set[str]) -> Matrices:
+    return Matrices(
+        {k: x for k, x in found.targets.items() if k not in left_out},
+        {k: x for k, x in found.not_matrices.items() if k not in left_out},
+    )
+
+
+def matching(wanted: str, names: dict[str, str]) -> list[str]:
+    """Returns the paths in `names` that a name or an expression selects.
+
+    `names` holds the name of each layer by its path.
+    """
     by_name = [path for path, name in names.items() if name == wanted]
     if by_name:
         return by_name

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import rich.table
@@ -20,6 +20,7 @@ from keras_svdtune.methods.top_svf import TopSVF
 from keras_svdtune.model.beside import trained_beside
 from keras_svdtune.model.checks import checked_method, targets_for
 from keras_svdtune.model.names import adapter_weights
+from keras_svdtune.model.patterns import methods_by_path
 from keras_svdtune.model.state import (
     DEFAULT,
     adapted_part,
@@ -181,6 +182,10 @@ def estimate(
     model: Model,
     method: Method,
     target_layer_names: Iterable[str] | None = None,
+    *,
+    exclude: Iterable[str] = (),
+    rank_pattern: Mapping[str, float] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
 ) -> Cost:
     """Estimates the cost of `enable_adapter`. Touches nothing.
 
@@ -188,7 +193,8 @@ def estimate(
     operations, and the speed of one decomposition timed on the first call.
 
     Args:
-        model, method, target_layer_names: as for `enable_adapter`.
+        model, method, target_layer_names, exclude, rank_pattern,
+            alpha_pattern: as for `enable_adapter`.
 
     Raises:
         ValueError: as `enable_adapter`, save for NaN and infinity in a kernel.
@@ -201,14 +207,17 @@ def estimate(
     """
     root = adapted_part(model)
     method = checked_method(method)
-    targets = targets_for(root, method, target_layer_names)
+    targets = targets_for(root, method, target_layer_names, exclude=exclude)
+    methods = methods_by_path(
+        method, targets, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern
+    )
     costs = tuple(
-        _cost(path, _resolved(method, x, path), x)
+        _cost(path, _resolved(methods[path], x, path), x)
         for path, x in targets.items()
     )
     work = sum(
-        _operations(method, x.view.shape) * math.prod(x.view.batch)
-        for x in targets.values()
+        _operations(methods[path], x.view.shape) * math.prod(x.view.batch)
+        for path, x in targets.items()
     )
     seconds = work * _seconds_per_operation() if work else None
     return Cost(method, costs, root.count_params(), seconds)

@@ -35,8 +35,8 @@ def plot_spectrum(
     logarithmic axis; its colour is the depth of the layer. The shaded band is
     0.1 to 1.1. Below the lines a bar for each of `methods` covers the
     components that it trains: for PiSSA(r) the first r, for MiLoRA(r) the
-    last, for SVF all. If the model has an adapter, dashed lines are the values
-    with it.
+    last, for SVF all, for OPLoRA all but those that it keeps. If the model has
+    an adapter, dashed lines are the values with it.
 
     Args:
         model: what `spectrum` takes; or what it returned, to plot it again at
@@ -192,6 +192,8 @@ def trained_span(layer: LayerSpectrum, method: Method) -> tuple[int, int]:
     if isinstance(rank, float):
         rank = rank_of_energy(layer.s, rank, needs.part)
     assert rank is not None
+    if method.trains_other_components:  # all but the first
+        return rank + 1, n
     return (1, rank) if needs.part == "top" else (n - rank + 1, n)
 
 

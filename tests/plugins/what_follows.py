@@ -44,6 +44,9 @@ def test_names_of_the_package():
         "alpha",
         "target_layer_names",
         "name",
+        "exclude",
+        "rank_pattern",
+        "alpha_pattern",
     ]
 
 
