@@ -48,8 +48,8 @@ class MiCA(RankedMethod):
 
     Trainable: r·in a matrix; frozen beside W: r·out. Adapters add up exactly.
 
-    `suggested_learning_rate` is 2e-3, twice LoRA's: the authors advise half of
-    LoRA's rank and twice its rate. Not swept.
+    The authors advise half of LoRA's rank and twice its learning rate: the
+    variable that trains holds A / 2, so that LoRA's rate is right. Not swept.
 
     Args:
         rank: int, 1 or more; at most min(in, out) in each layer.
@@ -70,7 +70,6 @@ class MiCA(RankedMethod):
 
     name = "mica"
     title = "MiCA"
-    suggested_learning_rate = 2e-3
     linear = True
     rebuilds_basis = True
     example = ", rank=8"
@@ -105,7 +104,13 @@ class MiCA(RankedMethod):
         rows, columns = shape
         return [
             Weight("v", (columns, self.rank), axes=(OUT, None)),
-            Weight("a", (rows, self.rank), trainable=True, axes=(IN, None)),
+            Weight(
+                "a",
+                (rows, self.rank),
+                trainable=True,
+                step=2.0,
+                axes=(IN, None),
+            ),
         ]
 
     def initial_values(

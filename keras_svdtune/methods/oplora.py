@@ -48,8 +48,6 @@ class OPLoRA(RankedMethod):
 
     Trainable: r·(in + out) a matrix; frozen: k·(in + out).
 
-    `suggested_learning_rate` is 1e-3, LoRA's. Not swept.
-
     Args:
         rank: int, 1 or more; at most min(in, out) - k in each layer.
         keep: int, 0 or more. The number k of components that stay; at most
@@ -69,7 +67,6 @@ class OPLoRA(RankedMethod):
 
     name = "oplora"
     title = "OPLoRA"
-    suggested_learning_rate = 1e-3
     rebuilds_basis = True
     trains_other_components = True
     example = ", rank=8"

@@ -46,8 +46,8 @@ class PSOFT(RankedMethod):
     Trainable: r·(r + 3)/2 a matrix; frozen beside W: r·(in + out). A component
     with s = 0 stays as it is.
 
-    `suggested_learning_rate` is 1e-3, within the 1e-4 to 5e-3 that PEFT's
-    documentation advises, as it advises ranks of 32 to 256. Not swept.
+    PEFT's documentation advises learning rates of 1e-4 to 5e-3, and ranks of 32
+    to 256. Not swept.
 
     Args:
         rank: int, 1 or more; at most min(in, out) in each layer.
@@ -63,7 +63,6 @@ class PSOFT(RankedMethod):
 
     name = "psoft"
     title = "PSOFT"
-    suggested_learning_rate = 1e-3
     rebuilds_basis = True
     example = ", rank=8"
     formula = (

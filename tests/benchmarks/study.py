@@ -51,23 +51,26 @@ METHODS = {
     "pissa:rank=8": -7,
     "milora:rank=8": -5,
     "svft:pattern=banded": -3,
-    "lora_xs:rank=8": -4,
+    "lora_xs:rank=8": -3,
+    "adalora:rank=8": -4,
     FULL: -8,
     "dora:rank=8": -5,
-    "adalora:rank=8": -5,
     "lora:rank=1": -5,
     "lora:rank=32": -5,
-    "lora_xs:rank=32": -5,
+    "lora_xs:rank=32": -4,
     "svft:pattern=plain": -3,
+    "mica:rank=8": -4,
+    "psoft:rank=32": -5,
+    "oplora:rank=8": -5,
 }
 MAIN = [*itertools.islice(METHODS, 9)]
 BATCH = {"reviews": 16}
 # Model, task, steps, methods, seeds; in the order in which they are run.
 PLAN = (
-    ("minilm", "reviews", 150, MAIN, 1),
     ("smollm2_135m", "pirate", 120, MAIN, 1),
-    ("smollm2_135m", "letters", 120, MAIN, 1),
+    ("minilm", "reviews", 150, MAIN, 1),
     ("smollm2_135m", "pirate", 120, MAIN, 3),
+    ("smollm2_135m", "letters", 120, MAIN, 1),
     ("minilm", "reviews", 150, [*METHODS], 3),
     ("smollm2_135m", "speeches", 120, MAIN, 1),
     ("smollm2_135m", "letters", 120, MAIN, 3),
