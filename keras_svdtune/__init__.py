@@ -34,11 +34,13 @@ from keras_svdtune.callbacks import RankAllocator, SpectralMonitor
 from keras_svdtune.convert.low_rank_change import LayerConversion
 from keras_svdtune.convert.peft import export_peft
 from keras_svdtune.convert.to_lora import Conversion, to_lora
+from keras_svdtune.experts.dispatch import Dispatcher
 from keras_svdtune.experts.mixture import (
     Mixture,
     MixtureStep,
     search_mixture,
 )
+from keras_svdtune.experts.policy import train_policy
 from keras_svdtune.files.compose import compose
 from keras_svdtune.files.format import SavedAdapter
 from keras_svdtune.files.hub import push_adapter
