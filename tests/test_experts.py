@@ -30,10 +30,11 @@ from keras_svdtune.model.targets import adapted_targets
 
 NAMES = ("a", "b", "c")
 RANDOM = np.random.default_rng(0)
+# Prompts of two lengths, and what is to be said to them.
 EXAMPLES = [
-    (RANDOM.integers(1, 32, 3 + i % 2).tolist(), RANDOM.integers(1, 32, 3).tolist())
+    tuple(RANDOM.integers(1, 32, n).tolist() for n in (3 + i % 2, 3))
     for i in range(6)
-]  # fmt: skip
+]
 
 
 class Letters:
@@ -66,7 +67,9 @@ class Letters:
         ]
 
 
-def language_model(method=None, names=NAMES, text=False, targets=None):
+def language_model(
+    method=None, names=NAMES, text=False, targets=None, size=1.0
+):
     """A small Gemma with adapters, the last of which is set."""
     lm = keras_hub.models.GemmaCausalLM(
         backbone=tiny_gemma(num_layers=1), preprocessor=None
@@ -76,7 +79,7 @@ def language_model(method=None, names=NAMES, text=False, targets=None):
     lm.compile(keras.optimizers.Adam(0.01), sampler="top_k")
     for seed, name in enumerate(names):
         lm.backbone.enable_adapter(method or SVF(), targets, name=name)
-        perturb(lm.backbone, seed, 1.0)
+        perturb(lm.backbone, seed, size)
     return lm
 
 
@@ -94,6 +97,11 @@ def everything(lm):
         ],
         "weights": [v.path for v in lm.weights],
     }
+
+
+def near(found, expected, tolerance):
+    """Two numbers are equal within `tolerance`."""
+    assert abs(float(found) - float(expected)) <= tolerance, (found, expected)
 
 
 def mean_log_likelihood(lm, examples):
@@ -120,7 +128,7 @@ def mean_log_likelihood(lm, examples):
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_gradient_of_the_weights(method, per_layer, monkeypatch):
     """Against differences of what the model computes with merged kernels."""
-    lm = language_model(method, ("a", "b"))
+    lm = language_model(method, ("a", "b"), size=0.1)
     count = len(adapted_targets(lm.backbone)) if per_layer else 1
     experts = Experts.of(named_adapters(lm), ["a", "b"])
     seen = {}
@@ -143,13 +151,16 @@ def test_gradient_of_the_weights(method, per_layer, monkeypatch):
         with keras_svdtune.adapter_merged(lm):
             return -mean_log_likelihood(lm, searched)
 
-    alpha, h = np.full((2, count), 0.5), 0.02
-    for k, c in [(0, 0), (1, 0), (1, count - 1)]:
-        step = np.zeros_like(alpha)
+    def slope(k, c, h):
+        alpha, step = np.full((2, count), 0.5), np.zeros((2, count))
         step[k, c] = h
-        difference = (loss(alpha + step) - loss(alpha - step)) / (2 * h)
+        return (loss(alpha + step) - loss(alpha - step)) / (2 * h)
+
+    for k, c in [(0, 0), (1, 0), (1, count - 1)]:
+        # Without the error of second order.
+        difference = (4 * slope(k, c, 0.02) - slope(k, c, 0.04)) / 3
         scale = np.abs(found).max()
-        assert abs(found[k, c] - difference) < 0.01 * scale, (k, c)
+        assert abs(found[k, c] - difference) < 1e-3 * scale, (k, c)
 
 
 def test_the_best_of_the_held_out_examples_is_kept():
@@ -167,10 +178,10 @@ def test_the_best_of_the_held_out_examples_is_kept():
     assert max(scores) > scores[0]
     lm.backbone.set_adapter(found.weights)
     step = found.curve[found.best]
-    assert_close(mean_log_likelihood(lm, held), step.held_out, 1e-4)
-    assert_close(mean_log_likelihood(lm, searched), step.score, 1e-4)
+    near(mean_log_likelihood(lm, held), step.held_out, 1e-4)
+    near(mean_log_likelihood(lm, searched), step.score, 1e-4)
     lm.backbone.set_adapter(dict.fromkeys(NAMES, 1 / 3))
-    assert_close(mean_log_likelihood(lm, held), held_out[0], 1e-4)
+    near(mean_log_likelihood(lm, held), held_out[0], 1e-4)
 
 
 def test_the_mixture_that_made_the_answers_is_found():
@@ -178,9 +189,7 @@ def test_the_mixture_that_made_the_answers_is_found():
     lm = language_model()
     truth = {"a": 0.9, "b": 0.1, "c": 0.4}
     lm.backbone.set_adapter(truth)
-    answers = language.Answers(
-        lm, keras_hub.samplers.RandomSampler(seed=1), 12
-    )
+    answers = language.Answers(lm, keras_hub.samplers.RandomSampler(seed=1), 12)
     prompts = [RANDOM.integers(1, 32, 4).tolist() for _ in range(96)]
     examples = list(zip(prompts, answers(prompts, 16), strict=True))
     lm.backbone.set_adapter("c")
@@ -234,14 +243,12 @@ def test_a_mixture_is_an_adapter_like_any_other(tmp_path):
 # By scores.
 
 
-def score_of(lm, targets):
-    """How many tokens are as a mixture `targets` would have them."""
-    lm.backbone.set_adapter(targets)
+def answered_by(lm, weights):
+    """The examples' prompts, with the answers of a mixture."""
+    lm.backbone.set_adapter(weights)
     answers = language.Answers(lm, keras_hub.samplers.GreedySampler(), 4)
     prompts = [x for x, _ in EXAMPLES]
-    right = [
-        answers([x], 8)[0] for x in prompts
-    ]
+    right = [answers([x], 8)[0] for x in prompts]
     lm.backbone.set_adapter("c")
     return list(zip(prompts, right, strict=True))
 
@@ -251,17 +258,19 @@ def same_tokens(answer, right):
 
 
 def test_cross_entropy_finds_a_known_mixture():
-    lm = language_model()
-    examples = score_of(lm, {"a": 1.0, "b": 0.2, "c": 0.0})
+    lm = language_model(size=0.2)
+    truth = {"a": 1.0, "b": 0.2, "c": 0.0}
+    examples = answered_by(lm, truth)
     before = everything(lm)
     found = keras_svdtune.search_mixture(
         *(lm, list(NAMES), examples, same_tokens),
-        population=16,
         max_new_tokens=4,
         iterations=8,
     )
     assert_same(everything(lm), before)
-    assert all(0.0 <= x <= 1.0 for x in found.weights.values())
+    for name, weight in truth.items():
+        assert 0.0 <= found.weights[name] <= 1.0
+        near(found.weights[name], weight, 0.2)
     best = found.curve[found.best]
     assert best.held_out == max(x.held_out for x in found.curve)
     assert best.score == 1.0 and best.held_out == 1.0, found.curve
@@ -372,7 +381,7 @@ def test_files_are_loaded_and_after_an_error_gone(tmp_path, monkeypatch):
             model, files, EXAMPLES, iterations=3
         )
         for name in NAMES:
-            assert_close(found.weights[name], expected.weights[name], 1e-4)
+            near(found.weights[name], expected.weights[name], 1e-4)
     assert beside.backbone.adapter_names() == ["mine", *NAMES]
     assert str(record_of(beside.backbone).chosen) == before["chosen"]
     assert record_of(plain.backbone).chosen == {}
@@ -583,7 +592,7 @@ def test_advantages_leave_one_out():
         for j, reward in enumerate(row):
             others = np.delete(row, j).mean()
             assert abs(found[i, j] - (reward - others)) < 1e-12
-    assert_close(policy.leave_one_out(np.ones((2, 3))), 0.0, 1e-12)
+    assert not policy.leave_one_out(np.ones((2, 3))).any()
 
 
 def test_the_loss_against_numpy():
@@ -603,8 +612,8 @@ def test_the_loss_against_numpy():
                 total -= advantages[row] * log_pi[row, t] / 4
                 d = log_base[row, t] - log_pi[row, t]
                 expected += (np.exp(d) - 1 - d) / answer.sum()
-    assert_close(numpy(distance), expected, 1e-6)
-    assert_close(numpy(loss), total + 0.3 * expected, 1e-6)
+    near(numpy(distance), expected, 1e-5)
+    near(numpy(loss), total + 0.3 * expected, 1e-5)
 
 
 def test_the_distance_estimates_the_divergence():
@@ -633,43 +642,42 @@ PROMPTS = [x for x, _ in EXAMPLES]
 
 @pytest.mark.parametrize("method", [SVF(), LoRA(rank=2)], ids=str)
 def test_a_reward_rises(method):
-    lm = language_model(method, names=())
-    lm.backbone.enable_adapter(method)
-    lm.compile(keras.optimizers.Adam(0.05), sampler="top_k")
+    lm = language_model(method, names=("a",), size=0.0)
+    lm.compile(keras.optimizers.Adam(0.1), sampler="top_k")
     lm.generate(_prompts(), stop_token_ids=None)
     sampler, function = lm.sampler, lm.generate_function
     base = [numpy(v) for v in lm.non_trainable_variables]
-    logs = []
+    seen = []
 
     class Watch(keras.callbacks.Callback):
-        def on_train_batch_end(self, batch, found=None):
-            logs.append(found)
+        def on_train_batch_end(self, batch, logs=None):
+            seen.append(logs)
 
     history = keras_svdtune.train_policy(
         lm,
         PROMPTS,
         wanted,
         validation=PROMPTS[:2],
-        epochs=12,
+        epochs=16,
         batch_size=6,
-        answers=6,
+        answers=8,
         kl=0.01,
-        max_new_tokens=4,
+        max_new_tokens=3,
         callbacks=[Watch()],
     ).history
     assert set(history) == {"loss", "reward", "kl", "val_reward"}
-    assert len(logs) == 12
-    assert np.mean(history["reward"][-3:]) > history["reward"][0] + 0.1
+    assert len(seen) == 16
+    assert np.mean(history["reward"][-5:]) > history["reward"][0] + 0.1
     # At the first step π is the base.
     assert abs(history["kl"][0]) < 1e-6 < history["kl"][-1]
     assert lm.sampler is sampler and lm.generate_function is function
     assert_same([numpy(v) for v in lm.non_trainable_variables], base)
-    assert int(lm.optimizer.iterations.value) == 12
+    assert int(lm.optimizer.iterations.value) == 16
 
 
 def test_a_step_is_down_the_gradient():
     """Of the samples that it drew, by differences, with SGD of rate 1."""
-    lm = language_model(names=("a",), targets=[".*query"])
+    lm = language_model(names=("a",), targets=[".*query"], size=0.05)
     rate = 0.01
     lm.compile(keras.optimizers.SGD(rate))
     (target,) = adapted_targets(lm.backbone).values()
@@ -710,11 +718,13 @@ def test_a_step_is_down_the_gradient():
         distance = np.mean(np.exp(d) - 1 - d)
         return 0.5 * distance - np.mean(advantages * found.sum(-1))
 
-    h = 2e-3
-    for i in range(len(before)):
+    def slope(i, h):
         step = h * np.eye(len(before), dtype="float32")[i]
-        expected = (loss(before + step) - loss(before - step)) / (2 * h)
-        assert abs(moved[i] - expected) < 0.02 * np.abs(moved).max() + 1e-3
+        return (loss(before + step) - loss(before - step)) / (2 * h)
+
+    for i in range(len(before)):
+        expected = (4 * slope(i, 5e-4) - slope(i, 1e-3)) / 3
+        near(moved[i], expected, 5e-3 * np.abs(moved).max())
 
 
 def test_callbacks_stop_it():

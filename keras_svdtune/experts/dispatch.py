@@ -105,7 +105,7 @@ class Dispatcher:
             named.checked(name)
         if none in experts:
             raise ValueError(
-                "`none` must be no expert's name. Received: " f"none={none!r}"
+                f"`none` must be no expert's name. Received: none={none!r}"
             )
         for field in ("{experts}", "{prompt}"):
             if field not in template:
@@ -278,9 +278,7 @@ class Dispatcher:
             undo.pop_all()
         return history
 
-    def _logits(
-        self, classifier: Model, prompts: Sequence[str]
-    ) -> np.ndarray:
+    def _logits(self, classifier: Model, prompts: Sequence[str]) -> np.ndarray:
         """Computes the logits of the trained classifier."""
         with adapter_set(self.model, CLASSIFIER):
             found: np.ndarray = classifier.predict(
@@ -297,7 +295,8 @@ class Dispatcher:
 def _checked(prompts: Sequence[str]) -> list[str]:
     if isinstance(prompts, str) or not len(prompts):
         raise ValueError(
-            f"`prompts` must be a list of texts, not empty. Received: {prompts!r}"
+            "`prompts` must be a list of texts, not empty. Received: "
+            f"{prompts!r}"
         )
     return [str(x) for x in prompts]
 

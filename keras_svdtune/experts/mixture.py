@@ -171,12 +171,10 @@ class Mixture:
         left.set(xlabel="iteration", ylabel="score")
         left.legend(frameon=False)
         for name, weight in self.weights.items():
-            by_layer = isinstance(weight, dict)
-            values = list(weight.values()) if by_layer else [weight]
-            if by_layer:
-                right.plot(values, label=name, linewidth=0.9)
+            if isinstance(weight, dict):
+                right.plot([*weight.values()], label=name, linewidth=0.9)
             else:
-                right.bar(name, values)
+                right.bar(name, weight)
         if right.lines:
             right.set_xlabel("layer")
             right.legend(frameon=False)

@@ -79,7 +79,6 @@ def _on_jax(
 ) -> Function:
     import jax
 
-    @jax.jit
     def run(
         trained: list[Tensor], others: list[Tensor], arguments: list[Tensor]
     ) -> Any:
@@ -93,7 +92,8 @@ def _on_jax(
 
         return transform(of)(trained)
 
-    return lambda *arguments: run(
+    jitted = jax.jit(run)
+    return lambda *arguments: jitted(
         [v.value for v in model.trainable_variables],
         [v.value for v in model.non_trainable_variables],
         list(arguments),
@@ -103,7 +103,6 @@ def _on_jax(
 def _on_tensorflow(model: Model, function: Function) -> Function:
     import tensorflow as tf
 
-    @tf.function(reduce_retracing=True)
     def run(*arguments: Tensor) -> Any:
         values = [v.value for v in model.trainable_variables]
         with tf.GradientTape() as tape:
@@ -114,7 +113,8 @@ def _on_tensorflow(model: Model, function: Function) -> Function:
         )
         return loss, other, gradients
 
-    return run
+    found: Function = tf.function(run, reduce_retracing=True)
+    return found
 
 
 def _on_torch(model: Model, function: Function) -> Function:
