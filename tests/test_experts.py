@@ -487,7 +487,7 @@ def test_scores_are_those_of_the_base():
     ours = dispatcher()
     lm = ours.model
     before = everything(lm)
-    prompts = ["a ship", "the judge said so", "hi"]
+    prompts = ["a ship", "judges", "hi all"]
     found = ours.scores(prompts)
     assert_same(everything(lm), before)
     assert found.shape == (3, 3)
@@ -787,10 +787,13 @@ def test_what_training_by_reward_refuses():
     with pytest.raises(ValueError, match="has no adapter"):
         keras_svdtune.train_policy(lm, PROMPTS, wanted)
     lm.backbone.enable_svf([".*query"])
+    adam = keras.optimizers.Adam()
+    lm.compile(keras.optimizers.LossScaleOptimizer(adam))
     for kwargs, message in (
         ({"answers": 1}, "answers"),
         ({"kl": -1.0}, "kl"),
         ({"prompts": []}, "a prompt to train on"),
+        ({}, "LossScaleOptimizer"),
     ):
         with pytest.raises(ValueError, match=message):
             keras_svdtune.train_policy(

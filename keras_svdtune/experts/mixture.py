@@ -227,8 +227,9 @@ def search_mixture(
     10 without a better one the search stops. So that score is too good:
     measure on other examples what you report.
 
-    The model, what is set, its optimizer and its compiled functions are as
-    before at the end, also after an error or an interrupt.
+    At the end, also after an error or an interrupt, the model is as before:
+    what is set, its optimizer, its sampler and its compiled functions. Only
+    files that a search to its end has loaded are there.
 
     Args:
         model: a `keras_hub.models.CausalLM` that takes text.
@@ -385,7 +386,7 @@ class Experts:
         Raises:
             ValueError: as for `set_adapter` with the weights of a sum.
         """
-        names = list(names)
+        names = list(dict.fromkeys(names))
         # Not 1: that would be an adapter by itself, which need not add up.
         half = named.checked(dict.fromkeys(names, 0.5))
         stored = named.stored(named.now())
@@ -557,7 +558,9 @@ def _by_gradient(
     weight = (is_searched / size[is_searched].sum()).astype("float32")
     names = len(experts.names)
     optimizer = keras.optimizers.Adam(learning_rate)
-    alpha = keras.Variable(np.full((names, count), 1.0 / names), name="alpha")
+    alpha = keras.Variable(
+        np.full((names, count), 1.0 / names), dtype="float32", name="alpha"
+    )
     progress = _Progress(iterations)
     best = to_numpy(alpha.value)
     with values_back(experts.named, "search_mixture"):

@@ -87,7 +87,8 @@ def train_policy(
 
     Raises:
         ValueError: the model is no language model, has no adapter or no
-            optimizer; or a number is out of range.
+            optimizer, or one that scales the loss (float16); or a number is
+            out of range.
 
     Example:
 
@@ -119,6 +120,11 @@ def train_policy(
     if model.optimizer is None:
         raise ValueError(
             f"'{model.name}' has no optimizer. Call `compile` with one first."
+        )
+    if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
+        raise ValueError(
+            "Training by reward does not scale the loss, as float16 needs it. "
+            "Use bfloat16 or float32. Received: a LossScaleOptimizer"
         )
     all_prompts = prompt_ids(model, [*prompts, *validation])
     length = max(map(len, all_prompts)) + new_tokens
