@@ -285,7 +285,9 @@ def search_mixture(
         named = named_adapters(model)
         experts = Experts.of(named, names)
         count = len(named.targets) if per_layer else 1
-        shots = Shots.of(model, searched, held, new_tokens)
+        # Without a score the model does not answer itself.
+        own = 0 if score is None else new_tokens
+        shots = Shots.of(model, searched, held, own)
         if score is None:
             found = _by_gradient(
                 model, experts, shots, count, iterations, learning_rate
