@@ -742,6 +742,7 @@ def test_a_step_is_down_the_gradient():
 
 def test_callbacks_stop_it():
     lm = language_model(names=("a",), targets=[".*query"])
+    before = values(lm)
     stop = keras.callbacks.EarlyStopping(
         "val_reward", mode="max", patience=1, restore_best_weights=True
     )
@@ -754,6 +755,9 @@ def test_callbacks_stop_it():
         callbacks=[stop],
     ).history
     assert history["val_reward"] == [1.0, 1.0]
+    # No answer was better than another one, so there was nothing to learn.
+    assert_same(values(lm), before)
+    assert int(lm.optimizer.iterations.value) == 0
 
 
 @pytest.mark.skipif(not compiles(), reason="torch compiles nothing")

@@ -57,7 +57,8 @@ def train_policy(
     and the second over all their tokens. It is never negative, and estimates
     how far π is from π₀, the base: the same model with its adapter switched
     off. The optimizer that the model was compiled with takes one step down the
-    gradient of L; a regulariser of the method (AdaLoRA's) is added to L.
+    gradient of L; a regulariser of the method (AdaLoRA's) is added to L. Where
+    no answer of a batch is better than another one to its prompt, it takes none.
 
     What trains is what `fit` trains: the adapter that is set, and what else is
     trainable in the model. Sampler, loss and compiled functions of the user
@@ -246,7 +247,10 @@ class _Trainer:
         loss, distance, gradients = self._gradients(
             *tokens.arrays, advantages.astype("float32"), log_base
         )
-        model.optimizer.apply(gradients, model.trainable_variables)
+        # Without advantages there are rounding errors left, at first, which
+        # Adam would make as large as any step.
+        if advantages.any():
+            model.optimizer.apply(gradients, model.trainable_variables)
         return {
             "loss": float(to_numpy(loss)),
             "reward": float(rewards.mean()),
