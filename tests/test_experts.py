@@ -747,14 +747,14 @@ def test_callbacks_stop_it():
         "val_reward", mode="max", patience=1, restore_best_weights=True
     )
     history = keras_svdtune.train_policy(
-        *(lm, PROMPTS[:2], lambda prompt, answer: 1.0),
+        *(lm, PROMPTS[:2], lambda prompt, answer: 0.1),
         validation=PROMPTS[:1],
         epochs=9,
         answers=2,
         max_new_tokens=2,
         callbacks=[stop],
     ).history
-    assert history["val_reward"] == [1.0, 1.0]
+    assert history["val_reward"] == [0.1, 0.1]
     # No answer was better than another one, so there was nothing to learn.
     assert_same(values(lm), before)
     assert int(lm.optimizer.iterations.value) == 0

@@ -57,8 +57,8 @@ def train_policy(
     and the second over all their tokens. It is never negative, and estimates
     how far π is from π₀, the base: the same model with its adapter switched
     off. The optimizer that the model was compiled with takes one step down the
-    gradient of L; a regulariser of the method (AdaLoRA's) is added to L. Where
-    no answer of a batch is better than another one to its prompt, it takes none.
+    gradient of L; a regulariser of the method (AdaLoRA's) is added to L. If no
+    answer of a batch is better than another to its prompt, it takes none.
 
     What trains is what `fit` trains: the adapter that is set, and what else is
     trainable in the model. Sampler, loss and compiled functions of the user
@@ -241,7 +241,8 @@ class _Trainer:
         model = self._model
         repeated = [x for x in prompts for _ in range(self._count)]
         tokens, rewards = self._answered(self._sample, repeated)
-        advantages = leave_one_out(rewards.reshape(-1, self._count)).ravel()
+        by_prompt = rewards.reshape(-1, self._count)
+        advantages = leave_one_out(by_prompt).ravel()
         with adapter_disabled(model):
             log_base = self._likelihoods(tokens.ids, tokens.mask)
         loss, distance, gradients = self._gradients(
@@ -249,7 +250,7 @@ class _Trainer:
         )
         # Without advantages there are rounding errors left, at first, which
         # Adam would make as large as any step.
-        if advantages.any():
+        if np.ptp(by_prompt, axis=-1).any():
             model.optimizer.apply(gradients, model.trainable_variables)
         return {
             "loss": float(to_numpy(loss)),
