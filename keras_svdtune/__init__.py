@@ -9,6 +9,7 @@ The folders, each of which stands on those below it alone:
 |---|---|
 | `demo` | a whole run on a real small model |
 | `keras_hub_methods`, `layers`, `callbacks`, `layout_map` | the user's doors |
+| `experts` | several adapters: mixed, chosen by the prompt, trained by reward |
 | `files` | adapter files: written, read, checked, added up, shared |
 | `convert` | any adapter as a LoRA, and in PEFT's form |
 | `reports` | costs, spectra, errors: tables and pictures |
@@ -33,6 +34,13 @@ from keras_svdtune.callbacks import RankAllocator, SpectralMonitor
 from keras_svdtune.convert.low_rank_change import LayerConversion
 from keras_svdtune.convert.peft import export_peft
 from keras_svdtune.convert.to_lora import Conversion, to_lora
+from keras_svdtune.experts.dispatch import Dispatcher
+from keras_svdtune.experts.mixture import (
+    Mixture,
+    MixtureStep,
+    search_mixture,
+)
+from keras_svdtune.experts.policy import train_policy
 from keras_svdtune.files.compose import compose
 from keras_svdtune.files.format import SavedAdapter
 from keras_svdtune.files.hub import push_adapter

@@ -23,6 +23,7 @@ FOLDERS = (
     "reports",
     "convert",
     "files",
+    "experts",
     "doors",
     "demo",
 )

@@ -213,9 +213,14 @@ class Adapter(keras.layers.Layer):
                 if placement is not None:
                     spec = ((), *placement.spec)
                     place_variable(table, placement.sharding(spec))
-                table.assign(value)
                 setattr(self, f"{name}_of_each", table)
                 self.examples = len(value)
+        self.assign_each_example(values)
+
+    def assign_each_example(self, values: dict[str, np.ndarray]) -> None:
+        """Assigns other values to what `give_each_example` has made."""
+        for name, value in values.items():
+            getattr(self, f"{name}_of_each").assign(value)
 
     def quantize(self, *args: object, **kwargs: object) -> None:
         """Raises a ValueError: Keras would leave the layer around it as it is.

@@ -1,7 +1,7 @@
 """Disables or merges adapters, or gives each example its own, for a while."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import keras
 import numpy as np
@@ -9,7 +9,11 @@ from keras import ops
 
 from keras_svdtune.hosts import attach
 from keras_svdtune.model.checks import check_merged
-from keras_svdtune.model.named_adapters import Choice, named_adapters
+from keras_svdtune.model.named_adapters import (
+    Choice,
+    NamedAdapters,
+    named_adapters,
+)
 from keras_svdtune.model.recompile import (
     bring_up_to_date,
     note_change_for_a_while,
@@ -25,6 +29,9 @@ from keras_svdtune.runtime.interrupts import run_to_the_end
 from keras_svdtune.runtime.keras_internals import Structure
 from keras_svdtune.runtime.processes import to_numpy
 from keras_svdtune.runtime.types import Model, Tensor, Variable
+
+# The weights of each row of a batch, by path and name: arrays (rows, ...).
+Tables = dict[str, dict[str, np.ndarray]]
 
 
 @contextlib.contextmanager
@@ -197,6 +204,13 @@ def adapter_per_example(
             f"Received: {adapters!r}"
         )
     rows = [named.checked(x) for x in adapters]
+    check_by_example(named)
+    with weights_by_row(named, named.tables(rows)):
+        yield
+
+
+def check_by_example(named: NamedAdapters) -> None:
+    """Raises a ValueError if a layer cannot have an adapter for each row."""
     for path, target in named.targets.items():
         if target.direct or not target.view.by_example:
             raise ValueError(
@@ -205,7 +219,23 @@ def adapter_per_example(
                 "first axis is not that of the examples. Leave it out of "
                 "`target_layer_names`."
             )
-    tables = named.tables(rows)
+
+
+@contextlib.contextmanager
+def weights_by_row(
+    named: NamedAdapters, tables: Tables
+) -> Iterator[Callable[[Tables], None]]:
+    """Temporarily gives each row of a batch weights of its own.
+
+    Args:
+        named: the adapters of a model.
+        tables: an array (rows, ...) for each weight, by path and name. They
+            are taken out of it one by one.
+
+    Yields:
+        A function that assigns other values of the same shapes, with which
+        nothing is compiled anew.
+    """
     names = "+".join(next(iter(tables.values())))
     record = named.record
     structure = Structure(x.adapted for x in named.targets.values())
@@ -222,10 +252,32 @@ def adapter_per_example(
         undone()
         bring_up_to_date(named.owner)
 
+    def assign(tables: Tables) -> None:
+        for path, target in named.targets.items():
+            target.adapted.assign_each_example(tables[path])
+
     with contextlib.ExitStack() as at_end:
         at_end.callback(run_to_the_end, [restore])
         record.within = PER_EXAMPLE
         for path, target in named.targets.items():
             target.adapted.give_each_example(tables.pop(path))
         bring_up_to_date(named.owner)
+        yield assign
+
+
+@contextlib.contextmanager
+def values_back(named: NamedAdapters, within: str) -> Iterator[None]:
+    """Puts back the values that the adapters' variables have, at the end.
+
+    `within` is the name of what sets others, for messages.
+    """
+    before, record = named.now(), named.record
+
+    def restore() -> None:
+        named.put(before)
+        record.within = None
+
+    with contextlib.ExitStack() as at_end:
+        at_end.callback(run_to_the_end, [restore])
+        record.within = within
         yield

@@ -67,7 +67,7 @@ def plot_spectrum(
                 f"{method.title} trains no singular components of W, so there "
                 f"is nothing to draw. Received: {method!r}"
             )
-    plt = _matplotlib("pyplot")
+    plt = matplotlib_module("pyplot")
     found = (
         model
         if isinstance(model, Spectrum)
@@ -123,23 +123,24 @@ def plot_spectrum(
     return figure
 
 
-def _matplotlib(module: str) -> Any:
+def matplotlib_module(module: str, what: str = "plot_spectrum") -> Any:
+    """Imports a module of matplotlib; `what` needs it, for the message."""
     try:
         return importlib.import_module(f"matplotlib.{module}")
     except ImportError as error:
         raise ImportError(
-            f"`plot_spectrum` needs matplotlib, which could not be imported "
+            f"`{what}` needs matplotlib, which could not be imported "
             f'({error}). Install it with: pip install "keras_svdtune[plot]"'
         ) from error
 
 
 def _depth_colours(last: int) -> Any:
     """Maps the matrices, from 0 to `last`, to colours."""
-    colormap = _matplotlib("pyplot").get_cmap("viridis")
+    colormap = matplotlib_module("pyplot").get_cmap("viridis")
     part = colormap(np.linspace(*_DEPTHS, 256))
-    return _matplotlib("cm").ScalarMappable(
-        _matplotlib("colors").Normalize(0, max(last, 1)),
-        _matplotlib("colors").ListedColormap(part),
+    return matplotlib_module("cm").ScalarMappable(
+        matplotlib_module("colors").Normalize(0, max(last, 1)),
+        matplotlib_module("colors").ListedColormap(part),
     )
 
 
@@ -214,7 +215,7 @@ def _bar(
 def _legend(figure: "Figure", axis: "Axes", methods: Sequence[Method]) -> None:
     if not methods:
         return
-    lines = _matplotlib("lines")
+    lines = matplotlib_module("lines")
     handles = [
         lines.Line2D(
             [],

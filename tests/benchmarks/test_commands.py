@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import keras
 import pytest
@@ -120,11 +121,12 @@ def test_text_classifier(tmp_path: Path) -> None:
         assert (row["file_bytes"] is None) == (name == "frozen backbone")
 
 
-def test_compose_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def tiny_llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Loads a Llama of a few thousand weights, for the demo's task."""
     for module in ("arrr", "chatterbot_corpus", "gguf", "yaml"):
         pytest.importorskip(module)
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "demo")
-    import compose_tasks
     from tiny_llama_gguf import write_tiny_llama
 
     from keras_svdtune.demo import train
@@ -132,14 +134,18 @@ def test_compose_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     write_tiny_llama(tmp_path / "tiny.gguf")
     gguf_to_hf.convert(tmp_path / "tiny.gguf", tmp_path / "converted")
-    monkeypatch.setattr(
-        compose_tasks,
-        "load_model",
-        lambda _: gguf_to_hf.load(tmp_path / "converted"),
-    )
-    monkeypatch.setattr(compose_tasks, "WEIGHTS", [(1.0, 0.0), (0.5, 0.5)])
     monkeypatch.setattr(train, "LENGTH", 160)  # a token is a letter here
     monkeypatch.setattr(train, "HELD_OUT", 8)
+    return lambda _: gguf_to_hf.load(tmp_path / "converted")
+
+
+def test_compose_tasks(
+    tiny_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import compose_tasks
+
+    monkeypatch.setattr(compose_tasks, "load_model", tiny_llama)
+    monkeypatch.setattr(compose_tasks, "WEIGHTS", [(1.0, 0.0), (0.5, 0.5)])
     monkeypatch.setattr(
         sys, "argv", ["", "--steps", "4", "--results", str(tmp_path)]
     )
@@ -148,6 +154,23 @@ def test_compose_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = json.loads(path.read_text())["held_out_loss"]
     assert list(rows) == ["base model", "1 pirate", "0.5 pirate + 0.5 spanish"]
     assert rows["1 pirate"] != rows["base model"]
+
+
+def test_by_reward(
+    tiny_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import by_reward
+
+    monkeypatch.setattr(by_reward, "load_model", tiny_llama)
+    arguments = ["--steps", "2", "--tokens", "3", "--asked", "2"]
+    monkeypatch.setattr(
+        sys, "argv", ["", *arguments, "--results", str(tmp_path)]
+    )
+    by_reward.main()
+    path = tmp_path / "by_reward_smollm2_135m.json"
+    written = json.loads(path.read_text())
+    assert list(written["rows"]) == ["base model", "by reward", "by examples"]
+    assert len(written["steps_by_reward"]) == 2
 
 
 def test_scale(tmp_path: Path) -> None:

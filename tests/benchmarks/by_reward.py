@@ -1,0 +1,156 @@
+"""The same number of steps by reward and by examples, on one task.
+
+    python tests/benchmarks/by_reward.py --steps 12
+
+The task is the demo's: English small talk, answered by a pirate. By reward,
+`train_policy` gets the questions alone, and the reward of an answer is the
+share of its words that are pirate speech; by examples, `fit` gets the pirates'
+answers. Both train SVF from the same base, with Adam. The table has the
+dialect score of the greedy answers to held-out questions, and the held-out loss
+of an answer token.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+import keras
+import numpy as np
+import rich.box
+from rich.table import Table
+
+from keras_svdtune import train_policy
+from keras_svdtune.demo import chat, fit, pirate, show, train
+from keras_svdtune.demo.weights.weights import MODELS, load_model
+
+
+def main() -> None:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model", choices=[*MODELS], default="smollm2_135m")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--answers", type=int, default=4, help="a prompt")
+    parser.add_argument("--kl", type=float, default=0.05)
+    parser.add_argument("--tokens", type=int, default=24, help="an answer")
+    parser.add_argument("--asked", type=int, default=16, help="held out")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--results", type=Path, default=Path(__file__).parent / "results"
+    )
+    options = parser.parse_args()
+    keras.config.disable_interactive_logging()
+    machine = common.machine()
+    task = load_model(options.model)
+    style = chat.format_for(task, options.model)
+    learnt, held_out = pirate.split(
+        pirate.pirate_pairs(options.seed), train.HELD_OUT, options.seed
+    )
+    arrays = chat.encode(task, style, learnt, train.LENGTH)
+    test = chat.encode(task, style, held_out, train.LENGTH)
+    questions = [x.question for x in held_out[: options.asked]]
+
+    def measured(start: float) -> dict[str, float]:
+        seconds = time.perf_counter() - start
+        said = chat.answers(task, style, questions)
+        return {
+            "dialect": pirate.dialect_score(said),
+            "loss": fit.evaluate(task, test),
+            "seconds": seconds,
+        }
+
+    def prepare() -> None:
+        task.backbone.enable_svf()
+        task.compile(
+            keras.optimizers.Adam(options.rate),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            weighted_metrics=[],
+            sampler="greedy",
+        )
+
+    show.step("Measuring the base model")
+    task.compile(
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        weighted_metrics=[],
+        sampler="greedy",
+    )
+    rows = {"base model": measured(time.perf_counter())}
+
+    show.step(f"Training {options.steps} steps by reward")
+    prepare()
+    order = np.random.default_rng(options.seed).permutation(len(learnt))
+    asked = [learnt[i].question for i in order[: options.steps * fit.BATCH]]
+    curve: list[dict[str, float]] = []
+    start = time.perf_counter()
+    train_policy(
+        task,
+        [style.prompt(x) for x in asked],
+        lambda prompt, answer: pirate.dialect_score([answer]),
+        answers=options.answers,
+        kl=options.kl,
+        batch_size=fit.BATCH,
+        max_new_tokens=options.tokens,
+        callbacks=[
+            keras.callbacks.LambdaCallback(
+                on_train_batch_end=lambda _, logs: curve.append(logs)
+            )
+        ],
+        seed=options.seed,
+    )
+    rows["by reward"] = measured(start)
+
+    show.step(f"Training {options.steps} steps by examples")
+    task.backbone.remove_adapter()
+    prepare()
+    start = time.perf_counter()
+    fit.train(task, arrays, options.steps, options.seed)
+    rows["by examples"] = measured(start)
+
+    machine["load_at_end"] = common.load()
+    common.show(table_of(rows, f"SVF on {options.model}", machine))
+    common.write_json(
+        options.results,
+        f"by_reward_{options.model}",
+        {
+            "machine": machine,
+            "settings": {
+                k: x for k, x in vars(options).items() if k != "results"
+            },
+            "ceiling": pirate.dialect_score(
+                [x.answer for x in held_out[: options.asked]]
+            ),
+            "rows": rows,
+            "steps_by_reward": curve,
+        },
+    )
+
+
+def table_of(
+    rows: dict[str, dict[str, float]], title: str, machine: dict[str, Any]
+) -> Table:
+    """The scores as a table."""
+    table = Table(
+        title=title,
+        caption=common.describe(machine),
+        box=rich.box.HEAVY_HEAD,
+    )
+    table.add_column("", no_wrap=True)
+    for name in ("pirate words", "held-out loss", "seconds to train"):
+        table.add_column(name, justify="right")
+    for label, found in rows.items():
+        table.add_row(
+            label,
+            f"{found['dialect']:.1%}",
+            f"{found['loss']:.3f}",
+            f"{found['seconds']:.0f}",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    main()
