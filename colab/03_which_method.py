@@ -113,7 +113,7 @@ results = dict(run(key) for key in METHODS)
 # AdaLoRA's loss holds a penalty that keeps its vectors orthonormal: its curve starts higher.
 
 # %%
-MARKS = dict(zip(results, "oPXs^Dv*"))
+MARKS = dict(zip(results, "oPXs^Dv*<>pHd"))
 COLORS = {title: f"C{i}" for i, title in enumerate(results)}
 fig, ax = plt.subplots()
 for title, r in results.items():
@@ -176,5 +176,6 @@ notebook.table([
 # - **LoRA**: the safe first choice; **DoRA** and **AdaLoRA** are its relatives.
 # - **PiSSA**: LoRA's size, from the largest components; `quantize="int4"` for a small base.
 # - **MiLoRA**: LoRA's size, from the smallest ones, to leave the rest alone.
+# - **MiCA**, **PSOFT**, **OPLoRA**: newer ones, which nobody has compared here yet.
 #
 # Whichever it is, sweep the learning rate before you judge it.

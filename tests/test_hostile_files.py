@@ -71,7 +71,7 @@ def tried(model, path, start):
     # It loaded: then what it says is what is there.
     arrays = read_adapter(path).arrays
     for layer_path, layer in adapted(model).items():
-        for name, v in layer.adapter.variables_by_name(True).items():
+        for name, v in layer.adapter.weights_by_name(True).items():
             assert_same(numpy(v), arrays[f"{layer_path}/{name}"])
     for layer in adapted(model).values():
         layer.adapter.reset()

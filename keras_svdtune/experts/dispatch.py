@@ -242,6 +242,7 @@ class Dispatcher:
             delete_adapter(self.model, CLASSIFIER)
             self._classifier = None
         named = named_adapters(self.model)
+        methods = {k: x.adapted.method for k, x in named.targets.items()}
         chosen = dict(named.record.chosen) or None
 
         def forget() -> None:
@@ -251,7 +252,7 @@ class Dispatcher:
 
         with contextlib.ExitStack() as undo:
             undo.callback(run_to_the_end, [forget])
-            add_untrained(self.model, CLASSIFIER, method, named.targets)
+            add_untrained(self.model, CLASSIFIER, method, methods)
             classifier = _classifier(self.model.backbone, len(self._names))
             classifier.compile(
                 keras.optimizers.Adam(learning_rate),

@@ -185,13 +185,20 @@ def near_best(group: Group) -> str:
     return f"{near[0]:g}" if len(near) == 1 else f"{near[0]:g} to {near[-1]:g}"
 
 
-def valleys(axes: Any, groups: dict[str, Group], base: Run | None) -> None:
-    """Validation loss over the rate, a line for each method."""
+def valleys(
+    axes: Any, groups: dict[str, Group], base: Run | None, of_weights: bool
+) -> None:
+    """Validation loss over the rate, a line for each method.
+
+    The rate is that of the variables, which is what a user sets; or that of the
+    weights, as they would move if each were a variable itself.
+    """
     top = base["validation_loss"] if base else None
     for method, group in groups.items():
         if method not in COLOURS:
             continue
-        rates = [run["rate"] for run in group.rates]
+        step = study.step_of(method) if of_weights else 1.0
+        rates = [step * run["rate"] for run in group.rates]
         losses = [validation_loss(run) for run in group.rates]
         axes.plot(
             rates,
@@ -219,7 +226,9 @@ def valleys(axes: Any, groups: dict[str, Group], base: Run | None) -> None:
             color="#555555",
         )
     axes.set_xscale("log")
-    axes.set_xlabel("learning rate (Adam)")
+    kind = "of the weights" if of_weights else "as built in"
+    axes.set_xlabel(f"learning rate, {kind}")
+    axes.set_xlim(1e-5, 1)
     axes.set_ylabel("validation loss a token")
 
 
@@ -273,18 +282,20 @@ def parameters(axes: Any, groups: dict[str, Group]) -> None:
     axes.set_ylabel("test loss a token (lower is better)")
 
 
-def draw(file: Path, panels: list[tuple[str, Any]]) -> None:
+def draw(file: Path, *rows: list[tuple[str, Any]]) -> None:
     """One picture of a panel for each task, with one legend."""
+    columns = len(rows[0])
     with plt.rc_context({"figure.facecolor": "white", "font.size": 10}):
         figure, axes = plt.subplots(
-            1,
-            len(panels),
-            figsize=(5.2 * len(panels), 4.6),
+            len(rows),
+            columns,
+            figsize=(5.2 * columns, 4.0 * len(rows) + 0.6),
             layout="constrained",
             squeeze=False,
         )
     labels: dict[str, Any] = {}
-    for each, (title, fill) in zip(axes[0], panels, strict=True):
+    panels = [panel for row in rows for panel in row]
+    for each, (title, fill) in zip(axes.flat, panels, strict=True):
         fill(each)
         each.set_title(title)
         each.grid(alpha=0.3)
@@ -295,7 +306,7 @@ def draw(file: Path, panels: list[tuple[str, Any]]) -> None:
         labels.values(),
         labels.keys(),
         loc="outside lower center",
-        ncols=min(5, 3 * len(panels)),
+        ncols=min(5, 3 * columns),
         frameon=False,
     )
     figure.savefig(file, dpi=130)
@@ -338,7 +349,8 @@ def main() -> None:
             tasks.setdefault(key, []).append(run)
     found = {key: groups_of(runs) for key, runs in tasks.items()}
     page = ["# The study of learning rates", ""]
-    rate_panels, front_panels, count_panels = [], [], []
+    before_panels, rate_panels = [], []
+    front_panels, count_panels = [], []
     for (model, task, steps), groups in found.items():
         base = bases.get((model, task))
         title = f"{TITLES[task]}\n{model}, {steps} steps"
@@ -351,9 +363,18 @@ def main() -> None:
                 "",
             ]
         page += [*table(groups, base), ""]
-        rate_panels.append(
-            (title, lambda axes, g=groups, b=base: valleys(axes, g, b))
-        )
+        for panels, of_weights in (
+            (before_panels, True),
+            (rate_panels, False),
+        ):
+            panels.append(
+                (
+                    title,
+                    lambda axes, g=groups, b=base, w=of_weights: valleys(
+                        axes, g, b, w
+                    ),
+                )
+            )
         count_panels.append((title, lambda axes, g=groups: parameters(axes, g)))
         if base:
             front_panels.append(
@@ -362,7 +383,7 @@ def main() -> None:
     page += ["## Best rates in units of LoRA's", "", *ratios(found), ""]
     (folder / "study.md").write_text("\n".join(page), encoding="utf-8")
     print(f"Written: {folder / 'study.md'}")
-    draw(folder / "study_rates.png", rate_panels)
+    draw(folder / "study_rates.png", before_panels, rate_panels)
     draw(folder / "study_parameters.png", count_panels)
     if front_panels:
         draw(folder / "study_forgetting.png", front_panels)
