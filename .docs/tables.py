@@ -196,6 +196,31 @@ def layers() -> Iterator[list[str]]:
 
 
 @table
+def generation() -> Iterator[list[str]]:
+    """Tokens a second with an adapter on, merged, and without."""
+    yield ["SmolLM2-135M, one prompt", "tokens a second", "seconds, to base"]
+    for label, x in read("generation_smollm2_135m_jax")["results"].items():
+        yield [
+            label,
+            f"{x['tokens_per_second']:.1f}",
+            f"{x['of_base']:.2f}",
+        ]
+
+
+@table
+def per_example() -> Iterator[list[str]]:
+    """Another adapter in each row against one for all."""
+    yield ["", "one adapter, s", "eight adapters, s", "ratio"]
+    for label, x in read("per_example_smollm2_135m_jax")["results"].items():
+        yield [
+            label,
+            f"{x['seconds']['one']:.2f}",
+            f"{x['seconds']['each']:.2f}",
+            f"{x['ratio']:.2f}",
+        ]
+
+
+@table
 def enabling() -> Iterator[list[str]]:
     """Enabling on Gemma 3 270M."""
     yield ["", "seconds", "to `torch.linalg.svd`", "again, from the cache"]

@@ -226,6 +226,52 @@ def files(name, *only):
             assert split(v) == 8, "merging kept the layout"
 
 
+def named(name, *only):
+    """Two adapters by name, on eight devices and on one."""
+    many = distribution(name, (2, 4))
+    one = make(name)
+    weights = numpy(one.weights)
+    with many.scope():
+        model = make(name, weights)
+    folder = Path(tempfile.mkdtemp())
+
+    def alike(what):
+        a, b = (np.asarray(m.backbone(tokens())) for m in (model, one))
+        assert np.max(np.abs(a - b)) < 1e-4 * np.max(np.abs(b)), what
+        return b
+
+    for method in methods(only):
+        for seed, key in enumerate("ab"):
+            for m in (model, one):
+                m.backbone.enable_adapter(method, name=key)
+                perturb(m.backbone, seed)
+        found = {}
+        for choice in ("a", "b", None):
+            for m in (model, one):
+                m.backbone.set_adapter(choice)
+            found[choice] = alike((method, choice))
+        assert np.max(np.abs(found["a"] - found["b"])) > 1e-2
+        if method.linear:
+            for m in (model, one):
+                m.backbone.set_adapter({"a": 0.5, "b": 0.5})
+            alike((method, "a sum"))
+        rows = ["a", "b", None, "a"] * 2
+        with (
+            keras_svdtune.adapter_per_example(model.backbone, rows),
+            keras_svdtune.adapter_per_example(one.backbone, rows),
+        ):
+            alike((method, "rows"))
+        path = folder / f"{method.name}.safetensors"
+        model.backbone.save_adapter(path, name="b")
+        one.backbone.load_adapter(path, name="c")
+        model.backbone.set_adapter("b")
+        alike((method, "a file"))
+        for m in (model, one):
+            m.backbone.remove_adapter()
+        same(numpy(model.weights), weights, "the base again")
+        print(method)
+
+
 def others(name):
     """DataParallel, a user's greedy rules, other hosts, stale optimizers."""
     cls, _, defaults = MODELS[name]

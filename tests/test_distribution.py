@@ -20,6 +20,7 @@ SLOW = (
     "losses llama3",
     "sizes gemma",
     "files gemma",
+    "named gemma",
     "others gemma",
 )
 
@@ -27,7 +28,8 @@ SLOW = (
 @pytest.mark.parametrize(
     "program",
     [
-        "losses llama3 svf, sizes gemma svf lora, files gemma svf",
+        "losses llama3 svf, sizes gemma svf lora, files gemma svf, "
+        "named gemma svf lora",
         *(pytest.param(x, marks=pytest.mark.slow) for x in SLOW),
     ],
 )

@@ -79,6 +79,80 @@ def merged(model):
 
 
 @every_method
+def test_all_that_one_adapter_can_do(method, tmp_path):
+    """Off, merged for a while, in full saves, as a LoRA, for PEFT, for good."""
+    gemma, data = tiny_gemma(num_layers=1), tokens()
+    base = eager(gemma, data)
+    gemma.enable_adapter(method, name="a")
+    perturb(gemma, 1)
+    expected = eager(gemma, data)
+    gemma.enable_adapter(method, name="b")
+    perturb(gemma, 2)
+    other = eager(gemma, data)
+    gemma.set_adapter("a")
+    with keras_svdtune.adapter_disabled(gemma):
+        assert_same(eager(gemma, data), base, "off")
+    with keras_svdtune.adapter_merged(gemma):
+        assert_close(eager(gemma, data), expected, 1e-5, "for a while")
+    assert_same(eager(gemma, data), expected, "after it")
+    gemma.save_weights(tmp_path / "a.weights.h5")
+    plain = tiny_gemma(num_layers=1)
+    plain.load_weights(tmp_path / "a.weights.h5")
+    assert_close(eager(plain, data), expected, 1e-5, "a full save")
+    gemma.export_peft(tmp_path / "peft", rank=32)  # all of dW
+    again = tiny_gemma(num_layers=1)
+    again.load_adapter(tmp_path / "peft")
+    assert_close(eager(again, data), expected, 1e-4, "what PEFT gets")
+    gemma.set_adapter("b")
+    assert_same(eager(gemma, data), other, "the other one")
+    gemma.merge_adapter()
+    assert_close(eager(gemma, data), other, 1e-5, "for good")
+    assert not adapted(gemma)
+
+
+@one_of_each
+def test_training_that_was_interrupted_goes_on(method, tmp_path):
+    """With `BackupAndRestore`, on the adapter that is set."""
+
+    def fit(folder, epochs, model=None):
+        keras.utils.set_random_seed(0)
+        keras.backend.clear_session(free_memory=False)
+        model = small_model()
+        keras_svdtune.enable_adapter(model, method, name="a")
+        perturb(model, 1)
+        keras_svdtune.enable_adapter(model, method, name="b")
+        model.compile(keras.optimizers.Adam(0.01), "mse")
+        callbacks = [keras.callbacks.BackupAndRestore(folder)]
+        if method.name == "adalora":
+            callbacks.append(keras_svdtune.RankAllocator(total_steps=12))
+
+        class Stop(keras.callbacks.Callback):
+            def on_epoch_begin(self, epoch, logs=None):
+                if epoch == epochs:
+                    raise KeyboardInterrupt
+
+        with contextlib.suppress(KeyboardInterrupt):
+            model.fit(
+                X,
+                Y,
+                batch_size=8,
+                epochs=4,
+                shuffle=False,
+                verbose=0,
+                callbacks=[*callbacks, Stop()],
+            )
+        return model
+
+    expected = fit(tmp_path / "whole", None)
+    fit(tmp_path / "parts", 2)
+    found = fit(tmp_path / "parts", None)
+    assert_close(eager(found, X), eager(expected, X), 1e-6, "b")
+    for model in (found, expected):
+        keras_svdtune.set_adapter(model, "a")
+    assert_same(eager(found, X), eager(expected, X), "a")
+
+
+@every_method
 def test_each_adapter_comes_back(method, tmp_path):
     model, outputs = two(method, hosts_model(names=FEW))
     data = hosts_data(FEW)

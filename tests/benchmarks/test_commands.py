@@ -173,6 +173,38 @@ def test_by_reward(
     assert len(written["steps_by_reward"]) == 2
 
 
+def test_generation_and_per_example(
+    tiny_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import common
+    import generation
+    import per_example
+
+    monkeypatch.setattr(generation.weights, "load_model", tiny_llama)
+    results = ["--results", str(tmp_path)]
+    short = ["--rounds", "1", "--methods", "lora"]
+    options = ["--prompt", "4", "--tokens", "3"]
+    monkeypatch.setattr(sys, "argv", ["", *short, *options, *results])
+    generation.main()
+    path = tmp_path / "generation_smollm2_135m_jax.json"
+    rows = json.loads(path.read_text())["results"]
+    assert list(rows) == [
+        *("base model", "SVF, merged", "LoRA (rank 8)"),
+        "Keras enable_lora(8), query and value",
+    ]
+    assert rows["base model"]["of_base"] == 1.0
+
+    monkeypatch.setattr(
+        common, "load_backbone", lambda name: tiny_llama(name).backbone
+    )
+    monkeypatch.setattr(per_example, "LENGTH", 4)
+    monkeypatch.setattr(sys, "argv", ["", *short, "--rows", "2", *results])
+    per_example.main()
+    path = tmp_path / "per_example_smollm2_135m_jax.json"
+    (row,) = json.loads(path.read_text())["results"].values()
+    assert len(row["all_seconds"]["each"]) == 2
+
+
 def test_scale(tmp_path: Path) -> None:
     run("scale.py", tmp_path, "--model", "gemma_2b", "--methods", "svf", "dora")
     written = json.loads((tmp_path / "scale.json").read_text())
