@@ -1260,5 +1260,5 @@ class Program:
 
 @pytest.mark.parametrize("method", [SVF(), LoRA(rank=2)], ids=method_id)
 def test_random_programs(method, tmp_path):
-    for seed in range(60):
+    for seed in range(100):
         Program(method, seed, tmp_path).run(12)

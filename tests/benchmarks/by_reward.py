@@ -5,7 +5,9 @@
 The task is the demo's: English small talk, answered by a pirate. By reward,
 `train_policy` gets the questions alone, and the reward of an answer is the
 share of its words that are pirate speech; by examples, `fit` gets the pirates'
-answers. Both train SVF from the same base, with Adam. The table has the
+answers. A base model never speaks like that by chance, and where no answer is
+better than another there is nothing to learn from: so both go on from an SVF
+that has seen a few examples (`--warm-up`), with Adam. The table has the
 dialect score of the greedy answers to held-out questions, and the held-out loss
 of an answer token.
 """
@@ -34,6 +36,9 @@ def main() -> None:
     )
     parser.add_argument("--model", choices=[*MODELS], default="smollm2_135m")
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument(
+        "--warm-up", type=int, default=24, help="steps by examples before both"
+    )
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--answers", type=int, default=4, help="a prompt")
     parser.add_argument("--kl", type=float, default=0.05)
@@ -65,7 +70,6 @@ def main() -> None:
         }
 
     def prepare() -> None:
-        task.backbone.enable_svf()
         task.compile(
             keras.optimizers.Adam(options.rate),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -80,6 +84,16 @@ def main() -> None:
         sampler="greedy",
     )
     rows = {"base model": measured(time.perf_counter())}
+
+    show.step(f"Training {options.warm_up} steps by examples")
+    task.backbone.enable_svf()
+    prepare()
+    start = time.perf_counter()
+    fit.train(task, arrays, options.warm_up, options.seed)
+    rows["the start"] = measured(start)
+    begun = options.results / "by_reward.safetensors"
+    options.results.mkdir(parents=True, exist_ok=True)
+    task.backbone.save_adapter(begun)
 
     show.step(f"Training {options.steps} steps by reward")
     prepare()
@@ -105,10 +119,11 @@ def main() -> None:
     rows["by reward"] = measured(start)
 
     show.step(f"Training {options.steps} steps by examples")
-    task.backbone.remove_adapter()
+    task.backbone.load_adapter(begun)
+    begun.unlink()
     prepare()
     start = time.perf_counter()
-    fit.train(task, arrays, options.steps, options.seed)
+    fit.train(task, arrays, options.steps, options.seed + 1)
     rows["by examples"] = measured(start)
 
     machine["load_at_end"] = common.load()

@@ -163,13 +163,16 @@ def test_by_reward(
 
     monkeypatch.setattr(by_reward, "load_model", tiny_llama)
     arguments = ["--steps", "2", "--tokens", "3", "--asked", "2"]
+    arguments += ["--warm-up", "2"]
     monkeypatch.setattr(
         sys, "argv", ["", *arguments, "--results", str(tmp_path)]
     )
     by_reward.main()
     path = tmp_path / "by_reward_smollm2_135m.json"
     written = json.loads(path.read_text())
-    assert list(written["rows"]) == ["base model", "by reward", "by examples"]
+    assert list(written["rows"]) == [
+        *("base model", "the start", "by reward", "by examples"),
+    ]
     assert len(written["steps_by_reward"]) == 2
 
 
