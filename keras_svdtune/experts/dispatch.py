@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from keras_svdtune.experts.language import (
+    a_third,
     check_language_model,
     log_likelihoods,
     padded,
@@ -196,9 +197,9 @@ class Dispatcher:
 
         It is a Dense layer on the mean of the last hidden states of a prompt's
         tokens, and trains together with an adapter of its own beside the
-        experts, named `"dispatcher"`, of their method. Every third prompt from
-        the second on is held out; the weights of the epoch with the least loss
-        on those are kept, and five without a lesser one end it.
+        experts, named `"dispatcher"`, of their method. A third of the
+        prompts, drawn at random, is held out; the weights of the epoch with
+        the least loss on those are kept, and five without a lesser one end it.
 
         What is set, and what the user has compiled, stays; if this is
         interrupted, the model is as before. An earlier classifier is dropped.
@@ -237,7 +238,7 @@ class Dispatcher:
         check_number("learning_rate", learning_rate, 0.0)
         inputs = self._inputs(prompts)
         labels = np.array([self._names.index(x) for x in names], "int32")
-        held = np.arange(len(prompts)) % 3 == 1
+        held = a_third(len(prompts), seed=0)
         if CLASSIFIER in adapter_names(self.model):
             delete_adapter(self.model, CLASSIFIER)
             self._classifier = None

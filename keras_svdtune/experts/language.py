@@ -83,6 +83,18 @@ def as_texts(model: Model, answers: Sequence[Sequence[int]]) -> list[Any]:
     )
 
 
+def a_third(count: int, seed: int) -> np.ndarray:
+    """Returns which of some examples to hold out, bool (count,).
+
+    They are drawn, since examples come in orders: where tasks take turns, every
+    third would be of one task.
+    """
+    held = np.zeros(count, bool)
+    drawn = np.random.default_rng(seed).permutation(count)
+    held[drawn[: (count + 1) // 3]] = True
+    return held
+
+
 @dataclasses.dataclass(frozen=True)
 class Tokens:
     """Prompts with their answers, padded to one length.

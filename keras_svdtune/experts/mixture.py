@@ -25,6 +25,7 @@ from keras_svdtune.experts.language import (
     Answers,
     Text,
     Tokens,
+    a_third,
     answer_ids,
     as_texts,
     check_language_model,
@@ -222,7 +223,7 @@ def search_mixture(
     first candidate is the mean itself. All candidates answer together, each a
     row of one batch.
 
-    Every third example from the second on, or `held_out`, is not searched by.
+    A third of the examples, drawn by `seed`, or `held_out`, is not searched by.
     Of all iterations the one with the best held-out score is kept, and after
     10 without a better one the search stops. So that score is too good:
     measure on other examples what you report.
@@ -240,14 +241,14 @@ def search_mixture(
             and returns them: texts; or lists of tokens, without a preprocessor.
         score: function from (answer, right answer) to a number, the more the
             better. None: the log-likelihood of the right answer.
-        held_out: examples to choose by. None: every third of `examples`.
+        held_out: examples to choose by. None: a third of `examples`.
         per_layer: whether each adapter has a weight for each layer.
         iterations: int, how many at most.
         learning_rate: float, of the search by gradient.
         population: int, candidates of the cross-entropy method; at least 4.
         max_new_tokens: int, after how many tokens an answer that is scored
             ends at the latest.
-        seed: int, of the candidates.
+        seed: int, of the candidates and of what is held out.
 
     Returns:
         `Mixture`: the weights, the scores of all iterations, a plot.
@@ -280,7 +281,7 @@ def search_mixture(
     new_tokens = check_whole_number("max_new_tokens", max_new_tokens, 1)
     seed = check_whole_number("seed", seed, 0)
     check_number("learning_rate", learning_rate, 0.0)
-    searched, held = _split(examples, held_out)
+    searched, held = _split(examples, held_out, seed)
     with _loaded(model, adapters) as names:
         named = named_adapters(model)
         experts = Experts.of(named, names)
@@ -303,13 +304,18 @@ def search_mixture(
 
 
 def _split(
-    examples: Sequence[Example], held_out: Sequence[Example] | None
+    examples: Sequence[Example],
+    held_out: Sequence[Example] | None,
+    seed: int,
 ) -> tuple[list[Example], list[Example]]:
     """Returns the examples to search by, and those to choose by."""
     searched = list(examples)
     if held_out is None:
-        held = searched[1::3]
-        searched = [x for i, x in enumerate(searched) if i % 3 != 1]
+        apart = a_third(len(searched), seed)
+        held = [x for x, out in zip(searched, apart, strict=True) if out]
+        searched = [
+            x for x, out in zip(searched, apart, strict=True) if not out
+        ]
     else:
         held = list(held_out)
     if not searched or not held:
