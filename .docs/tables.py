@@ -99,32 +99,6 @@ def memory_of_svf() -> Iterator[list[str]]:
 
 
 @table
-def classifier() -> Iterator[list[str]]:
-    """A text classifier, each method at the best of three rates."""
-    yield [
-        "",
-        "trained, adapter + head",
-        "file, KiB",
-        "best of three rates",
-        "test accuracy",
-    ]
-    for name, x in read("text_classifier")["rows"].items():
-        size = x["file_bytes"]
-        rate = f"{x['best_rate']:.0e}".replace("e-0", "e-")
-        tried = sorted(map(float, x["tried"]))
-        if x["best_rate"] in (tried[0], tried[-1]):
-            lowest = x["best_rate"] == tried[0]
-            rate += f", the {'lowest' if lowest else 'highest'}"
-        yield [
-            name,
-            f"{x['adapter_parameters'] + x['head_parameters']:,}",
-            f"{size / 1024:,.0f}" if size else "",
-            rate,
-            percent(x["test_accuracy"]),
-        ]
-
-
-@table
 def sums() -> Iterator[list[str]]:
     """Held-out losses of two SVF adapters and of their sums."""
     yield ["held-out loss", "pirate speech", "Spanish"]

@@ -124,7 +124,7 @@ for question, answer in zip(QUESTIONS, answers["before"]):
 
 # %%
 model.backbone.enable_svf()
-model.backbone.adapter_summary().print()
+model.backbone.adapter_summary();
 
 # %% [markdown]
 # ## Train

@@ -123,6 +123,7 @@ SETTINGS = {
         "alpha_pattern": {"q_proj": 1.5},
     },
     "large rank": {"r": 40},
+    "mica": {"init_lora_weights": "mica"},
     "bfloat16": {"dtype": torch.bfloat16},
     "adalora": {
         "config": peft.AdaLoraConfig,
@@ -226,6 +227,26 @@ def test_a_folder_that_is_refused(config, tensors, message, written, tmp_path):
         with pytest.raises(ValueError, match=re.escape(message)) as error:
             task.load_adapter(folder)
         assert str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize("what", ["lora_B.weight", "lora_magnitude_vector"])
+def test_of_parts_no_output_is_left_over(what, tmp_path):
+    """GPT-2's c_attn is read as query, key and value: all of it or nothing."""
+    with twins("gpt2") as (theirs, task, _):
+        write(theirs, "gpt2", tmp_path / "peft", use_dora=True)
+        longer = changed(
+            tmp_path / "peft",
+            tmp_path / "longer",
+            tensors=lambda x: {
+                k: np.concatenate([v, v[:4]])
+                if k.endswith(f"c_attn.{what}")
+                else v
+                for k, v in x.items()
+            },
+        )
+        with unchanged(task):
+            with pytest.raises(ValueError, match="made for another model"):
+                task.load_adapter(longer)
 
 
 def test_other_folders(written, tmp_path):

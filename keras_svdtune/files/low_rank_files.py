@@ -9,8 +9,6 @@ import collections
 import dataclasses
 from collections.abc import Mapping
 
-import keras
-import keras_hub
 import numpy as np
 from keras import ops
 
@@ -19,8 +17,8 @@ from keras_svdtune.files.compatibility import array_key, fingerprint_of
 from keras_svdtune.files.format import (
     EFFECTS,
     FINGERPRINTS,
-    FORMAT_VERSION,
     SavedAdapter,
+    about_of,
 )
 from keras_svdtune.hosts.target import Target
 from keras_svdtune.methods.base import Method, WeightValues, nearest
@@ -86,17 +84,7 @@ class LowRankFile:
                 layers[path]["settings"] = methods[path].settings()
         arrays[FINGERPRINTS] = np.stack(fingerprints)
         arrays[EFFECTS] = np.stack(effects)
-        about: Json = {
-            "format_version": FORMAT_VERSION,
-            "method": method.name,
-            "settings": method.settings(),
-            "model_class": type(root).__name__,
-            "versions": {
-                "keras": keras.version(),
-                "keras_hub": keras_hub.__version__,
-            },
-            "layers": layers,
-        }
+        about = about_of(method, root, layers)
         return SavedAdapter(about, arrays, self.source)
 
     def _method(
@@ -111,15 +99,20 @@ class LowRankFile:
                 f"{nearest(path, list(ours))}"
             )
         shape = target.view.shape
-        if target.view.count is not None or (
-            (layer.a.shape[0], layer.b.shape[1]) != shape
+        m = layer.magnitude
+        arrays = [layer.a, layer.b, *([] if m is None else [m])]
+        if (
+            target.view.count is not None
+            or (layer.a.shape[0], layer.b.shape[1]) != shape
+            or (m is not None and m.shape != shape[1:])
         ):
             raise ValueError(
                 f"{self.source} was made for another model: its factors of "
-                f"layer '{path}' have the shapes {layer.a.shape} and "
-                f"{layer.b.shape}, and the layer is {target.view}."
+                f"layer '{path}' have the shapes "
+                f"{', '.join(str(x.shape) for x in arrays)}, and the layer is "
+                f"{target.view}."
             )
-        if not all(np.isfinite(x).all() for x in (layer.a, layer.b)):
+        if not all(np.isfinite(x).all() for x in arrays):
             raise ValueError(
                 f"{self.source} holds NaN or infinity for layer '{path}'."
             )

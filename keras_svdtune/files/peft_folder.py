@@ -8,7 +8,8 @@ KerasHub model under other names (`convert/hf_names.py`). What PEFT computes:
     AdaLoRA   W + k·(B·diag(E)·A)ᵀ   k = alpha / (r + 1e-5)
 
 with `lora_A` (r, in), `lora_B` (out, r), `lora_E` (r, 1). AdaLoRA is read as a
-LoRA with diag(E)·A for A. Neither `peft` nor `transformers` is imported.
+LoRA with diag(E)·A for A. Dropout, which matters in training alone, is left
+out. Neither `peft` nor `transformers` is imported.
 """
 
 import json
@@ -16,7 +17,6 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Iterable
 
 import numpy as np
 import safetensors.numpy
@@ -68,7 +68,7 @@ _UNDERSTOOD = {
     "total_step",
 }
 # Starts that leave W as it is; the others put a residual in its place.
-_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _MODULE = re.compile(
     r"(?:base_model\.model\.)?"
     r"(?:model\.|language_model\.|transformer\.)*(?:layers|h)\.(\d+)\.(.+)"
@@ -113,21 +113,18 @@ def read_peft(
             )
         layer = _layer(module, parts, config, source)
         paths = sorted(ours[key], key=lambda p: order.index(p.split("/")[-1]))
-        start = 0
-        for path in paths:
-            columns = targets[path].view.shape[1]
-            part = slice(start, start + columns)
-            magnitude = layer.magnitude
-            if len(paths) == 1:
-                layers[path] = layer
-                break
-            layers[path] = LowRankLayer(
-                layer.a,
-                layer.b[:, part],
-                layer.scale,
-                None if magnitude is None else magnitude[part],
+        widths = [targets[path].view.shape[1] for path in paths]
+        if sum(widths) != layer.b.shape[1]:
+            raise ValueError(
+                f"{source} was made for another model: its '{module}' has "
+                f"{layer.b.shape[1]} outputs, expected {sum(widths)}."
             )
-            start += columns
+        ends = np.cumsum(widths)[:-1]
+        bs = np.split(layer.b, ends, axis=1)
+        m = layer.magnitude
+        ms = [None] * len(paths) if m is None else np.split(m, ends)
+        for path, b, m in zip(paths, bs, ms, strict=True):
+            layers[path] = LowRankLayer(layer.a, b, layer.scale, m)
     return LowRankFile(source, {p: thin(x) for p, x in layers.items()})
 
 
@@ -240,7 +237,7 @@ def _layer(
     rank = a.shape[0]
     name = module.removeprefix("base_model.model.")
     alpha = _of_pattern(config.get("alpha_pattern"), name)
-    alpha = float(config["lora_alpha"] if alpha is None else alpha)
+    alpha = float(config["lora_alpha"]) if alpha is None else alpha
     if adalora:
         a = a * parts["lora_E"].reshape(rank, 1)
         scale = alpha / (rank + 1e-5)
@@ -259,8 +256,7 @@ def _layer(
 
 def _of_pattern(patterns: Json | None, name: str) -> float | None:
     """Returns the value of the first pattern that the end of a name matches."""
-    items: Iterable[tuple[str, float]] = (patterns or {}).items()
-    for pattern, value in items:
+    for pattern, value in (patterns or {}).items():
         if re.fullmatch(rf"(.*\.)?({pattern})", name):
-            return value
+            return float(value)
     return None

@@ -9,8 +9,6 @@ import functools
 import os
 import warnings
 
-import keras
-import keras_hub
 import numpy as np
 from keras import ops
 
@@ -40,9 +38,9 @@ from keras_svdtune.files.format import (
     BESIDE,
     EFFECTS,
     FINGERPRINTS,
-    FORMAT_VERSION,
     ROUNDED,
     SavedAdapter,
+    about_of,
     checked_path,
     read_adapter,
 )
@@ -167,17 +165,7 @@ def saved_adapter(
     arrays[EFFECTS] = np.stack(effects)
     beside, entries = ({}, {}) if adapter_only else saved_beside(model)
     arrays |= beside
-    about: Json = {
-        "format_version": FORMAT_VERSION,
-        "method": method.name,
-        "settings": method.settings(),
-        "model_class": type(root).__name__,
-        "versions": {
-            "keras": keras.version(),
-            "keras_hub": keras_hub.__version__,
-        },
-        "layers": layers,
-    }
+    about = about_of(method, root, layers)
     if entries:
         about |= {"saved_from": type(model).__name__, BESIDE: entries}
     return SavedAdapter(about, arrays, f"the adapter of '{root.name}'")

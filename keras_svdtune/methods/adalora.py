@@ -27,8 +27,8 @@ from keras_svdtune.runtime.types import Shape, Tensor
 
 # How much further than LoRA's A and B one step of Adam moves P, λ and Q: the
 # branch is a product of three that start from 0.02 and 0, so it grows slowly.
-# By the study, best rates are ten times LoRA's; this is a power of two next to
-# it.
+# In the one task of the study that has AdaLoRA so far, the best rate is ten
+# times LoRA's or more; this is the power of two next to that.
 _STEP = 8.0
 
 

@@ -20,7 +20,8 @@ from keras_svdtune.methods.settings import check_n_iter, check_seed
 from keras_svdtune.runtime.types import Shape, Tensor
 
 # How much further than LoRA's A and B one step of Adam moves R: by the study,
-# best rates of R are ten times LoRA's, and this is the power of two next to it.
+# best rates of R are ten times LoRA's or more; this is the power of two next to
+# that.
 _STEP = 8.0
 
 

@@ -73,6 +73,32 @@ class RankedMethod(Method):
         return base() + reversed_branch(base, *factors)
 
 
+class ProductMethod(RankedMethod):
+    """A method that adds a product of two thin matrices, W' = W + A·B.
+
+    It says by `factors` what A and B are, of trained and frozen weights. These
+    come from W, so that a file alone does not give the product.
+    """
+
+    def factors(self, weights: Weights) -> tuple[Tensor, Tensor]:
+        """Returns A (in, r) and B (r, out), float32, the scale included."""
+        raise NotImplementedError
+
+    def call(self, weights: Weights, base: LinearMap) -> Tensor:
+        return base() + branch(base, *self.factors(weights), 1.0)
+
+    def reverse(self, weights: Weights, base: ReverseMap) -> Tensor:
+        return base() + reversed_branch(base, *self.factors(weights))
+
+    def merged(self, weights: Weights, matrix: Tensor) -> Tensor:
+        return matrix + ops.matmul(*self.factors(weights))
+
+    def low_rank_factors(
+        self, weights: Weights, matrix: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        return None if matrix is None else self.factors(weights)
+
+
 def branch(base: LinearMap, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Computes scale·(x·A)·B in the dtype of `base`; A (in, r), B (r, out).
 

@@ -10,24 +10,18 @@ from keras_svdtune.matrix.factors import Factors, Needs
 from keras_svdtune.methods.base import (
     IN,
     OUT,
-    LinearMap,
-    ReverseMap,
     Weight,
     Weights,
     register,
 )
-from keras_svdtune.methods.low_rank import (
-    RankedMethod,
-    branch,
-    reversed_branch,
-)
+from keras_svdtune.methods.low_rank import ProductMethod
 from keras_svdtune.methods.picture import Block
 from keras_svdtune.runtime.types import Shape, Tensor
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class MiCA(RankedMethod):
+class MiCA(ProductMethod):
     """Minor component adaptation: LoRA with half of it frozen.
 
     With the r smallest components of W = U diag(s) Vᵀ, of the n = min(in, out)
@@ -122,22 +116,6 @@ class MiCA(RankedMethod):
         assert factors is not None
         return {"v": factors.v}
 
-    def call(self, weights: Weights, base: LinearMap) -> Tensor:
-        return base() + branch(base, *self._factors(weights), 1.0)
-
-    def reverse(self, weights: Weights, base: ReverseMap) -> Tensor:
-        return base() + reversed_branch(base, *self._factors(weights))
-
-    def merged(self, weights: Weights, matrix: Tensor) -> Tensor:
-        return matrix + ops.matmul(*self._factors(weights))
-
-    def low_rank_factors(
-        self, weights: Weights, matrix: Tensor | None = None
-    ) -> tuple[Tensor, Tensor] | None:
-        if matrix is None:  # as from a file, which does not hold V
-            return None
-        return self._factors(weights)
-
-    def _factors(self, weights: Weights) -> tuple[Tensor, Tensor]:
+    def factors(self, weights: Weights) -> tuple[Tensor, Tensor]:
         a = weights.a * self.scale
         return a, ops.transpose(ops.cast(weights.v, a.dtype))

@@ -10,18 +10,12 @@ from keras_svdtune.matrix.factors import Factors, Needs
 from keras_svdtune.methods.base import (
     IN,
     OUT,
-    LinearMap,
-    ReverseMap,
     Weight,
     Weights,
     register,
 )
 from keras_svdtune.methods.lora import random_a
-from keras_svdtune.methods.low_rank import (
-    RankedMethod,
-    branch,
-    reversed_branch,
-)
+from keras_svdtune.methods.low_rank import ProductMethod
 from keras_svdtune.methods.picture import Block
 from keras_svdtune.methods.settings import check_seed, check_whole_number
 from keras_svdtune.runtime.types import Shape, Tensor
@@ -29,7 +23,7 @@ from keras_svdtune.runtime.types import Shape, Tensor
 
 @register
 @dataclasses.dataclass(frozen=True)
-class OPLoRA(RankedMethod):
+class OPLoRA(ProductMethod):
     """LoRA between orthogonal projections, which keeps what W does most.
 
     With the k = `keep` largest components of W = U diag(s) Vᵀ:
@@ -132,23 +126,7 @@ class OPLoRA(RankedMethod):
     def neutral(self, weights: Weights) -> dict[str, Tensor]:
         return {"b": ops.zeros(weights.b.shape)}
 
-    def call(self, weights: Weights, base: LinearMap) -> Tensor:
-        return base() + branch(base, *self._factors(weights), 1.0)
-
-    def reverse(self, weights: Weights, base: ReverseMap) -> Tensor:
-        return base() + reversed_branch(base, *self._factors(weights))
-
-    def merged(self, weights: Weights, matrix: Tensor) -> Tensor:
-        return matrix + ops.matmul(*self._factors(weights))
-
-    def low_rank_factors(
-        self, weights: Weights, matrix: Tensor | None = None
-    ) -> tuple[Tensor, Tensor] | None:
-        if matrix is None:  # as from a file, which holds neither U nor V
-            return None
-        return self._factors(weights)
-
-    def _factors(self, weights: Weights) -> tuple[Tensor, Tensor]:
+    def factors(self, weights: Weights) -> tuple[Tensor, Tensor]:
         """Returns the projected A (in, r) and B (r, out), B with the scale."""
         a = ops.convert_to_tensor(weights.a)
         b = weights.b * self.scale

@@ -9,20 +9,18 @@ from keras_svdtune.matrix.factors import Factors, Needs
 from keras_svdtune.methods.base import (
     IN,
     OUT,
-    LinearMap,
-    ReverseMap,
     Weight,
     Weights,
     register,
 )
-from keras_svdtune.methods.low_rank import RankedMethod, reversed_branch
+from keras_svdtune.methods.low_rank import ProductMethod
 from keras_svdtune.methods.picture import Block
 from keras_svdtune.runtime.types import Shape, Tensor
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class PSOFT(RankedMethod):
+class PSOFT(ProductMethod):
     """Orthogonal fine-tuning in the principal subspace of W.
 
     With the r largest components of W = U diag(s) Vᵀ:
@@ -106,31 +104,13 @@ class PSOFT(RankedMethod):
         assert factors is not None and factors.v is not None
         return {"a": factors.u, "b": factors.s[:, None] * factors.v.T}
 
-    def call(self, weights: Weights, base: LinearMap) -> Tensor:
-        xa = base.times(ops.cast(weights.a, base.dtype))
-        change = ops.matmul(xa, ops.cast(self._turn(weights), base.dtype))
-        return base() + ops.matmul(change, ops.cast(weights.b, base.dtype))
-
-    def reverse(self, weights: Weights, base: ReverseMap) -> Tensor:
-        return base() + reversed_branch(base, *self._factors(weights))
-
-    def merged(self, weights: Weights, matrix: Tensor) -> Tensor:
-        return matrix + ops.matmul(*self._factors(weights))
-
-    def low_rank_factors(
-        self, weights: Weights, matrix: Tensor | None = None
-    ) -> tuple[Tensor, Tensor] | None:
-        if matrix is None:  # as from a file, which holds neither A nor B
-            return None
-        return self._factors(weights)
-
     def core(self, weights: Weights, s: np.ndarray) -> np.ndarray:
         found = np.zeros((len(s), len(s)))
         turn = ops.convert_to_numpy(self._turn(weights))
         found[: self.rank, : self.rank] = turn * s[: self.rank]
         return found
 
-    def _factors(self, weights: Weights) -> tuple[Tensor, Tensor]:
+    def factors(self, weights: Weights) -> tuple[Tensor, Tensor]:
         """Returns (in, r) and (r, out), whose product is added to W."""
         turn = self._turn(weights)
         a, b = (ops.cast(x, turn.dtype) for x in (weights.a, weights.b))

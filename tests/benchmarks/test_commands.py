@@ -108,19 +108,6 @@ def test_qpissa_error(tmp_path: Path) -> None:
         assert result["all"]["nuclear"] < 1
 
 
-@slow
-def test_text_classifier(tmp_path: Path) -> None:
-    run("text_classifier.py", tmp_path, "--tiny")
-    written = json.loads((tmp_path / "text_classifier_tiny.json").read_text())
-    rows = written["rows"]
-    assert rows["frozen backbone"]["adapter_parameters"] == 0
-    for name, row in rows.items():
-        assert row["head_parameters"] > 0
-        assert len(row["tried"]) == 3
-        assert float(row["best_rate"]) in map(float, row["tried"])
-        assert (row["file_bytes"] is None) == (name == "frozen backbone")
-
-
 @pytest.fixture
 def tiny_llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Loads a Llama of a few thousand weights, for the demo's task."""
