@@ -170,6 +170,18 @@ def layers() -> Iterator[list[str]]:
 
 
 @table
+def by_reward() -> Iterator[list[str]]:
+    """Pirate speech by reward and by examples."""
+    yield ["SmolLM2-135M, SVF", "pirate words", "held-out loss"]
+    titles = {"the start": "24 steps by examples: the start"}
+    titles |= {"by reward": "12 more by reward"}
+    titles |= {"by examples": "12 more by examples"}
+    for name, x in read("by_reward_smollm2_135m")["rows"].items():
+        dialect = percent(x["dialect"])
+        yield [titles.get(name, name), dialect, f"{x['loss']:.2f}"]
+
+
+@table
 def generation() -> Iterator[list[str]]:
     """Tokens a second with an adapter on, merged, and without."""
     yield ["SmolLM2-135M, one prompt", "tokens a second", "seconds, to base"]
