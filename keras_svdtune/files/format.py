@@ -31,16 +31,13 @@ import json
 import os
 import pathlib
 
-import keras
-import keras_hub
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from keras_svdtune.files import hub_client
-from keras_svdtune.methods.base import Method
 from keras_svdtune.runtime.storage import digest_of, write_atomically
-from keras_svdtune.runtime.types import Json, Model
+from keras_svdtune.runtime.types import Json
 
 FORMAT_VERSION = 1
 FINGERPRINTS, EFFECTS = "base_fingerprints", "effects"
@@ -96,21 +93,6 @@ class SavedAdapter:
         data = safetensors.numpy.save(self.arrays, metadata)
         _check_header(data[:_LENGTH], self.source)
         write_atomically(path, data)
-
-
-def about_of(method: Method, root: Model, layers: Json) -> Json:
-    """Returns the metadata of an adapter of a model, but for the digest."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "method": method.name,
-        "settings": method.settings(),
-        "model_class": type(root).__name__,
-        "versions": {
-            "keras": keras.version(),
-            "keras_hub": keras_hub.__version__,
-        },
-        "layers": layers,
-    }
 
 
 def read_adapter(

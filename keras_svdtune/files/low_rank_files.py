@@ -18,8 +18,8 @@ from keras_svdtune.files.format import (
     EFFECTS,
     FINGERPRINTS,
     SavedAdapter,
-    about_of,
 )
+from keras_svdtune.files.metadata import about_of
 from keras_svdtune.hosts.target import Target
 from keras_svdtune.methods.base import Method, WeightValues, nearest
 from keras_svdtune.methods.dora import DoRA

@@ -40,12 +40,12 @@ from keras_svdtune.files.format import (
     FINGERPRINTS,
     ROUNDED,
     SavedAdapter,
-    about_of,
     checked_path,
     read_adapter,
 )
 from keras_svdtune.files.keras_lora_file import is_keras_lora, read_keras_lora
 from keras_svdtune.files.low_rank_files import LowRankFile
+from keras_svdtune.files.metadata import about_of
 from keras_svdtune.files.peft_folder import read_peft
 from keras_svdtune.hosts.target import Target
 from keras_svdtune.model.beside import trained_beside, variables_beside
