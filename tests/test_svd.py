@@ -258,7 +258,7 @@ def test_a_device_finds_what_the_host_finds(shape, needs, monkeypatch):
     monkeypatch.setattr(float64, "_NUMBERS", 21 * shape[1])  # several blocks
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        # The workers share a cache of programs, and may read a half-written one.
+        # The workers share a cache of programs; one may read it half written.
         warnings.filterwarnings("ignore", "Error reading persistent")
         device = decompose(ops.convert_to_tensor(w), needs)
     for a, b in zip(
