@@ -58,9 +58,9 @@ class Group:
     def label(self) -> str:
         if self.method == study.FULL:
             return "full fine-tuning"
-        return common.label_of(
-            self.method, study.method_for(self.method, seed=0)
-        )
+        name, _, decay = self.method.partition(study.DECAY)
+        label = common.label_of(name, study.method_for(name, seed=0))
+        return f"{label}, decay {decay}" if decay else label
 
     @property
     def rate(self) -> float:
@@ -95,7 +95,7 @@ def groups_of(runs: Iterable[Run]) -> dict[str, Group]:
         same = [run for run in every if run["rate"] == best["rate"]]
         same.sort(key=lambda run: run["seed"])
         found[method] = Group(method, rates, same)
-    order = [*study.METHODS]
+    order = [*study.METHODS, *study.FEWER]
     known = sorted(found, key=lambda m: order.index(m) if m in order else 99)
     return {method: found[method] for method in known}
 
@@ -362,7 +362,11 @@ def main() -> None:
                 f"{base['neutral_loss']:.3f}.",
                 "",
             ]
+        fewer = {m: groups.pop(m) for m in study.FEWER if m in groups}
         page += [*table(groups, base), ""]
+        if fewer:
+            first = {m: groups[m] for m in (LORA, "svf") if m in groups}
+            page += ["Less of SVF:", "", *table(first | fewer, base), ""]
         for panels, of_weights in (
             (before_panels, True),
             (rate_panels, False),
