@@ -1,9 +1,9 @@
-"""The tables of the Benchmarks page, from the JSON of the benchmarks.
+"""The tables of README and the Benchmarks page, from the benchmarks' JSON.
 
     python .docs/tables.py
 
 rewrites what stands between `<!-- table: NAME -->` and `<!-- end -->` in
-`pages/benchmarks.md`. A test compares the page with the JSON.
+both. A test compares them with the JSON.
 """
 
 import json
@@ -12,8 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-PAGE = Path(__file__).parent / "pages/benchmarks.md"
-RESULTS = Path(__file__).parents[1] / "tests/benchmarks/results"
+REPOSITORY = Path(__file__).parents[1]
+PAGES = (
+    REPOSITORY / "README.md",
+    REPOSITORY / ".docs/pages/benchmarks.md",
+)
+RESULTS = REPOSITORY / "tests/benchmarks/results"
 RANK_8 = " (rank 8)"
 
 TABLES: dict[str, Callable[[], Iterator[list[str]]]] = {}
@@ -52,6 +56,64 @@ def filled(text: str) -> str:
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
+
+
+STUDY = {
+    "pirate": "smollm2_135m, pirate, 120",
+    "letters": "smollm2_135m, letters, 120",
+    "reviews": "minilm, reviews, 150",
+}
+
+
+def study(task: str) -> Iterator[list[str]]:
+    """Every method of the study on one task, at its own best rate."""
+    found = read("study")[STUDY[task]]
+    base = found["base"]
+    yield [
+        *("", "trained", "best rate", "seeds", "test loss"),
+        "to LoRA, 95 %",
+        "accuracy" if base is None else "exact",
+        *(() if base is None else ("forgotten", "LoRA at this loss")),
+    ]
+    if base is not None:
+        loss = f"{base['test_loss']:.3f}"
+        exact = f"{base['test_exact']:.0%}"
+        yield ["base model", "", "", "", loss, "", exact, "", ""]
+    for x in found["methods"].values():
+        row = [
+            x["label"],
+            f"{x['trained']:,}",
+            f"{x['rate']:.1g}" + ("" if x["inside"] else " (edge)"),
+            str(x["seeds"]),
+            f"{x['test_loss']:.3f}",
+            "{:+.3f} ({:+.3f} to {:+.3f})".format(*x["to_lora"])
+            if x.get("to_lora")
+            else "",
+            f"{x['exact']:.0%}",
+        ]
+        if base is not None:
+            row.append(f"{x['forgotten']:+.2f}")
+            other = x["lora_forgets"]
+            row.append("" if other is None else f"{other:+.2f}")
+        yield row
+
+
+@table
+def study_pirate() -> Iterator[list[str]]:
+    """A style."""
+    yield from study("pirate")
+
+
+@table
+def study_letters() -> Iterator[list[str]]:
+    """A skill."""
+    yield from study("letters")
+
+
+@table
+def study_reviews() -> Iterator[list[str]]:
+    """Classification."""
+    yield from study("reviews")
 
 
 @table
@@ -292,4 +354,5 @@ def layout_maps() -> Iterator[list[str]]:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text("utf-8")), "utf-8")
+    for page in PAGES:
+        page.write_text(filled(page.read_text("utf-8")), "utf-8")

@@ -203,7 +203,15 @@ def test_an_interrupt_at_any_line(verb, every, tmp_path):
     assert kept > 1, "hardly anything was interrupted"
 
 
-def test_ctrl_c_waits_for_the_end():
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler, which a process in the background starts without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_waits_for_the_end(ctrl_c):
     done = []
     with pytest.raises(KeyboardInterrupt), interrupts_held():
         os.kill(os.getpid(), signal.SIGINT)
@@ -213,7 +221,7 @@ def test_ctrl_c_waits_for_the_end():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_ctrl_c_while_a_model_changes(monkeypatch):
+def test_a_ctrl_c_while_a_model_changes(monkeypatch, ctrl_c):
     """The real signal, in the middle of attaching: the call completes."""
     from keras_svdtune.hosts import attach
 

@@ -2,7 +2,9 @@
 
     python tests/benchmarks/study_page.py
 
-It reads `results/study.jsonl`, and writes `study.md` and pictures beside it.
+It reads `results/study.jsonl`, and writes `study.md` and `study.json` beside
+it, and the pictures of the documentation.
+
 Differences to LoRA are of the same test examples after the same order of
 training examples; their intervals are from 10,000 bootstrap samples of seeds
 and examples, each at 1 - 0.05 / (compared methods), so that all of them hold
@@ -11,6 +13,7 @@ together in 19 cases of 20.
 
 import argparse
 import dataclasses
+import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +27,7 @@ import study
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+PICTURES = Path(__file__).parents[2] / ".docs" / "pages"
 LORA = "lora:rank=8"
 SAMPLES = 10_000
 COLOURS = {
@@ -143,7 +147,7 @@ def table(groups: dict[str, Group], base: Run | None) -> list[str]:
         *("method", "trained", "file, KiB", "best rate", "within 2 %", "seeds"),
         *("test loss", "to LoRA", "exact"),
     ]
-    head += ["forgotten"] if forgets else []
+    head += ["forgotten", "LoRA at this loss"] if forgets else []
     head += ["s a step"]
     rows = [head, ["---", *["---:"] * (len(head) - 1)]]
     lora = groups.get(LORA)
@@ -161,11 +165,64 @@ def table(groups: dict[str, Group], base: Run | None) -> list[str]:
             f"{group.mean('test_exact'):.0%}",
         ]
         if forgets:
-            before = base["neutral_loss"] if base else math.nan
-            row.append(f"{group.mean('neutral_loss') - before:+.2f}")
+            row.append(signed(forgotten(group, base)))
+            row.append(signed(forgotten_at(lora, base, group.test_loss)))
         row.append(f"{group.mean('seconds_per_step'):.2f}")
         rows.append(row)
     return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def forgotten(group: Group, base: Run | None) -> float:
+    """How much the loss on neutral text rose, at the best rate."""
+    before = base["neutral_loss"] if base else math.nan
+    return group.mean("neutral_loss") - before
+
+
+def forgotten_at(group: Group | None, base: Run | None, loss: float) -> float:
+    """What a method forgets where its test loss is `loss`; NaN if never.
+
+    Along its rates with seed 0, from the lowest to the best; between two of
+    them by a straight line.
+    """
+    if group is None or base is None:
+        return math.nan
+    runs = [base, *(r for r in group.rates if r["rate"] <= group.rate)]
+    losses = [run["test_loss"] for run in runs]
+    if loss < min(losses):
+        return math.nan
+    rises = [run["neutral_loss"] - base["neutral_loss"] for run in runs]
+    return float(np.interp(-loss, -np.array(losses), rises))
+
+
+def signed(number: float) -> str:
+    """Two decimals and a sign, or a dash."""
+    return "-" if math.isnan(number) else f"{number:+.2f}"
+
+
+def summary(groups: dict[str, Group], base: Run | None) -> dict[str, Any]:
+    """What README and the documentation say of a task."""
+    lora = groups.get(LORA)
+    methods = {}
+    for name, group in groups.items():
+        first = group.best[0]
+        found: dict[str, Any] = {"label": group.label}
+        found |= {k: first[k] for k in ("trained", "file_bytes", "rate")}
+        found["inside"] = group.inside
+        found["seeds"] = len(group.best)
+        found["test_loss"] = group.test_loss
+        found["exact"] = group.mean("test_exact")
+        if lora is not None and group is not lora:
+            found["to_lora"] = difference(group, lora, len(groups) - 1)
+        if base is not None:
+            found["forgotten"] = forgotten(group, base)
+            at = forgotten_at(lora, base, group.test_loss)
+            found["lora_forgets"] = None if math.isnan(at) else at
+        methods[name] = found
+    return {
+        "base": base
+        and {k: base[k] for k in ("test_loss", "test_exact", "neutral_loss")},
+        "methods": methods,
+    }
 
 
 def to_lora(group: Group, lora: Group | None, compared: int) -> str:
@@ -336,6 +393,7 @@ def main() -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=study.RESULTS)
+    parser.add_argument("--pictures", type=Path, default=PICTURES)
     options = parser.parse_args()
     log = study.Log(options.results)
     folder = options.results.parent
@@ -349,6 +407,7 @@ def main() -> None:
             tasks.setdefault(key, []).append(run)
     found = {key: groups_of(runs) for key, runs in tasks.items()}
     page = ["# The study of learning rates", ""]
+    summaries = {}
     before_panels, rate_panels = [], []
     front_panels, count_panels = [], []
     for (model, task, steps), groups in found.items():
@@ -364,6 +423,7 @@ def main() -> None:
             ]
         fewer = {m: groups.pop(m) for m in study.FEWER if m in groups}
         page += [*table(groups, base), ""]
+        summaries[f"{model}, {task}, {steps}"] = summary(groups, base)
         if fewer:
             first = {m: groups[m] for m in (LORA, "svf") if m in groups}
             page += ["Less of SVF:", "", *table(first | fewer, base), ""]
@@ -386,11 +446,12 @@ def main() -> None:
             )
     page += ["## Best rates in units of LoRA's", "", *ratios(found), ""]
     (folder / "study.md").write_text("\n".join(page), encoding="utf-8")
-    print(f"Written: {folder / 'study.md'}")
-    draw(folder / "study_rates.png", before_panels, rate_panels)
-    draw(folder / "study_parameters.png", count_panels)
-    if front_panels:
-        draw(folder / "study_forgetting.png", front_panels)
+    text = json.dumps(summaries, indent=1)
+    (folder / "study.json").write_text(text + "\n", encoding="utf-8")
+    print(f"Written: {folder / 'study.md'} and study.json")
+    draw(options.pictures / "study_rates.png", before_panels, rate_panels)
+    draw(options.pictures / "study_parameters.png", count_panels)
+    draw(options.pictures / "study_forgetting.png", front_panels)
 
 
 if __name__ == "__main__":
