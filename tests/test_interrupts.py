@@ -205,7 +205,7 @@ def test_an_interrupt_at_any_line(verb, every, tmp_path):
 
 @pytest.fixture
 def ctrl_c():
-    """Python's own handler, which a process in the background starts without."""
+    """Python's handler, which a process in the background starts without."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
