@@ -187,20 +187,30 @@ class Adapter(keras.layers.Layer):
             dtype,
         )
 
-    def dropped(self, inputs: Tensor, training: bool | None) -> Tensor | None:
+    def dropped(
+        self, inputs: Tensor, training: bool | Tensor | None
+    ) -> Tensor | None:
         """Returns what the branch sees of `inputs` instead of all of them.
 
-        None if it sees all: without dropout, and not in training. `training` is
-        what the layer was called with; None if it was not told.
+        Args:
+            inputs: the inputs of the layer.
+            training: what the layer was called with; None if it was not told,
+                and a tensor where JAX computes a model twice to save memory.
+
+        Returns:
+            A tensor like `inputs`; None if the branch sees all: without
+            dropout, and not in training.
         """
         if self.seeds is None:
             return None
         if training is None:  # a convolution of Keras is not told
             training = in_training()
-        if not training:
+        known = not ops.is_tensor(training)
+        if known and not training:
             return None
-        rate = dropout_of(self.method)
-        return keras.random.dropout(inputs, rate, seed=self._seed_for(inputs))
+        rate, seed = dropout_of(self.method), self._seed_for(inputs)
+        dropped = keras.random.dropout(inputs, rate, seed=seed)
+        return dropped if known else ops.where(training, dropped, inputs)
 
     def _seed_for(self, inputs: Tensor) -> Tensor | keras.random.SeedGenerator:
         """Returns the seed of the next mask.

@@ -73,7 +73,9 @@ class AdapterHost:
             return layer.quantized_call(inputs)
         return layer.call(inputs)
 
-    def product(self, inputs: Tensor, training: bool | None = None) -> Tensor:
+    def product(
+        self, inputs: Tensor, training: bool | Tensor | None = None
+    ) -> Tensor:
         """Returns the product of `inputs` and the adapted kernel."""
 
         def of(weights: Weights, x: Tensor) -> Tensor:

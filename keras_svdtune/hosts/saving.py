@@ -37,7 +37,7 @@ class SavesMerged(MadePlain, AdapterHost):
         # Code that reads the kernel rather than call the layer, such as Gemma
         # 4's feed-forward block, gets the merged one.
         self._check_that_there_is_one()
-        if self.adapter.seeds is not None and in_training():
+        if self.adapter.seeds is not None and in_training() is not False:
             raise ValueError(
                 f"Layer '{self.target.path}' is not called: another layer "
                 "reads its kernel, so that nothing of its input can be dropped "

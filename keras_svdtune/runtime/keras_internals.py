@@ -250,14 +250,16 @@ def autocast_dtype() -> str | None:
     return None if scope is None else scope.dtype
 
 
-def in_training() -> bool:
+def in_training() -> bool | Tensor:
     """Says whether Keras calls the present layer in training.
 
     Every layer inherits that from the layer that calls it, also one whose
-    `call` has no such argument.
+    `call` has no such argument. Within what JAX computes twice, for a
+    `keras.RematScope`, it is a tensor whose value is not known yet.
     """
     context = global_state.get_global_attribute("current_call_ctx")
-    return bool(getattr(context, "training", False))
+    training = getattr(context, "training", None)
+    return False if training is None else training
 
 
 def recomputed(layer: Layer) -> bool:
