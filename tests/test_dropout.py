@@ -135,6 +135,7 @@ def _compare(name, layer, start, x):
     kernel = numpy(layer._kernel).astype("float64")
     w = matrix_of(name, kernel)
     bias = numpy(layer.bias).astype("float64")
+    zero = np.zeros_like(bias)
     oracle = ORACLES[method.name](w, method, start)
     mask = next_mask(layer, x.shape)
     np.testing.assert_allclose(np.unique(mask), [0.0, 1 / (1 - RATE)])
@@ -146,12 +147,12 @@ def _compare(name, layer, start, x):
             # (x·W + k·x̃·A·B)·g, the norms held constant.
             merged, k = oracle(t, at=trained), method.scale
             directions = w + k * t["a"] @ t["b"]
-            y = output_of(name, whole, w, None)
-            y = y + output_of(name, part, k * t["a"] @ t["b"], None)
+            y = output_of(name, whole, w, zero)
+            y = y + output_of(name, part, k * t["a"] @ t["b"], zero)
             g = (merged / directions)[0].reshape(bias.shape)
             return y * g + bias
         y = output_of(name, whole, w, bias)
-        return y + output_of(name, part, oracle(t) - w, None)
+        return y + output_of(name, part, oracle(t) - w, zero)
 
     forward = in_training(layer, x)
     variables = {k: getattr(layer.adapter, k) for k in trained}
