@@ -48,8 +48,9 @@ from keras_svdtune import SVF, AdaLoRA, DoRA, LoRA, MiCA, MiLoRA, PiSSA
 from keras_svdtune.methods.dropout import DropsInput
 
 RATE = 0.4
-WITH = [cls for cls in keras_svdtune.METHODS.values() if cls.name != "svf"]
-WITH = [cls for cls in WITH if issubclass(cls, DropsInput)]
+WITH = [
+    cls for cls in keras_svdtune.METHODS.values() if issubclass(cls, DropsInput)
+]
 METHODS = [
     *(cls(3, dropout=RATE) for cls in WITH),
     *(cls(3, alpha=6.0, dropout=RATE) for cls in (DoRA, MiLoRA)),
@@ -289,24 +290,20 @@ def test_gemma_learns_and_generates_as_ever():
 def test_under_remat(outer):
     if keras.backend.backend() == "tensorflow":
         pytest.skip("plain models of Keras 3.15 fail under it as well")
-    method = LoRA(2, dropout=RATE)
-    plain = compiled_model(method)
     size = {} if outer else {"output_size_threshold": 1}
     scope = keras.RematScope("full" if outer else "larger_than", **size)
     keras.utils.set_random_seed(0)
     keras.backend.clear_session(free_memory=False)
     with scope:
         model = small_model()
-    keras_svdtune.enable_adapter(model, method)
+    keras_svdtune.enable_adapter(model, LoRA(2, dropout=RATE))
     perturb(model)
-    perturb(plain)
     model.compile(keras.optimizers.SGD(0.05), "mse")
+    expected = eager(model, X)
+    assert_close(predict(model, X), expected, 1e-6)
     found = losses(model, 12)
     assert len(set(found)) == 12
     assert np.mean(found[-3:]) < np.mean(found[:3])
-    assert_close(eager(plain, X), eager(plain, X), 0.0)
-    state = values(model)
-    assert all(np.isfinite(x).all() for _, x in state)
 
 
 def test_interrupted_runs_go_on_with_the_masks_of_one_that_was_not(tmp_path):
@@ -362,7 +359,7 @@ def test_files(method, tmp_path):
     assert not seeds_of(loaded(old))
     assert len(seeds_of(loaded(old, method))) == 2
     # They add up: both files hold weights of one meaning.
-    if method.name not in ("dora",):
+    if method.name != "dora":
         keras_svdtune.compose({path: 0.5, old: 0.5})
 
 
