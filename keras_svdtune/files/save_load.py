@@ -375,6 +375,8 @@ def _assign(
     root = adapted_part(model)
     assign_beside(root, beside, undo)
     record = enabled_record(root)
+    if record is not None:  # also where the file has no biases
+        join(record, record.biases, undo)
     if record is not None and name != DEFAULT and not adapter_only:
         join(record, trained_beside(model), undo)
 
