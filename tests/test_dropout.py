@@ -402,6 +402,13 @@ def test_declared_layers(tmp_path):
         assert_differ(numpy(x(X, training=True)), numpy(x(X, training=True)))
     again.compile("sgd", "mse")
     again.fit(X, Y[:, :4], verbose=0)
+    # One that `fit` builds, where variables have no values at first.
+    model = keras.Sequential(
+        [keras_svdtune.LoRADense(4, rank=2, dropout=RATE, name="declared")]
+    )
+    model.compile("sgd", "mse")
+    model.fit(X, Y[:, :4], verbose=0)
+    assert len(seeds_of(model)) == 1
 
 
 def test_merge_remove_and_disable():

@@ -126,10 +126,9 @@ def enable_adapter(
             "`train_bias` must be True or False. Received: "
             f"train_bias={train_bias!r}"
         )
-    biases = biases_to_train(root, targets) if train_bias else []
     if name is not None and beside_others:
         record = enabled_record(root)
-        if biases and record is not None and not record.biases:
+        if train_bias and record is not None and not record.biases:
             raise ValueError(
                 "All adapters of a model train the same variables, and the "
                 f"first of '{root.name}' was enabled without `train_bias`. "
@@ -137,6 +136,7 @@ def enable_adapter(
             )
         add_untrained(model, name, method, methods)
         return
+    biases = biases_to_train(root, targets) if train_bias else []
     plans = plan_adapters(f"{method.title}: decomposing", targets, methods)
 
     def join_what_trains(undo: contextlib.ExitStack) -> None:
