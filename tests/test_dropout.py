@@ -402,6 +402,8 @@ def test_declared_layers(tmp_path):
         assert_differ(numpy(x(X, training=True)), numpy(x(X, training=True)))
     again.compile("sgd", "mse")
     again.fit(X, Y[:, :4], verbose=0)
+    if keras.backend.backend() == "tensorflow":
+        return  # there `fit` builds no declared layer, with dropout or without
     # One that `fit` builds, where variables have no values at first.
     model = keras.Sequential(
         [keras_svdtune.LoRADense(4, rank=2, dropout=RATE, name="declared")]
