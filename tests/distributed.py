@@ -50,17 +50,19 @@ MODELS = {
 }
 
 
-def distribution(name, shape):
-    """ModelParallel with our map for one of the models."""
+def distribution(name, shape, rules=()):
+    """ModelParallel with our map for one of the models, and further rules."""
     mesh = keras.distribution.DeviceMesh(
         shape, ("batch", "model"), keras.distribution.list_devices("cpu")
     )
     cls, _, sizes = MODELS[name]
     with built_without_values():
         backbone = cls(**sizes)
+    layout_map = keras_svdtune.svdtune_layout_map(backbone, mesh)
+    for path, spec in dict(rules).items():
+        layout_map[path] = spec
     return keras.distribution.ModelParallel(
-        layout_map=keras_svdtune.svdtune_layout_map(backbone, mesh),
-        batch_dim_name="batch",
+        layout_map=layout_map, batch_dim_name="batch"
     )
 
 
@@ -270,6 +272,39 @@ def named(name, *only):
             m.backbone.remove_adapter()
         same(numpy(model.weights), weights, "the base again")
         print(method)
+
+
+def dropout(name):
+    """Masks are the same on eight devices, whatever rules a user has."""
+    one = make(name)
+    weights = numpy(one.weights)
+    method = keras_svdtune.LoRA(rank=4, dropout=0.1)
+
+    def enable(model):
+        keras.utils.set_random_seed(0)
+        model.backbone.enable_adapter(method)
+        perturb(model.backbone)
+
+    enable(one)
+    expected = train(one, 3)
+    greedy = {".*adapter/dropout.*": (None, "model")}
+    many = distribution(name, (2, 4), greedy)
+    for within in (True, False):
+        with many.scope():
+            model = make(name, weights)
+            if within:
+                enable(model)
+        if not within:
+            enable(model)
+        with many.scope():
+            found = train(model, 3)
+        difference = np.max(np.abs(np.subtract(found, expected)))
+        assert difference < 1e-4, (found, expected)
+        states = [v for v in model.variables if "dropout" in v.path]
+        assert states
+        for v in states:
+            assert len(v.value.sharding.device_set) == 8, v.path
+            assert split(v) == 1 and np.asarray(v.value)[1] == 3, v.path
 
 
 def others(name):

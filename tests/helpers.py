@@ -40,7 +40,7 @@ VARIANTS = {
     ],
     "milora": [{"rank": 4, "alpha": 2.0}],
     "lora_xs": [{"rank": 4}, {"rank": 3, "alpha": 6.0, "n_iter": 4}],
-    "lora": [{"rank": 4, "alpha": 8.0}],
+    "lora": [{"rank": 4, "alpha": 8.0}, {"rank": 3, "dropout": 0.25}],
     "dora": [{"rank": 4, "alpha": 8.0}],
     "mica": [{"rank": 4}, {"rank": 3, "alpha": 6.0, "part": "top"}],
     "psoft": [{"rank": 4}, {"rank": 1}],

@@ -29,7 +29,7 @@ SLOW = (
     "program",
     [
         "losses llama3 svf, sizes gemma svf lora, files gemma svf, "
-        "named gemma svf lora",
+        "named gemma svf lora, dropout gemma",
         *(pytest.param(x, marks=pytest.mark.slow) for x in SLOW),
     ],
 )

@@ -28,22 +28,41 @@ from keras_svdtune.methods.base import (
     Weights,
     WeightValues,
 )
-from keras_svdtune.runtime.keras_internals import unlocked
+from keras_svdtune.methods.dropout import dropout_of
+from keras_svdtune.runtime.keras_internals import (
+    in_training,
+    recomputed,
+    unlocked,
+)
 from keras_svdtune.runtime.placement import (
     place_variable,
     placement_of,
     undistributed,
 )
-from keras_svdtune.runtime.types import Shape, Store, Tensor, Variable
+from keras_svdtune.runtime.types import (
+    Layer,
+    Shape,
+    Store,
+    Tensor,
+    Variable,
+)
 
 # Maps the name of a weight to its first value; None for zeros.
 FirstValue = Callable[[str], Tensor | None]
 # In full saves of declared layers: the basis is that of W rounded.
 _ROUNDED = "rounded_basis"
+# In full saves of layers with dropout: where the masks go on.
+_SEEDS = "dropout_seeds"
 
 
 class Holder(Protocol):
     """What an adapter uses of its layer's `Target`."""
+
+    owner: Layer
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether the layer looks rows up, and has no x to drop."""
 
     def matrix(self) -> Tensor:
         """Returns W (in, out) in float32, or a bank (count, in, out)."""
@@ -105,6 +124,8 @@ class Adapter(keras.layers.Layer):
         self.rounds = False
         # How many examples have weights of their own; None if none have.
         self.examples: int | None = None
+        # Of the masks of dropout; None without.
+        self.seeds: keras.random.SeedGenerator | None = None
         self._first_value: FirstValue | None = first_value
         self._shardings = shardings or {}
 
@@ -128,6 +149,13 @@ class Adapter(keras.layers.Layer):
             variable.of_converted_layer = not self.self_contained
             place_variable(variable, self._shardings.get(weight.name))
             setattr(self, weight.name, stepped(variable, weight))
+        if dropout_of(self.method) and not self.target.is_embedding:
+            with undistributed():
+                self.seeds = keras.random.SeedGenerator(name="dropout")
+            # On all devices, if the weights are on several.
+            placement = placement_of(variable)
+            if placement is not None:
+                place_variable(self.seeds.state, placement.sharding(((),)))
         self._first_value = None
 
     def _initializer(self, weight: Weight) -> Callable[..., Tensor]:
@@ -158,6 +186,49 @@ class Adapter(keras.layers.Layer):
             penalty(variable if step == 1.0 else variable * step) * self.share,
             dtype,
         )
+
+    def dropped(
+        self, inputs: Tensor, training: bool | Tensor | None
+    ) -> Tensor | None:
+        """Returns what the branch sees of `inputs` instead of all of them.
+
+        Args:
+            inputs: the inputs of the layer.
+            training: what the layer was called with; None if it was not told,
+                and a tensor where JAX computes a model twice to save memory.
+
+        Returns:
+            A tensor like `inputs`; None if the branch sees all: without
+            dropout, and not in training.
+        """
+        if self.seeds is None:
+            return None
+        if training is None:  # a convolution of Keras is not told
+            training = in_training()
+        known = not ops.is_tensor(training)
+        if known and not training:
+            return None
+        rate, seed = dropout_of(self.method), self._seed_for(inputs)
+        dropped = keras.random.dropout(inputs, rate, seed=seed)
+        return dropped if known else ops.where(training, dropped, inputs)
+
+    def _seed_for(self, inputs: Tensor) -> Tensor | keras.random.SeedGenerator:
+        """Returns the seed of the next mask.
+
+        Where JAX computes a layer twice to save memory, its `call` must assign
+        to no variable. So there the seed follows from the numbers at hand, of
+        which the weights change with each step.
+        """
+        assert self.seeds is not None
+        if keras.backend.backend() != "jax" or not recomputed(
+            self.target.owner
+        ):
+            return self.seeds
+        trained = self.variables_by_name(trainable=True).values()
+        total = sum(ops.sum(v.value) for v in trained)
+        numbers = ops.stack([total, ops.sum(ops.cast(inputs, "float32"))])
+        state = self.seeds.state.value
+        return state ^ ops.view(ops.stop_gradient(numbers), state.dtype)
 
     def for_each_example(self, product: Product, inputs: Tensor) -> Tensor:
         """Returns `product(weights, inputs)`.
@@ -270,6 +341,8 @@ class Adapter(keras.layers.Layer):
             store["effect"] = self._effect()
         elif self.rounds:
             store[_ROUNDED] = np.ones(1, "int32")
+        if self.seeds is not None:
+            store[_SEEDS] = self.seeds.state.value
 
     def load_own_variables(self, store: Store) -> None:
         names = list(store.keys())
@@ -293,6 +366,7 @@ class Adapter(keras.layers.Layer):
             for name, variable in wanted.items():
                 variable.assign(store[name])
             self.rounds = _ROUNDED in names
+            self._load_seeds(store)
             return
         ours = self.base_fingerprint
         assert ours is not None
@@ -320,6 +394,13 @@ class Adapter(keras.layers.Layer):
                 "`remove_adapter()` and load the file into the plain model, "
                 "which then is the merged one."
             )
+        self._load_seeds(store)
+
+    def _load_seeds(self, store: Store) -> None:
+        """Lets dropout go on where a file was saved, if it was with dropout."""
+        if self.seeds is not None and _SEEDS in store.keys():  # noqa: SIM118
+            state = self.seeds.state
+            state.assign(np.array(store[_SEEDS]).astype(state.dtype))
 
     def _effect(self) -> np.ndarray:
         matrix = self.target.matrix()

@@ -14,6 +14,7 @@ from keras_svdtune.convert.low_rank_change import (
     low_rank_products,
 )
 from keras_svdtune.methods.base import Method
+from keras_svdtune.methods.dropout import dropout_of
 from keras_svdtune.methods.lora import LoRA
 from keras_svdtune.model.enable import replace_adapters
 from keras_svdtune.model.state import (
@@ -134,11 +135,12 @@ def to_lora(model: Model, rank: int | None = None) -> Conversion:
         return report
     plans = {
         path: AdapterPlan(
-            LoRA(rank=ranks[path]),
+            LoRA(rank=ranks[path], dropout=dropout_of(method)),
             {"a": product.a, "b": product.b},
             fingerprint(ops.convert_to_numpy(targets[path].matrix())),
         )
         for path, product in products.items()
     }
-    replace_adapters(root, LoRA(rank=max(ranks.values())), plans)
+    method = LoRA(rank=max(ranks.values()), dropout=dropout_of(method))
+    replace_adapters(root, method, plans)
     return report

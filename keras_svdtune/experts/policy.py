@@ -62,7 +62,8 @@ def train_policy(
 
     What trains is what `fit` trains: the adapter that is set, and what else is
     trainable in the model. Sampler, loss and compiled functions of the user
-    stay as they are. An interrupt leaves what was trained up to there.
+    stay as they are. A method's dropout is not used, so that π is what samples.
+    An interrupt leaves what was trained up to there.
 
     Args:
         model: a `keras_hub.models.CausalLM` that takes text, compiled with an

@@ -376,7 +376,7 @@ def _add(layer: str, parts: list[_File]) -> _LayerSum:
     method = first.methods[layer]
     _check_same_basis(layer, parts)
     for part in parts[1:]:
-        if part.methods[layer] != method:
+        if not part.methods[layer].trains_like(method):
             raise ValueError(
                 "Adapters of these methods add up only if their settings are "
                 f"the same. Layer '{layer}' has {method} in "

@@ -181,8 +181,8 @@ def load_adapter(
 
     If the model has no adapter yet, the file's method is enabled on the
     file's layers. If it has the same one, values are assigned and nothing is
-    compiled anew. With several processes all call this, and the first one reads
-    for all.
+    compiled anew; its dropout stays what it is. With several processes all call
+    this, and the first one reads for all.
 
     With a `name` the adapter comes beside those that the model has, which must
     be of the same method on the same layers, and is set (`set_adapter`).
@@ -375,6 +375,8 @@ def _assign(
     root = adapted_part(model)
     assign_beside(root, beside, undo)
     record = enabled_record(root)
+    if record is not None:  # also where the file has no biases
+        join(record, record.biases, undo)
     if record is not None and name != DEFAULT and not adapter_only:
         join(record, trained_beside(model), undo)
 

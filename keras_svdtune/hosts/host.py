@@ -16,7 +16,11 @@ import keras
 from keras import ops
 
 from keras_svdtune.adapter.adapter import Adapter
-from keras_svdtune.hosts.linear_maps import ConvolutionMap, FrozenMap
+from keras_svdtune.hosts.linear_maps import (
+    ConvolutionMap,
+    DroppedMap,
+    FrozenMap,
+)
 from keras_svdtune.hosts.target import Target, plain_layer
 from keras_svdtune.matrix.view import DENSE_EQUATION, GroupedView, MatrixView
 from keras_svdtune.methods.base import Weights
@@ -69,11 +73,16 @@ class AdapterHost:
             return layer.quantized_call(inputs)
         return layer.call(inputs)
 
-    def product(self, inputs: Tensor) -> Tensor:
+    def product(
+        self, inputs: Tensor, training: bool | Tensor | None = None
+    ) -> Tensor:
         """Returns the product of `inputs` and the adapted kernel."""
 
         def of(weights: Weights, x: Tensor) -> Tensor:
             base = self.map_class(self, x)
+            dropped = self.adapter.dropped(x, training)
+            if dropped is not None:
+                base = DroppedMap(base, self.map_class(self, dropped))
             return base.to_output(self.adapter.method.call(weights, base))
 
         return self.adapter.for_each_example(of, inputs)
@@ -83,7 +92,7 @@ class AdapterHost:
         if self.adapter.view.count is not None:
             y = self.linear(inputs, self.target.merged_in_compute_dtype())
         else:
-            y = self.product(inputs)
+            y = self.product(inputs, training)
         if layer.bias is not None:
             y = ops.add(y, self._bias())
         if layer.activation is not None:

@@ -78,6 +78,38 @@ class ConvolutionMap:
         return self._view.unflatten_outputs(y, self._batch_dims)
 
 
+class DroppedMap:
+    """Computes x·W of a layer's x, and x̃·A of another x̃ for its branch.
+
+    Args:
+        base: the map of x.
+        dropped: the map of x̃, of the same class.
+    """
+
+    def __init__(
+        self,
+        base: FrozenMap | ConvolutionMap,
+        dropped: FrozenMap | ConvolutionMap,
+    ):
+        self._base, self._dropped = base, dropped
+        self.dtype = base.dtype
+
+    def __call__(self) -> Tensor:
+        return self._base()
+
+    def times(self, a: Tensor) -> Tensor:
+        return self._dropped.times(a)
+
+    def moved(self, change: Tensor) -> Tensor:
+        return self._base.moved(change)
+
+    def rows(self, r: Tensor) -> Tensor:
+        return self._base.rows(r)
+
+    def to_output(self, y: Tensor) -> Tensor:
+        return self._base.to_output(y)
+
+
 class LookupMap:
     """Computes x·W of an embedding: x is one-hot, and never formed."""
 

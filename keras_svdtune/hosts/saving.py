@@ -14,7 +14,7 @@ from keras_svdtune.hosts.direct_kernels import ReadsMerged, adapted_directly
 from keras_svdtune.hosts.embeddings import AdaptedEmbedding
 from keras_svdtune.hosts.host import HOSTS, AdaptedConvolution, AdapterHost
 from keras_svdtune.hosts.quantized import variable_names
-from keras_svdtune.runtime.keras_internals import own_variables
+from keras_svdtune.runtime.keras_internals import in_training, own_variables
 from keras_svdtune.runtime.types import Json, Layer, Store, Tensor
 
 
@@ -37,6 +37,13 @@ class SavesMerged(MadePlain, AdapterHost):
         # Code that reads the kernel rather than call the layer, such as Gemma
         # 4's feed-forward block, gets the merged one.
         self._check_that_there_is_one()
+        if self.adapter.seeds is not None and in_training() is not False:
+            raise ValueError(
+                f"Layer '{self.target.path}' is not called: another layer "
+                "reads its kernel, so that nothing of its input can be dropped "
+                f"in training. Enable {self.adapter.method.title} without "
+                f"`dropout`, or leave out `exclude=['{self.target.name}']`."
+            )
         return self.target.merged_in_compute_dtype()
 
     def _check_that_there_is_one(self) -> None:

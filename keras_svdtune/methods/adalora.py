@@ -15,6 +15,7 @@ from keras_svdtune.methods.base import (
     Weights,
     register,
 )
+from keras_svdtune.methods.dropout import DropsInput
 from keras_svdtune.methods.low_rank import RankedMethod, branch
 from keras_svdtune.methods.picture import Block
 from keras_svdtune.methods.settings import (
@@ -34,7 +35,7 @@ _STEP = 8.0
 
 @register
 @dataclasses.dataclass(frozen=True)
-class AdaLoRA(RankedMethod):
+class AdaLoRA(DropsInput, RankedMethod):
     """Adaptive budget allocation: ranks go where they matter.
 
         y = x·W + (alpha / r)·((x·P) ⊙ λ ⊙ mask)·Q
@@ -76,6 +77,7 @@ class AdaLoRA(RankedMethod):
         smoothing: float in [0, 1), of sensitivity and variation (the paper's
             β₁ = β₂).
         seed: int. Seed of P and Q.
+        dropout: by keyword only, float, 0 or more and below 1: as for `LoRA`.
 
     Reference: Zhang et al. 2023, https://arxiv.org/abs/2303.10512. The
     budget falls as in its code, cut to an integer; the equation that it

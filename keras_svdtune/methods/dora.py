@@ -15,6 +15,7 @@ from keras_svdtune.methods.base import (
     Weights,
     register,
 )
+from keras_svdtune.methods.dropout import DropsInput
 from keras_svdtune.methods.lora import random_a
 from keras_svdtune.methods.low_rank import RankedMethod, branch
 from keras_svdtune.methods.picture import Block
@@ -27,7 +28,7 @@ _LEAST_NORM, _LARGEST_NORM = 1e-18, 1e18
 
 @register
 @dataclasses.dataclass(frozen=True)
-class DoRA(RankedMethod):
+class DoRA(DropsInput, RankedMethod):
     """Weight-decomposed low-rank adaptation.
 
     Each column of W' (an output unit) has a magnitude m_j and a direction:
@@ -55,6 +56,11 @@ class DoRA(RankedMethod):
         alpha: float or None. The branch is scaled by alpha / rank; None
             means rank, a scale of 1. (The authors use 2·rank.)
         seed: int. Seed of A.
+        dropout: by keyword only, float, 0 or more and below 1: as for `LoRA`,
+            for x·A·B alone. The authors' code and PEFT also drop x where W
+            is scaled, x·W + x̃·W·(g - 1) + k·x̃·A·B·g with g = m / ‖W + k·A·B‖,
+            and multiply by W twice; here x·W is scaled whole. The mean over
+            x̃ is the same.
 
     Example:
 

@@ -15,6 +15,7 @@ from keras_svdtune.methods.base import (
     Weights,
     register,
 )
+from keras_svdtune.methods.dropout import DropsInput
 from keras_svdtune.methods.low_rank import RankedMethod, branch
 from keras_svdtune.methods.picture import Block
 from keras_svdtune.methods.settings import check_seed
@@ -23,7 +24,7 @@ from keras_svdtune.runtime.types import Shape, Tensor
 
 @register
 @dataclasses.dataclass(frozen=True)
-class LoRA(RankedMethod):
+class LoRA(DropsInput, RankedMethod):
     """Low-rank adaptation: two thin trainable matrices beside W.
 
         y = x·W + (alpha / rank)·x·A·B,     A (in, r) random, B (r, out) = 0
@@ -45,6 +46,10 @@ class LoRA(RankedMethod):
             means rank, a scale of 1. (For rsLoRA's scale, alpha / sqrt(rank),
             give alpha·sqrt(rank).)
         seed: int. Seed of A.
+        dropout: by keyword only, float, 0 or more and below 1: the probability
+            with which the branch sees a zero in place of a number of x, in
+            training alone: x·W + (alpha / rank)·x̃·A·B, with x̃ the rest of x
+            over 1 - dropout. Embeddings have none, as in PEFT.
 
     Example:
 

@@ -14,6 +14,7 @@ from keras_svdtune.methods.base import (
     Weights,
     register,
 )
+from keras_svdtune.methods.dropout import DropsInput
 from keras_svdtune.methods.low_rank import ProductMethod
 from keras_svdtune.methods.picture import Block
 from keras_svdtune.runtime.types import Shape, Tensor
@@ -21,7 +22,7 @@ from keras_svdtune.runtime.types import Shape, Tensor
 
 @register
 @dataclasses.dataclass(frozen=True)
-class MiCA(ProductMethod):
+class MiCA(DropsInput, ProductMethod):
     """Minor component adaptation: LoRA with half of it frozen.
 
     With the r smallest components of W = U diag(s) Vᵀ, of the n = min(in, out)
@@ -50,6 +51,7 @@ class MiCA(ProductMethod):
         alpha: float or None. The scale is alpha / rank; None means rank,
             a scale of 1.
         part: `"bottom"` for the smallest components, `"top"` for the largest.
+        dropout: by keyword only, float, 0 or more and below 1: as for `LoRA`.
 
     Example:
 

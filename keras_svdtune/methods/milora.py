@@ -3,12 +3,13 @@
 import dataclasses
 
 from keras_svdtune.methods.base import register
+from keras_svdtune.methods.dropout import DropsInput
 from keras_svdtune.methods.pissa import SpectralLoRA, components_picture
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class MiLoRA(SpectralLoRA):
+class MiLoRA(DropsInput, SpectralLoRA):
     """Minor singular components adaptation: PiSSA's other end.
 
     A and B start from the r smallest components of W = U diag(s) Vᵀ:
@@ -33,6 +34,10 @@ class MiLoRA(SpectralLoRA):
             of the squared singular values, counted from the smallest.
         alpha: float or None. The scale is alpha / rank; None means rank,
             a scale of 1, as the authors use.
+        dropout: by keyword only, float, 0 or more and below 1: as for `LoRA`,
+            for x·(A·B - A₀·B₀); the authors use 0.05. They drop x·A·B, of which
+            A₀·B₀ is a part, and so disturb the start; here it is exactly x·W
+            in training too, and the mean over x̃ is the same.
 
     Example:
 

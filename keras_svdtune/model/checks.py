@@ -10,6 +10,7 @@ from keras import ops
 from keras_svdtune.hosts.embeddings import is_reversible, why_not_adaptable
 from keras_svdtune.hosts.target import Target
 from keras_svdtune.methods.base import METHODS, Method, has_reverse, nearest
+from keras_svdtune.methods.dropout import dropout_of
 from keras_svdtune.methods.pissa import QUANTIZATIONS
 from keras_svdtune.methods.replaced_base import ReplacesBase
 from keras_svdtune.model.state import enabled_method
@@ -75,6 +76,7 @@ def targets_for(
             )
     if beside_others:
         return targets
+    check_dropout(targets, method)
     for path, target in targets.items():
         check_fit(path, target, method)
     check_holders(root, targets)
@@ -129,6 +131,7 @@ def check_fit(path: str, target: Target, method: Method) -> None:
             f"Layer '{path}' {problem}, or leave it out of "
             "`target_layer_names`."
         )
+    check_dropout({path: target}, method)
     rows, columns = target.view.shape
     try:
         method.for_shape(target.view.shape)
@@ -138,6 +141,34 @@ def check_fit(path: str, target: Target, method: Method) -> None:
         raise ValueError(
             f"Layer '{path}', a matrix of {rows} x {columns}: {error}"
         ) from None
+
+
+def check_dropout(targets: dict[str, Target], method: Method) -> None:
+    """Checks that all targets have a branch, of whose x some can be dropped.
+
+    Embeddings have none either, but there dropout is left out, as in PEFT.
+
+    Raises:
+        ValueError: the method has dropout, and layers compute with one merged
+            kernel. The error names them.
+    """
+    if not dropout_of(method):
+        return
+    merged = {
+        path: target
+        for path, target in targets.items()
+        if target.direct or target.view.count is not None
+    }
+    if merged:
+        names = list(dict.fromkeys(x.name for x in merged.values()))
+        paths = list(merged)
+        raise ValueError(
+            f"{method} drops a part of the input of its branch in training, "
+            f"and {len(paths)} layers have no branch, since they compute with "
+            f"a merged kernel: {', '.join(paths[:3])}"
+            f"{' ...' if len(paths) > 3 else ''}. Leave them out by "
+            f"`exclude={names}`, or enable {method.title} without `dropout`."
+        )
 
 
 def _problem_of(target: Target, method: Method) -> str:

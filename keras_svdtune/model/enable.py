@@ -23,7 +23,7 @@ from keras_svdtune.model.checks import (
     targets_for,
 )
 from keras_svdtune.model.commit import commit
-from keras_svdtune.model.freezing import freeze
+from keras_svdtune.model.freezing import biases_to_train, freeze
 from keras_svdtune.model.named_adapters import check_name, join
 from keras_svdtune.model.names import add_untrained, check_alone
 from keras_svdtune.model.patterns import methods_by_path
@@ -53,6 +53,7 @@ def enable_adapter(
     exclude: Iterable[str] = (),
     rank_pattern: Mapping[str, float] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    train_bias: bool = False,
 ) -> None:
     """Adds an adapter to each target layer and freezes everything else.
 
@@ -87,13 +88,21 @@ def enable_adapter(
             expressions like those of `target_layer_names`:
             `{"query": 16, ".*ffw.*": 4}`. The others have `method.rank`.
         alpha_pattern: the same for alpha.
+        train_bias: bool. Whether the biases of the adapted layers train too, in
+            the dtype that they have. They belong to the adapter then, as the
+            head of a Task does to one with a `name`: they are in its file,
+            `adapter_summary` counts them, `adapter_disabled` and
+            `remove_adapter` give back what they were, and several named
+            adapters have each their own. To train on what a file holds, enable
+            the adapter with `train_bias` before you load it.
 
     Raises:
         ValueError: an adapter is enabled already, a name or an expression
             matches nothing, the method has no such setting, a layer gets two
-            numbers, a layer cannot be adapted, or a kernel holds NaN or
-            infinity. With a `name`: the model has an adapter of that name, or
-            those that it has are of another method or on other layers.
+            numbers, a layer cannot be adapted, no layer has a bias to train, or
+            a kernel holds NaN or infinity. With a `name`: the model has an
+            adapter of that name, or those that it has are of another method,
+            on other layers, or without the biases.
 
     Example:
 
@@ -112,16 +121,39 @@ def enable_adapter(
     methods = methods_by_path(
         method, targets, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern
     )
+    if not isinstance(train_bias, bool):
+        raise ValueError(
+            "`train_bias` must be True or False. Received: "
+            f"train_bias={train_bias!r}"
+        )
     if name is not None and beside_others:
+        record = enabled_record(root)
+        if train_bias and record is not None and not record.biases:
+            raise ValueError(
+                "All adapters of a model train the same variables, and the "
+                f"first of '{root.name}' was enabled without `train_bias`. "
+                f"Received: train_bias=True for '{name}'"
+            )
         add_untrained(model, name, method, methods)
         return
+    biases = biases_to_train(root, targets) if train_bias else []
     plans = plan_adapters(f"{method.title}: decomposing", targets, methods)
 
     def join_what_trains(undo: contextlib.ExitStack) -> None:
-        join(record_of(root), trained_beside(model), undo)
+        record = record_of(root)
+        for bias in biases:
+            bias.trainable = True
+        ours = {id(x) for x in biases}
+        for key, variable in trained_beside(root).items():
+            if id(variable) in ours:
+                record.biases[key] = variable
+        join(record, record.biases, undo)
+        if name is not None:
+            join(record, trained_beside(model), undo)
 
-    also = None if name is None else join_what_trains
-    attach_plans(root, method, targets, plans, also, name or DEFAULT)
+    attach_plans(
+        root, method, targets, plans, join_what_trains, name or DEFAULT
+    )
 
 
 def attach_plans(

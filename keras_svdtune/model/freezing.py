@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import keras
 
+from keras_svdtune.hosts.target import Target
 from keras_svdtune.runtime.keras_internals import (
     layers_in,
     move_variable,
@@ -62,6 +63,27 @@ def freeze(model: Model) -> Callable[[], None]:
             variable.trainable = trainable
 
     return restore
+
+
+def biases_to_train(model: Model, targets: dict[str, Target]) -> list[Variable]:
+    """Returns the biases of layers that are to be adapted; none is frozen yet.
+
+    Raises:
+        ValueError: no layer has one.
+    """
+    found: dict[int, Variable] = {}
+    for target in targets.values():
+        bias = getattr(target.owner, "bias", None)
+        # A layer may hold several of the kernels, or `bias` be no variable.
+        for variable in own_trainables(target.owner):
+            if variable is bias:
+                found[id(bias)] = bias
+    if not found:
+        raise ValueError(
+            f"No layer of '{model.name}' that is adapted has a bias. Leave "
+            "out `train_bias`."
+        )
+    return list(found.values())
 
 
 def freeze_own_variables(layer: Layer) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from keras_svdtune.adapter.plan import first_values
 from keras_svdtune.hosts.target import Target
 from keras_svdtune.methods.base import Method
+from keras_svdtune.methods.dropout import dropout_of
 from keras_svdtune.model.named_adapters import (
     Choice,
     NamedAdapters,
@@ -173,6 +174,11 @@ def add_untrained(
             "All adapters of a model have one method with the same settings, "
             f"since they share their frozen weights. '{named.owner.name}' has "
             f"{theirs}. Received: {method}"
+        )
+    if dropout_of(theirs) != dropout_of(method):
+        raise ValueError(
+            "All adapters of a model train with the same dropout, that of the "
+            f"first. '{named.owner.name}' has {theirs}. Received: {method}"
         )
     different = set(methods) ^ set(named.targets)
     if different:

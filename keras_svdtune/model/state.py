@@ -45,6 +45,8 @@ class Enabled:
         unfreeze: function that restores what was trainable before.
         beside: what belongs to the adapters besides their layers, such as the
             head of a Task, by key: the variable, and its value in the base.
+        biases: those of adapted layers that train (`train_bias`), by key; they
+            are in `beside` too.
         names: the adapters by name; None for the one whose values are in the
             variables of the model.
         chosen: the weight of each adapter that is set. Empty for the base.
@@ -60,6 +62,7 @@ class Enabled:
     beside: dict[str, tuple[Variable, np.ndarray]] = dataclasses.field(
         default_factory=dict
     )
+    biases: dict[str, Variable] = dataclasses.field(default_factory=dict)
     names: dict[str, StoredAdapter | None] = dataclasses.field(
         default_factory=lambda: {DEFAULT: None}
     )

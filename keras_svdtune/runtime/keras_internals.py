@@ -49,6 +49,7 @@ RELIED_ON = (
     ("a layer", "_trainable_variables", "freezing a layer's own variables"),
     ("a layer", "_non_trainable_variables", "thawing a layer's own variables"),
     ("a layer", "_untrack_variable", "quantizing a given kernel"),
+    ("a layer", "_remat_mode", "dropout where a layer is computed twice"),
     ("a layer", "quantization_mode", "knowing whether a kernel is quantized"),
     ("a Dense layer", "_kernel", "reading and writing the kernel"),
     ("a Dense layer", "_int8_call", "computing on an int8 kernel"),
@@ -247,6 +248,26 @@ def autocast_dtype() -> str | None:
     """
     scope = get_autocast_scope()
     return None if scope is None else scope.dtype
+
+
+def in_training() -> bool | Tensor:
+    """Says whether Keras calls the present layer in training.
+
+    Every layer inherits that from the layer that calls it, also one whose
+    `call` has no such argument. Within what JAX computes twice, for a
+    `keras.RematScope`, it is a tensor whose value is not known yet.
+    """
+    context = global_state.get_global_attribute("current_call_ctx")
+    training = getattr(context, "training", None)
+    return False if training is None else training
+
+
+def recomputed(layer: Layer) -> bool:
+    """Says whether a layer was made in a `keras.RematScope`.
+
+    Then the backward pass may compute it again, or a layer around it.
+    """
+    return layer._remat_mode is not None
 
 
 def set_mask(tensor: Tensor, mask: Tensor) -> None:
