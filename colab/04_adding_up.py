@@ -194,7 +194,7 @@ for label, weights in rows.items():
 Markdown("\n".join(lines))
 
 # %% [markdown]
-# The sum with weights of 1 is the worst of the mixtures here, though its arithmetic is exact: the two adapters move some of the same singular values. With smaller weights a mixture keeps the larger part of what each has learned, and is behind each at its own task. The answers are few, so read nothing from differences below two errors.
+# The plain sum, both weights 1, is worse at both tasks than the smaller mixture, though its arithmetic is exact: both adapters move the same singular values. The best mixture keeps the larger part of what each has learned, and is behind each at its own task. The answers are few, so read nothing from differences below two errors.
 #
 # ## Keep it, and hear it
 #
