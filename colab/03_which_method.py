@@ -14,11 +14,11 @@
 # %% [markdown]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/keras-svdtune/keras_svdtune/blob/main/colab/03_which_method.ipynb)
 #
-# # Which method when
+# # Which method?
 #
-# The methods on one task: pirate speech, as in notebook 01. What does each train, how fast does it learn, what does it forget, and how large is its file?
+# Four methods learn one task, pirate speech, at one learning rate. `enable_adapter(method)` is the line that changes; everything else is the same. You see what each trains, how large its file is, how long a step takes, what it learns and what it forgets.
 #
-# One task, one seed and few steps rank nobody. They show the trade-offs, and this notebook is easily pointed at your own data.
+# This is one task, one seed and one rate: it shows trade-offs and ranks nobody.
 
 # %% tags=["install"]
 # %pip install -q "keras_svdtune[demo] @ git+https://github.com/keras-svdtune/keras_svdtune"
@@ -28,154 +28,164 @@ import os
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
-import math
+import time
 
 import keras
 import matplotlib.pyplot as plt
+import numpy as np
+from IPython.display import Markdown
 
-from keras_svdtune.demo import chat, fit, notebook, pirate, show, train
-from keras_svdtune.methods import METHODS
+from keras_svdtune import SVF, LoRA, LoRAXS, PiSSA, estimate
+from keras_svdtune.demo.pirate import pirate_pairs, split
+from keras_svdtune.demo.weights import load_model
 
-SMALL = notebook.small()
-STEPS, LENGTH, HELD_OUT = (5, 32, 8) if SMALL else (200, 40, 64)
-# The small mode adapts the last five layers: less to compute.
-TARGETS = [r".*layer_2[5-9]/.*"] if SMALL else None
-notebook.look()
-
-# %%
-model, name = notebook.load("gemma3_1b", SMALL)
-learn, held_out = notebook.data(model, name, pirate.pirate_pairs(), LENGTH, HELD_OUT)
-print(f"{name}: {len(learn):,} answers to learn from, {len(held_out)} held out")
+STEPS = int(os.environ.get("STEPS", 60))  # the tests take fewer
+EPOCHS = max(1, STEPS // 6)  # after each, a look at what is held out
+HELD_OUT, RATE = 24, 2e-3
+keras.config.disable_interactive_logging()  # no bars in what is kept
 
 # %% [markdown]
-# ## Something to forget
+# ## To learn, and to forget
 #
-# Who learns to speak like a pirate should still read plain English. So we also measure the loss on sentences that have nothing to do with it.
+# The task is small talk with answers of a pirate, and answers alone count ([how](https://github.com/keras-svdtune/keras_svdtune/blob/main/.docs/pages/guides/answers.md)). A model that learns it should still read plain English: the first sentences of NumPy's documentation, which have nothing to do with pirates.
 
 # %%
-SENTENCES = [
-    "The lighthouse stood on a narrow strip of rock at the mouth of the harbour.",
-    "Water boils at a lower temperature on a high mountain.",
-    "She closed the window because the wind was blowing papers off the desk.",
-    "Most of the energy on Earth comes from the Sun.",
-]
-plain = chat.encode(
-    model, chat.ChatFormat("", ""), [pirate.Pair("", s, s) for s in SENTENCES], LENGTH
+model = load_model("smollm2_135m")
+preprocessor = model.preprocessor
+CHAT = "user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def encode(pairs, length=40):
+    """Tokens, the next tokens, and weights of 1 for those of an answer."""
+    texts = [question + answer for question, answer in pairs]
+    x, y, weight = preprocessor(texts, sequence_length=length)
+    lengths = np.array([len(preprocessor.tokenizer(question)) for question, _ in pairs])
+    is_answer = np.arange(length) >= lengths[:, None]
+    return x, np.array(y), np.where(is_answer, weight, 0.0)
+
+
+train, test = (
+    encode([(CHAT.format(pair.question), pair.answer) for pair in pairs])
+    for pairs in split(pirate_pairs(), HELD_OUT)
 )
+docs = [(getattr(np, name).__doc__ or "").strip().split("\n\n")[0] for name in dir(np)]
+docs = [" ".join(text.split()) for text in docs if text.endswith(".") and "(" not in text]
+docs = [text for text in dict.fromkeys(docs) if len(text.split()) > 8][:HELD_OUT]
+plain = encode([("", text) for text in docs], length=24)
+print(f"{len(train[1])} answers to learn from, {len(test[1])} held out, {len(docs)} plain sentences:")
+print(*docs[:3], sep="\n")
 
 # %% [markdown]
-# ## The race
+# ## One run
 #
-# Each method at 1e-3, the rate that all suggest, which is meant for hundreds of steps. In the few of the small mode a low rank would not get anywhere with it, so there the low-rank methods get ten times as much. Neither was swept for this task.
+# While the model trains, a callback keeps the loss of each held-out answer and of each plain sentence, a mean over its tokens.
 
 # %%
-def rate_of(method):
-    short = SMALL and method.name not in ("svf", "svft", "lora")
-    return method.suggested_learning_rate * (10 if short else 1)
+def losses(data):
+    x, y, weight = data
+    logits = model.predict(x, batch_size=HELD_OUT, verbose=0)
+    loss = keras.ops.sparse_categorical_crossentropy(y, logits, from_logits=True)
+    return (keras.ops.convert_to_numpy(loss) * weight).sum(axis=1) / weight.sum(axis=1)
 
 
-def run(key):
-    method = train.make_method(key, rank=8)
+class Watch(keras.callbacks.Callback):
+    def on_train_begin(self, logs=None):
+        self.answers, self.plain, self.seconds = [losses(test)], [losses(plain)], []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.start = time.perf_counter()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.seconds.append((time.perf_counter() - self.start) / (STEPS // EPOCHS))
+        self.answers.append(losses(test))
+        self.plain.append(losses(plain))
+
+
+def compile_model(learning_rate):
+    model.compile(
+        keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(learning_rate, STEPS)),
+        keras.losses.SparseCategoricalCrossentropy(
+            from_logits=True, reduction="mean_with_sample_weight"
+        ),
+        weighted_metrics=[],
+        sampler="greedy",
+    )
+
+
+def fit():
+    x, y, weight = train
+    compile_model(RATE)
+    model.preprocessor = None  # `fit` gets tokens here
+    watch = Watch()
+    model.fit(
+        x, y, sample_weight=weight, batch_size=4, shuffle=False, callbacks=[watch],
+        epochs=EPOCHS, steps_per_epoch=STEPS // EPOCHS, verbose=0,
+    )
+    model.preprocessor = preprocessor
+    return watch
+
+
+# %%
+QUESTIONS = ["Where is the treasure?", "What is the sun?"]
+
+
+def ask():
+    prompts = [CHAT.format(question) for question in QUESTIONS]
+    return model.generate(prompts, max_length=48, strip_prompt=True)
+
+
+compile_model(0.0)
+runs, said = {}, {"base model": ask()}
+for method in (LoRA(rank=8), PiSSA(rank=8), SVF(), LoRAXS(rank=8)):
     keras.utils.set_random_seed(0)
-    model.backbone.enable_adapter(method, TARGETS)
-    # Without the averages that AdaLoRA keeps in variables.
-    variables = [v for v in model.backbone.trainable_variables if not v.overwrite_with_gradient]
-    trained = sum(math.prod(v.shape) for v in variables)
-    fit.prepare(model, rate_of(method), STEPS)
-    losses, seconds = fit.train(model, learn, STEPS, seed=0)
-    file = f"{key}.safetensors"
-    model.backbone.save_adapter(file)
-    model.backbone.merge_adapter()  # measured as it would be shipped
-    measured = {
-        "trained": trained,
-        "rate": rate_of(method),
-        "losses": losses,
-        "held out": fit.evaluate(model, held_out),
-        "plain": fit.evaluate(model, plain),
-        "seconds": seconds,
-        "KiB": os.path.getsize(file) / 1024,
-    }
-    model.backbone.set_weights(base_weights)
-    return method.title, measured
-
-
-# %%
-fit.prepare(model, 0.0, STEPS)
-base = {"held out": fit.evaluate(model, held_out), "plain": fit.evaluate(model, plain)}
-base_weights = model.backbone.get_weights()
-print(f"Base model: {base['held out']:.2f} on pirate answers, {base['plain']:.2f} on plain text")
-
-results = dict(run(key) for key in METHODS)
+    trained = estimate(model, method).trainable
+    model.backbone.enable_adapter(method)
+    watch = fit()
+    model.backbone.save_adapter(f"{method.name}.safetensors")
+    said[method.title] = ask()
+    model.backbone.remove_adapter()  # the base again, to the bit
+    kib = os.path.getsize(f"{method.name}.safetensors") / 1024
+    runs[method.title] = trained, kib, watch
 
 # %% [markdown]
-# ## Loss curves
-#
-# AdaLoRA's loss holds a penalty that keeps its vectors orthonormal: its curve starts higher.
+# ## What they learned, and what they forgot
 
 # %%
-MARKS = dict(zip(results, "oPXs^Dv*<>pHd"))
-COLORS = {title: f"C{i}" for i, title in enumerate(results)}
-fig, ax = plt.subplots()
-for title, r in results.items():
-    ax.plot(range(1, STEPS + 1), show.smooth(r["losses"]), color=COLORS[title],
-            marker=MARKS[title], markevery=max(1, STEPS // 6), label=title)
-ax.set(xlabel="training step", ylabel="loss per answer token (smoothed)", title="Training")
-ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
-fig.legend(loc="outside right upper");
+steps = np.arange(EPOCHS + 1) * (STEPS // EPOCHS)
+fig, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+for (label, (_, _, watch)), marker in zip(runs.items(), "os^D"):
+    axes[0].plot(steps, np.mean(watch.answers, axis=1), marker=marker, label=label)
+    axes[1].plot(steps, np.mean(watch.plain, axis=1), marker=marker, label=label)
+axes[0].set(title="answers of a pirate, held out", ylabel="loss per token")
+axes[1].set(title="plain English, not trained on")
+for ax in axes:
+    ax.set_xlabel("training step")
+    ax.grid(alpha=0.3)
+axes[0].legend(frameon=False)
+plt.show()
 
 # %% [markdown]
-# ## Parameters against loss
-#
-# Further left is smaller, further down is better.
+# The same in numbers, with standard errors: over the held-out answers, and over the changes of the plain sentences. A plus there means that plain English has become harder, something was forgotten.
 
 # %%
-fig, ax = plt.subplots()
-for i, (title, r) in enumerate(sorted(results.items(), key=lambda item: item[1]["held out"])):
-    ax.plot(r["trained"], r["held out"], MARKS[title], ms=10, color=COLORS[title])
-    # Above and below in turn: neighbours keep their names apart.
-    ax.annotate(title, (r["trained"], r["held out"]), xytext=(0, -18 if i % 2 else 9), textcoords="offset points", ha="center")
-ax.axhline(base["held out"], color="grey", ls="--", lw=1)
-ax.annotate("base model", (0, base["held out"]), xycoords=("axes fraction", "data"),
-            xytext=(4, -12), textcoords="offset points", color="dimgrey")
-ax.set(xscale="log", xlabel="trained parameters", ylabel="held-out loss", title="What a parameter buys")
-ax.margins(0.12);
+def mean(x):
+    return f"{x.mean():.2f} ± {x.std() / len(x) ** 0.5:.2f}"
 
-# %% [markdown]
-# ## Forgetting
-#
-# The change of the loss on plain English. Above zero, something was forgotten; below, plain English has become easier, too. A method that has learned little has forgotten little, so read this with the picture above.
 
-# %%
-change = {t: r["plain"] - base["plain"] for t, r in results.items()}
-fig, ax = plt.subplots()
-ax.barh(list(change), list(change.values()), color=[COLORS[t] for t in change])
-ax.axvline(0, color="black", lw=1)
-ax.invert_yaxis()
-ax.set(xlabel="change of the loss on plain English (nats per token)", title="What each method forgot");
+lines = [
+    "| | trained numbers | file, KiB | seconds a step | loss of answers | plain English, change |",
+    "|:--|--:|--:|--:|--:|--:|",
+]
+for label, (trained, kib, watch) in runs.items():
+    change = watch.plain[-1] - watch.plain[0]
+    cells = [f"{trained:,}", f"{kib:,.0f}", f"{np.median(watch.seconds):.2f}"]
+    cells += [mean(watch.answers[-1]), ("+" if change.mean() > 0 else "") + mean(change)]
+    lines.append(f"| {label} | {' | '.join(cells)} |")
+lines.append(f"| base model | | | | {mean(watch.answers[0])} | loss {mean(watch.plain[0])} |")
+Markdown("\n".join(lines))
 
 # %%
-notebook.table([
-    {
-        "method": title,
-        "trained": r["trained"],
-        "file, KiB": r["KiB"],
-        "learning rate": f"{r['rate']:g}",
-        "held-out loss": r["held out"],
-        "plain English": change[title],
-        "seconds a step": r["seconds"],
-    }
-    for title, r in results.items()
-])
-
-# %% [markdown]
-# ## So, which?
-#
-# - **SVF**: few parameters, kilobytes, and tunings that add up (notebook 04).
-# - **SVFT**: when SVF does not fit the data well enough; a few times its size.
-# - **LoRA-XS**: the fewest parameters, for the components that matter most.
-# - **LoRA**: the safe first choice; **DoRA** and **AdaLoRA** are its relatives.
-# - **PiSSA**: LoRA's size, from the largest components; `quantize="int4"` for a small base.
-# - **MiLoRA**: LoRA's size, from the smallest ones, to leave the rest alone.
-# - **MiCA**, **PSOFT**, **OPLoRA**: newer ones, which nobody has compared here yet.
-#
-# Whichever it is, sweep the learning rate before you judge it.
+for i, question in enumerate(QUESTIONS):
+    print(question)
+    for label, answers in said.items():
+        print(f"  {label + ':':16} {answers[i].strip()}")

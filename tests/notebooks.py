@@ -78,7 +78,7 @@ def execute(name: str, folder: Path, cache: Path, steps: int | None) -> Any:
     if steps is not None:
         settings["STEPS"] = str(steps)
     client = nbclient.NotebookClient(
-        notebook, timeout=900, resources={"metadata": {"path": str(folder)}}
+        notebook, timeout=3600, resources={"metadata": {"path": str(folder)}}
     )
     client.execute(env=os.environ | settings)
     notebook.cells = cells
@@ -101,11 +101,19 @@ def tidy(notebook: Any) -> Any:
                     output.data[kind] = re.sub(r" at 0x[0-9a-f]+", "", text)
         if "outputs" in cell:
             cell.outputs = [
-                x for x in cell.outputs if x.get("name") != "stderr"
+                x
+                for x in cell.outputs
+                if x.get("name") != "stderr" and not is_of_a_bar(x)
             ]
     language = notebook.metadata.get("language_info", {})
     language.pop("version", None)
     return notebook
+
+
+def is_of_a_bar(output: Any) -> bool:
+    """Whether it is what a progress bar leaves where ipywidgets are missing."""
+    text = output.get("data", {}).get("text/plain")
+    return text is not None and (not text.strip() or "ipywidgets" in text)
 
 
 def main() -> None:

@@ -4,5 +4,5 @@ Read it in this order: `train` (one run) and `result` (what comes out of it),
 `pirate` (the data and the dialect score), `chat` (what the model is fed), `fit`
 (training), `weights` (where the models come from, and how their files are
 converted), `show` (tables and plots), `results` (a comparison of all methods),
-`notebook` (what the notebooks share), `__main__` (the command line).
+`__main__` (the command line).
 """
