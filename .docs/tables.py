@@ -182,6 +182,38 @@ def by_reward() -> Iterator[list[str]]:
 
 
 @table
+def mixtures() -> Iterator[list[str]]:
+    """Mixtures found from a few examples of a task that no expert learnt."""
+    yield [
+        "SmolLM2-135M, SVF",
+        "search, s",
+        "loss: searched",
+        "chosen by",
+        "others",
+        "to the best expert",
+        "right: searched",
+        "chosen by",
+        "others",
+    ]
+    found = read("mixtures_smollm2_135m")
+    for name, x in found["rows"].items():
+        shots, held, others = (x[k] for k in ("shots", "held out", "others"))
+        yield [
+            name,
+            f"{x['seconds']:,.0f}" if x["seconds"] else "",
+            *(f"{part['loss'][0]:.2f}" for part in (shots, held)),
+            "{:.3f} ± {:.3f}".format(*others["loss"]),
+            "{:+.3f} ± {:.3f}".format(*x["to_expert"]),
+            *(percent(part["exact"][0]) for part in (shots, held)),
+            "{} ± {}".format(*(percent(y)[:-2] for y in others["exact"]))
+            + " %",
+        ]
+    same = found["most frequent answer"].values()
+    constant = [percent(y) for y in same]
+    yield ["always the most frequent answer", *[""] * 5, *constant]
+
+
+@table
 def generation() -> Iterator[list[str]]:
     """Tokens a second with an adapter on, merged, and without."""
     yield ["SmolLM2-135M, one prompt", "tokens a second", "seconds, to base"]

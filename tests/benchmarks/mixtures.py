@@ -1,0 +1,290 @@
+"""What a mixture of experts is worth on a task that none of them has learnt.
+
+    python tests/benchmarks/mixtures.py
+
+Three SVF adapters are trained: on a pirate's small talk, on how often a letter
+is in a word (reasoning-gym), and on speeches, a sentence and the next. The task
+is how often a letter is in three words. `search_mixture` gets a few examples
+of it, a third of which it holds out: by gradient with one weight for each
+expert, by gradient with one for each expert and layer, and by the cross-entropy
+method for exact matches. Every row is measured on these examples and on others,
+which no search has seen.
+"""
+
+import argparse
+import collections
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+import keras
+import numpy as np
+import rich.box
+from rich.table import Table
+
+import keras_svdtune
+from keras_svdtune import search_mixture
+from keras_svdtune.demo import chat, fit, pirate, show
+from keras_svdtune.demo.optional import require
+from keras_svdtune.demo.speeches import speech_pairs
+from keras_svdtune.demo.weights.weights import MODELS, load_model
+from keras_svdtune.experts.language import a_third
+
+LENGTH = {"pirate": 40, "letters": 32, "speeches": 40}  # tokens
+LONGEST = 36  # tokens of an example of the task
+HELD_OUT = 64  # pairs of an expert's task that are not learnt
+
+
+def letters(words: int, count: int, seed: int) -> list[pirate.Pair]:
+    """How often a letter is in some words; no question occurs twice."""
+    made = require("reasoning_gym").create_dataset(
+        "letter_counting",
+        size=count,
+        seed=seed,
+        min_words=words,
+        max_words=words,
+    )
+    found = {x["question"]: x["answer"] for x in made}
+    return [pirate.Pair(q, a, a) for q, a in found.items()]
+
+
+def experts() -> dict[str, list[pirate.Pair]]:
+    """What each expert learns from."""
+    spoken = [pirate.Pair(q, a, a) for q, a in speech_pairs()]
+    tasks = {
+        "pirate": pirate.pirate_pairs(0),
+        "letters": letters(1, 1500, 0),
+        "speeches": spoken,
+    }
+    return {k: pirate.split(x, HELD_OUT, 0)[0] for k, x in tasks.items()}
+
+
+def exact(answer: str, right: str) -> float:
+    """Whether an answer is the right one."""
+    return float(answer.strip() == right)
+
+
+class Measures:
+    """Losses and exact matches of pairs, by the model as it is set."""
+
+    def __init__(self, task: Any, style: chat.ChatFormat, new: int) -> None:
+        self.task, self.style, self.new = task, style, new
+
+    def __call__(self, pairs: list[pirate.Pair]) -> dict[str, list[float]]:
+        """Of each pair: the mean loss of an answer's token, and the match."""
+        arrays = chat.encode(self.task, self.style, pairs, LONGEST)
+        assert len(arrays) == len(pairs), "a pair is too long"
+        losses: list[float] = []
+        with fit.raw_tokens(self.task):
+            for start in range(0, len(pairs), fit.BATCH):
+                rows = arrays.rows(
+                    np.arange(start, min(start + fit.BATCH, len(pairs)))
+                )
+                logits = self.task.predict_on_batch(rows.x)
+                loss = keras.ops.sparse_categorical_crossentropy(
+                    rows.y, logits, from_logits=True
+                )
+                loss = keras.ops.convert_to_numpy(loss) * rows.weight
+                losses += (loss.sum(-1) / rows.weight.sum(-1)).tolist()
+        prompts = [self.style.prompt(x.question) for x in pairs]
+        ids = self.task.preprocessor.tokenizer
+        longest = max(len(chat.ids(ids, x)) for x in prompts)
+        said = self.task.generate(
+            prompts, max_length=longest + 1 + self.new, strip_prompt=True
+        )
+        matches = [
+            exact(x, pair.answer) for x, pair in zip(said, pairs, strict=True)
+        ]
+        return {"loss": losses, "exact": matches}
+
+
+def main() -> None:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model", choices=[*MODELS], default="smollm2_135m")
+    parser.add_argument("--steps", type=int, default=40, help="an expert")
+    parser.add_argument("--shots", type=int, default=15)
+    parser.add_argument("--asked", type=int, default=96, help="other examples")
+    parser.add_argument("--iterations", type=int, default=50)
+    parser.add_argument("--rate", type=float, default=0.05)
+    parser.add_argument("--population", type=int, default=16)
+    parser.add_argument("--cem-iterations", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=3, help="an answer")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--experts", type=Path, help="keeps them, or takes those of before"
+    )
+    common.add_results(parser)
+    options = parser.parse_args()
+    keras.config.disable_interactive_logging()
+    machine = common.machine()
+    task = load_model(options.model)
+    style = chat.format_for(task, options.model)
+    pairs = letters(3, options.shots + options.asked, options.seed + 1)
+    assert len(pairs) == options.shots + options.asked
+    shots, others = pairs[: options.shots], pairs[options.shots :]
+    held = a_third(options.shots, options.seed)
+    parts = {
+        "shots": [x for x, y in zip(shots, held, strict=True) if not y],
+        "held out": [x for x, y in zip(shots, held, strict=True) if y],
+        "others": others,
+    }
+    rate = keras_svdtune.SVF().suggested_learning_rate
+    for name, learnt in experts().items():
+        file = options.experts and options.experts / f"{name}.safetensors"
+        if file and file.exists():
+            task.backbone.load_adapter(file, name=name)
+            continue
+        show.step(f"Training {name} on {len(learnt)} pairs")
+        task.backbone.enable_svf(name=name)
+        fit.prepare(task, rate, options.steps)
+        arrays = chat.encode(task, style, learnt, LENGTH[name])
+        fit.train(task, arrays, options.steps, options.seed)
+        if file:
+            options.experts.mkdir(parents=True, exist_ok=True)
+            task.backbone.save_adapter(file, name=name)
+    names = task.backbone.adapter_names()
+    fit.prepare(task, rate, options.steps)
+    measures = Measures(task, style, options.tokens)
+    rows: dict[str, Any] = {}
+
+    def measure(label: str, seconds: float | None = None) -> None:
+        show.step(f"Measuring {label}")
+        found = {k: measures(x) for k, x in parts.items()}
+        rows[label] = {"seconds": seconds, **found}
+
+    for label, choice in {
+        "base model": None,
+        **{f"{x} alone": x for x in names},
+        "mean of the three": dict.fromkeys(names, 1 / len(names)),
+    }.items():
+        task.backbone.set_adapter(choice)
+        measure(label)
+    examples = [(style.prompt(x.question), x.answer) for x in shots]
+    searches: dict[str, dict[str, Any]] = {
+        "gradient": {"iterations": options.iterations},
+        "gradient, per layer": {
+            "iterations": options.iterations,
+            "per_layer": True,
+        },
+        "CEM": {
+            "iterations": options.cem_iterations,
+            "score": exact,
+            "population": options.population,
+            "max_new_tokens": options.tokens,
+        },
+    }
+    for label, settings in searches.items():
+        show.step(f"Searching: {label}")
+        start = time.perf_counter()
+        mixture = search_mixture(
+            task,
+            names,
+            examples,
+            learning_rate=options.rate,
+            seed=options.seed,
+            **settings,
+        )
+        seconds = time.perf_counter() - start
+        show.step(str(mixture))
+        mixture.add_to(task.backbone, "mixture")
+        measure(label, seconds)
+        task.backbone.delete_adapter("mixture")
+        rows[label] |= {
+            "weights": {
+                k: x if isinstance(x, float) else [*x.values()]
+                for k, x in mixture.weights.items()
+            },
+            "curve": [[x.score, x.held_out] for x in mixture.curve],
+            "best": mixture.best,
+        }
+    machine["load_at_end"] = common.load()
+    result = {
+        "machine": machine,
+        "settings": {
+            k: x
+            for k, x in vars(options).items()
+            if k not in ("results", "experts")
+        },
+        "most frequent answer": {k: most_frequent(x) for k, x in parts.items()},
+        "rows": {label: summed_up(rows, label) for label in rows},
+    }
+    common.show(table_of(result, f"SVF on {options.model}"))
+    common.write_json(options.results, f"mixtures_{options.model}", result)
+
+
+def most_frequent(pairs: list[pirate.Pair]) -> float:
+    """The share of the most frequent answer: what a constant gets."""
+    found = collections.Counter(x.answer for x in pairs)
+    return found.most_common(1)[0][1] / len(pairs)
+
+
+def summed_up(rows: dict[str, Any], label: str) -> dict[str, Any]:
+    """Means of a row with their standard errors.
+
+    `to_expert` is the difference in loss to the expert alone that is best on
+    the examples which are searched and chosen by, example by example: that
+    expert one could have had without any mixture.
+    """
+    row = rows[label]
+    found = {k: x for k, x in row.items() if k not in PARTS}
+    for part in PARTS:
+        found[part] = {
+            key: mean_and_error(np.array(x)) for key, x in row[part].items()
+        }
+    alone = [x for x in rows if x.endswith(" alone")]
+    best = min(
+        alone,
+        key=lambda x: sum(
+            sum(rows[x][part]["loss"]) for part in ("shots", "held out")
+        ),
+    )
+    found["to_expert"] = mean_and_error(
+        np.array(row["others"]["loss"]) - rows[best]["others"]["loss"]
+    )
+    return found
+
+
+PARTS = ("shots", "held out", "others")
+
+
+def mean_and_error(values: np.ndarray) -> list[float]:
+    """A mean and its standard error."""
+    return [
+        float(values.mean()),
+        float(values.std(ddof=1) / len(values) ** 0.5),
+    ]
+
+
+def table_of(result: dict[str, Any], title: str) -> Table:
+    """The rows as a table."""
+    table = Table(
+        title=title,
+        caption=common.describe(result["machine"]),
+        box=rich.box.HEAVY_HEAD,
+    )
+    table.add_column("", no_wrap=True)
+    for name in (
+        *("seconds", "loss: shots", "held out", "others", "to best expert"),
+        *("exact: shots", "held out", "others"),
+    ):
+        table.add_column(name, justify="right")
+    for label, row in result["rows"].items():
+        table.add_row(
+            label,
+            "" if row["seconds"] is None else f"{row['seconds']:.0f}",
+            *(f"{row[part]['loss'][0]:.2f}" for part in PARTS[:2]),
+            "{:.3f} ± {:.3f}".format(*row["others"]["loss"]),
+            "{:+.3f} ± {:.3f}".format(*row["to_expert"]),
+            *(f"{row[part]['exact'][0]:.0%}" for part in PARTS[:2]),
+            "{:.0%} ± {:.0%}".format(*row["others"]["exact"]),
+        )
+    return table
+
+
+if __name__ == "__main__":
+    main()
