@@ -65,38 +65,33 @@ def exact(answer: str, right: str) -> float:
     return float(answer.strip() == right)
 
 
-class Measures:
-    """Losses and exact matches of pairs, by the model as it is set."""
+def measured(
+    task: Any, style: chat.ChatFormat, pairs: list[pirate.Pair]
+) -> dict[str, list[float]]:
+    """Measures pairs by the model as it is set.
 
-    def __init__(self, task: Any, style: chat.ChatFormat, new: int) -> None:
-        self.task, self.style, self.new = task, style, new
-
-    def __call__(self, pairs: list[pirate.Pair]) -> dict[str, list[float]]:
-        """Of each pair: the mean loss of an answer's token, and the match."""
-        arrays = chat.encode(self.task, self.style, pairs, LONGEST)
-        assert len(arrays) == len(pairs), "a pair is too long"
-        losses: list[float] = []
-        with fit.raw_tokens(self.task):
-            for start in range(0, len(pairs), fit.BATCH):
-                rows = arrays.rows(
-                    np.arange(start, min(start + fit.BATCH, len(pairs)))
-                )
-                logits = self.task.predict_on_batch(rows.x)
-                loss = keras.ops.sparse_categorical_crossentropy(
-                    rows.y, logits, from_logits=True
-                )
-                loss = keras.ops.convert_to_numpy(loss) * rows.weight
-                losses += (loss.sum(-1) / rows.weight.sum(-1)).tolist()
-        prompts = [self.style.prompt(x.question) for x in pairs]
-        ids = self.task.preprocessor.tokenizer
-        longest = max(len(chat.ids(ids, x)) for x in prompts)
-        said = self.task.generate(
-            prompts, max_length=longest + 1 + self.new, strip_prompt=True
-        )
-        matches = [
-            exact(x, pair.answer) for x, pair in zip(said, pairs, strict=True)
-        ]
-        return {"loss": losses, "exact": matches}
+    Returns:
+        Of each pair the mean loss of an answer's token, and whether the greedy
+        answer is the right one: it is if all its tokens are the likeliest.
+    """
+    arrays = chat.encode(task, style, pairs, LONGEST)
+    assert len(arrays) == len(pairs), "a pair is too long"
+    losses: list[float] = []
+    matches: list[float] = []
+    with fit.raw_tokens(task):
+        for start in range(0, len(pairs), fit.BATCH):
+            rows = arrays.rows(
+                np.arange(start, min(start + fit.BATCH, len(pairs)))
+            )
+            logits = task.predict_on_batch(rows.x)
+            loss = keras.ops.sparse_categorical_crossentropy(
+                rows.y, logits, from_logits=True
+            )
+            loss = keras.ops.convert_to_numpy(loss) * rows.weight
+            losses += (loss.sum(-1) / rows.weight.sum(-1)).tolist()
+            wrong = (np.argmax(logits, -1) != rows.y) & (rows.weight > 0)
+            matches += (~wrong.any(-1)).astype(float).tolist()
+    return {"loss": losses, "exact": matches}
 
 
 def main() -> None:
@@ -107,12 +102,12 @@ def main() -> None:
     )
     parser.add_argument("--model", choices=[*MODELS], default="smollm2_135m")
     parser.add_argument("--steps", type=int, default=40, help="an expert")
-    parser.add_argument("--shots", type=int, default=15)
+    parser.add_argument("--shots", type=int, default=12)
     parser.add_argument("--asked", type=int, default=96, help="other examples")
-    parser.add_argument("--iterations", type=int, default=50)
+    parser.add_argument("--iterations", type=int, default=15)
     parser.add_argument("--rate", type=float, default=0.05)
-    parser.add_argument("--population", type=int, default=16)
-    parser.add_argument("--cem-iterations", type=int, default=12)
+    parser.add_argument("--population", type=int, default=8)
+    parser.add_argument("--cem-iterations", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=3, help="an answer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -149,12 +144,11 @@ def main() -> None:
             task.backbone.save_adapter(file, name=name)
     names = task.backbone.adapter_names()
     fit.prepare(task, rate, options.steps)
-    measures = Measures(task, style, options.tokens)
     rows: dict[str, Any] = {}
 
     def measure(label: str, seconds: float | None = None) -> None:
         show.step(f"Measuring {label}")
-        found = {k: measures(x) for k, x in parts.items()}
+        found = {k: measured(task, style, x) for k, x in parts.items()}
         rows[label] = {"seconds": seconds, **found}
 
     for label, choice in {
