@@ -182,35 +182,41 @@ def by_reward() -> Iterator[list[str]]:
 
 
 @table
-def mixtures() -> Iterator[list[str]]:
-    """Mixtures found from a few examples of a task that no expert learnt."""
+def mixtures_letters() -> Iterator[list[str]]:
+    """Mixtures found from a few examples of counting letters."""
+    yield from mixtures("letters", "right answers")
+
+
+@table
+def mixtures_speeches() -> Iterator[list[str]]:
+    """Mixtures found from a few examples of a pirate's speeches."""
+    yield from mixtures("speeches", "words in common")
+
+
+def mixtures(task: str, score: str) -> Iterator[list[str]]:
+    """What mixtures are worth on a task."""
     yield [
         "SmolLM2-135M, SVF",
         "search, s",
-        "loss: searched",
+        "loss: searched by",
         "chosen by",
         "others",
         "to the best expert",
-        "right: searched",
+        f"{score}: searched by",
         "chosen by",
         "others",
     ]
-    found = read("mixtures_smollm2_135m")
-    for name, x in found["rows"].items():
+    for name, x in read(f"mixtures_{task}_smollm2_135m")["rows"].items():
         shots, held, others = (x[k] for k in ("shots", "held out", "others"))
         yield [
             name,
             f"{x['seconds']:,.0f}" if x["seconds"] else "",
             *(f"{part['loss'][0]:.2f}" for part in (shots, held)),
-            "{:.3f} ± {:.3f}".format(*others["loss"]),
-            "{:+.3f} ± {:.3f}".format(*x["to_expert"]),
-            *(percent(part["exact"][0]) for part in (shots, held)),
-            "{} ± {}".format(*(percent(y)[:-2] for y in others["exact"]))
-            + " %",
+            "{:.2f} ± {:.2f}".format(*others["loss"]),
+            "{:+.2f} ± {:.2f}".format(*x["to_expert"]),
+            *(percent(part["score"][0]) for part in (shots, held)),
+            "{:.1f} ± {:.1f} %".format(*(100 * y for y in others["score"])),
         ]
-    same = found["most frequent answer"].values()
-    constant = [percent(y) for y in same]
-    yield ["always the most frequent answer", *[""] * 5, *constant]
 
 
 @table
