@@ -16,7 +16,7 @@
 #
 # # A model that adapts itself
 #
-# You train three experts on one small model: a pirate, a counter of letters, a speaker of Spanish. Each is a vector for every matrix, 0.4 MB in all. Then you mix them, let every prompt of a batch have its own, and let the prompt choose. At the end one table says what each of these is worth.
+# You train three experts on one small model: a pirate, a counter of letters, a speaker at conventions. Each is a vector for every matrix, 0.4 MB in all. Then you mix them, let every prompt of a batch have its own, and let the prompt choose. At the end one table says what each of these is worth.
 #
 # The idea is that of [Transformers²](https://arxiv.org/abs/2501.06252).
 
@@ -35,10 +35,11 @@ import reasoning_gym
 from IPython.display import Markdown
 
 import keras_svdtune
-from keras_svdtune.demo.pirate import corpus, pirate_pairs
+from keras_svdtune.demo.pirate import pirate_pairs
+from keras_svdtune.demo.speeches import speech_pairs
 from keras_svdtune.demo.weights import load_model
 
-STEPS = int(os.environ.get("STEPS", 60))  # for each expert; the tests take fewer
+STEPS = int(os.environ.get("STEPS", 30))  # for each expert; the tests take fewer
 LENGTH, HELD_OUT = 40, 32
 keras.utils.set_random_seed(0)
 keras.config.disable_interactive_logging()  # no bars in what is kept
@@ -46,7 +47,7 @@ keras.config.disable_interactive_logging()  # no bars in what is kept
 # %% [markdown]
 # ## Three tasks
 #
-# Questions and their right answers. No question is in both parts.
+# What is said, and what is to be answered: small talk and a pirate's answer; a question of [reasoning-gym](https://github.com/open-thought/reasoning-gym) and a number; a sentence of a speech and the next one. No question is in both parts.
 
 # %%
 CHAT = "user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -56,7 +57,7 @@ letters = reasoning_gym.create_dataset(
 TASKS = {
     "pirate": {p.question: p.answer for p in pirate_pairs()},
     "letters": {x["question"]: x["answer"] for x in letters},
-    "spanish": {q: a for q, a in corpus("spanish") if len(q + a) < 90},
+    "speeches": {q: a for q, a in speech_pairs() if len(q + a) < 110},
 }
 train, test = {}, {}
 for name, pairs in TASKS.items():
@@ -65,7 +66,6 @@ for name, pairs in TASKS.items():
     test[name], train[name] = pairs[:HELD_OUT], pairs[HELD_OUT:]
     print(f"{name}: {len(train[name])} to learn from\n  {pairs[0][0]}\n  {pairs[0][1]}")
 
-# %%
 model = load_model("smollm2_135m")
 preprocessor = model.preprocessor
 preprocessor.sequence_length = LENGTH
@@ -139,8 +139,8 @@ for name in [None, *TASKS]:
 # One batch, in which every row has another adapter.
 
 # %%
-QUESTIONS = ["Where is the treasure?", test["letters"][0][0], "¿Cómo estás?", "What is the sun?"]
-experts = ["pirate", "letters", "spanish", None]
+QUESTIONS = [*(test[name][0][0] for name in TASKS), "Translate 'house' into French."]
+experts = [*TASKS, None]
 prompts = [CHAT.format(q) for q in QUESTIONS]
 
 with keras_svdtune.adapter_per_example(model, experts):
@@ -151,55 +151,50 @@ for question, expert, answer in zip(QUESTIONS, experts, answers):
 # %% [markdown]
 # ## A mixture
 #
-# W' = W + Σ α·ΔW: which weights suit a few examples of all three tasks? Only the three weights are searched, by gradient, and chosen on examples that are held out.
+# W' = W + Σ α·ΔW: which weights suit five examples of each task? Only the weights are searched, by the gradient of the likelihood of the right answers: one for each expert, or one for each expert and layer. Of all iterations the one is kept that does best on a third of the examples, which is held out.
 
 # %%
 few = [(CHAT.format(q), a) for name in TASKS for q, a in train[name][:5]]
-mixture = keras_svdtune.search_mixture(model, [*TASKS], few, iterations=min(12, STEPS))
-print(mixture)
-mixture.plot()
-
-# %%
-mixture.add_to(model.backbone, "mixture")
-rows["mixture, searched"] = losses()
+mixtures = {
+    label: keras_svdtune.search_mixture(
+        model, [*TASKS], few, per_layer=per_layer, iterations=min(12, STEPS)
+    )
+    for label, per_layer in {"mixture": False, "mixture, per layer": True}.items()
+}
+for label, mixture in mixtures.items():
+    print(f"{label}: {mixture}")
+    mixture.add_to(model.backbone, label)  # an adapter like any other, and set
+    rows[label] = losses()
 model.backbone.set_adapter(dict.fromkeys(TASKS, 1 / 3))
 rows["a third of each"] = losses()
+mixtures["mixture, per layer"].plot()
 
 # %% [markdown]
 # ## The prompt chooses
 #
-# A `Dispatcher` trains a small classifier of prompts: a Dense layer and an SVF adapter of its own. One kind of prompt should get the base model: plain statements, which are none of the three.
+# A `Dispatcher` trains a small classifier of prompts: a Dense layer and an SVF adapter of its own. One kind of prompt should get the base model: orders, which are none of the three. With the expert that was chosen for it, an answer's loss is that of this expert, as measured above.
 
 # %%
-NONE = ["Water boils at a hundred degrees.", "The train leaves at noon.", "It rained all day.",
-        "A triangle has three sides.", "The shop is closed.", "She plays the violin."]
+NONE = ["Write a poem about autumn.", "Name three rivers in Africa.", "Sort these numbers: 5, 2, 9.",
+        "Translate 'good night' into Spanish.", "Summarize this text.", "Write a function in Python."]
 labelled = [(CHAT.format(q), name) for name in TASKS for q, _ in train[name][:12]]
 labelled += [(CHAT.format(q), None) for q in NONE]
 np.random.default_rng(0).shuffle(labelled)
 
 dispatcher = keras_svdtune.Dispatcher(
-    model, {"pirate": "small talk", "letters": "counting letters", "spanish": "Spanish"}
+    model, {"pirate": "small talk", "letters": "counting letters", "speeches": "politics"}
 )
 dispatcher.fit(*zip(*labelled), epochs=min(6, STEPS))
 
-chosen = {
-    name: dispatcher.choose([CHAT.format(q) for q, _ in pairs]) for name, pairs in test.items()
-}
-for name, found in chosen.items():
+rows["the prompt chooses"] = {}
+for name, pairs in test.items():
+    found = dispatcher.choose([CHAT.format(q) for q, _ in pairs])
     print(f"{name}: {np.mean([x == name for x in found]):.0%} of {len(found)} prompts get this expert")
-
-# %%
+    rows["the prompt chooses"][name] = np.array(
+        [rows[x or "base model"][name][i] for i, x in enumerate(found)]
+    )
 for question, answer in zip(QUESTIONS, dispatcher.generate(prompts, max_length=64, strip_prompt=True)):
     print(f"{question}\n  {answer.strip()}")
-
-# %% [markdown]
-# With the expert that was chosen for it, an answer's loss is that of this expert, as measured above.
-
-# %%
-rows["the prompt chooses"] = {
-    name: np.array([rows[x or "base model"][name][i] for i, x in enumerate(found)])
-    for name, found in chosen.items()
-}
 
 # %% [markdown]
 # ## One adapter for all
@@ -208,7 +203,7 @@ rows["the prompt chooses"] = {
 
 # %%
 model.backbone.enable_svf(name="all")
-fit([pair for name in TASKS for pair in train[name][:121]], 3 * STEPS)
+fit([pair for name in TASKS for pair in train[name][:300]], 3 * STEPS)
 rows["one, trained on all"] = losses()
 
 # %% [markdown]
@@ -238,4 +233,4 @@ plt.show()
 # %% [markdown]
 # ## Next
 #
-# Scores without a gradient, such as exact match, go by `search_mixture(..., score=...)`; answers without a right one by `train_policy`. [The guide](https://github.com/keras-svdtune/keras_svdtune/blob/main/.docs/pages/guides/many.md) has both.
+# A score without a gradient, such as exact match, goes by `search_mixture(..., score=...)`, and answers without a right one by `train_policy`: [the guide](https://github.com/keras-svdtune/keras_svdtune/blob/main/.docs/pages/guides/many.md). What a mixture is worth on a task that none of its experts has learnt is [among the benchmarks](https://github.com/keras-svdtune/keras_svdtune/blob/main/.docs/pages/benchmarks.md).

@@ -220,6 +220,8 @@ def test_a_mixture_is_an_adapter_like_any_other(tmp_path):
         }
         for name in NAMES
     }
+    with pytest.raises(ValueError, match="Mixture.add_to"):
+        lm.backbone.set_adapter(found.weights)
     found.add_to(lm, "mix")
     assert lm.backbone.adapter_names() == [*NAMES, "mix"]
     for path, target in adapted_targets(lm.backbone).items():

@@ -174,6 +174,33 @@ def test_both_hubs(hf, kaggle):
     assert_close(eager(again, X), eager(models[-1], X), 1e-5)
 
 
+@once
+def test_one_of_several(hf, tmp_path):
+    model = fresh()
+    for seed, name in enumerate(("pirate", "poet")):
+        keras_svdtune.enable_svf(model, name=name)
+        perturb(model, seed + 1)
+    poet = eager(model, X)
+    with must_stay(model, X, compiled=False):
+        push_adapter(model, HF, name="pirate")
+    keras_svdtune.save_adapter(model, tmp_path / FILE, name="pirate")
+    assert hf.files()[FILE] == (tmp_path / FILE).read_bytes()
+    refused(model, ["no adapter 'x'"], push_adapter, HF, name="x")
+    assert_same(eager(model, X), poet)
+    # A sum that trained is what is set, and lost unless it is in a file.
+    keras_svdtune.set_adapter(model, {"pirate": 0.5, "poet": 0.5})
+    perturb(model, 5)
+    push_adapter(model, HF, name="poet")
+    with pytest.raises(ValueError, match="would be lost"):
+        keras_svdtune.set_adapter(model, "poet")
+    push_adapter(model, HF)
+    learned = eager(model, X)
+    keras_svdtune.set_adapter(model, "poet")
+    again = fresh()
+    load_adapter(again, HF)
+    assert_same(eager(again, X), learned)
+
+
 # The card.
 
 

@@ -128,6 +128,20 @@ def test_one_bar_at_a_time(capsys):
     assert "afterwards" in capsys.readouterr().out
 
 
+def test_no_bar_where_nothing_is_to_be_done(tmp_path, capsys):
+    """An adapter that is assigned decomposes nothing."""
+    keras.config.enable_interactive_logging()
+    assert parallel.run_all("nothing", {}) == {}
+    model = small_model()
+    keras_svdtune.enable_svf(model, name="a")
+    path = tmp_path / "a.safetensors"
+    keras_svdtune.save_adapter(model, path)
+    assert "SVF" in capsys.readouterr().out
+    keras_svdtune.load_adapter(model, path, name="a")
+    keras_svdtune.load_adapter(model, path, name="b")
+    assert capsys.readouterr().out == ""
+
+
 def test_a_bar_inside_one_of_the_user(monkeypatch):
     """Old releases of rich refuse to show two."""
     keras.config.enable_interactive_logging()

@@ -14,6 +14,7 @@ from keras_svdtune.files.format import BESIDE
 from keras_svdtune.files.hub_client import CARD, FILE, MARK, NAME, Place
 from keras_svdtune.files.save_load import saved_adapter
 from keras_svdtune.methods.base import Method
+from keras_svdtune.model.names import note_saved
 from keras_svdtune.model.state import adapted_part, require_adapted
 from keras_svdtune.reports.cost import cost_of
 from keras_svdtune.runtime.types import Json, Model
@@ -27,8 +28,12 @@ def push_adapter(
     private: bool = False,
     include_basis: bool = False,
     adapter_only: bool = False,
+    name: str | None = None,
 ) -> None:
     """Uploads the enabled adapter to a model hub, for `load_adapter`.
+
+    Of several adapters, that is what is set (`set_adapter`), also a sum of
+    them, or the one with this `name`.
 
     The repository gets the file that `save_adapter` writes, as
     `adapter.safetensors`, and a model card about it. It is made if it does not
@@ -45,12 +50,12 @@ def push_adapter(
             not know it.
         private: whether only you can read it. For Hugging Face; Kaggle makes
             every new model private.
-        include_basis, adapter_only: as for `save_adapter`.
+        include_basis, adapter_only, name: as for `save_adapter`.
 
     Raises:
         ImportError: `pip install keras_svdtune[hub]` is needed.
-        ValueError: the model has no adapter, `uri` or `base_preset` cannot
-            be one, or the hub did not take it.
+        ValueError: the model has no adapter, or none of that `name`; `uri` or
+            `base_preset` cannot be one; or the hub did not take it.
 
     Example:
 
@@ -65,14 +70,16 @@ def push_adapter(
     require_adapted(root)
     if base_preset is not None:
         _check_preset(base_preset, root)
-    saved = saved_adapter(model, include_basis, adapter_only)
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
+    saved = saved_adapter(model, include_basis, adapter_only, name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary)
         saved.save(folder / FILE)
         size = (folder / FILE).stat().st_size
         text = _card(place, model, saved.about, size, base_preset)
         (folder / CARD).write_text(text, encoding="utf-8")
         hub_client.upload(place, folder, private)
+    if name is None:
+        note_saved(model, adapter_only)
 
 
 def _check_preset(preset: str, root: Model) -> None:

@@ -115,20 +115,22 @@ def save_adapter(
             another ending, or what trained holds NaN or infinity.
     """
     path = checked_path(path)
-    which = (
-        contextlib.nullcontext() if name is None else adapter_set(model, name)
-    )
-    with which:
-        saved = saved_adapter(model, include_basis, adapter_only)
+    saved = saved_adapter(model, include_basis, adapter_only, name)
     shared(0, lambda: saved.save(path))
     if name is None:
         note_saved(model, adapter_only)
 
 
 def saved_adapter(
-    model: Model, include_basis: bool = False, adapter_only: bool = False
+    model: Model,
+    include_basis: bool = False,
+    adapter_only: bool = False,
+    name: str | None = None,
 ) -> SavedAdapter:
     """Returns what `save_adapter` writes, in memory."""
+    if name is not None:
+        with adapter_set(model, name):
+            return saved_adapter(model, include_basis, adapter_only)
     root = adapted_part(model)
     check_trained(require_adapted(root), "saved")
     method = enabled_method(root)

@@ -100,6 +100,12 @@ class NamedAdapters:
                     f"Model '{self.owner.name}' has no adapter {name!r}. "
                     f"{nearest(str(name), self.record.names)}"
                 )
+            if isinstance(weight, Mapping):
+                raise ValueError(
+                    f"'{name}' has a weight for each layer here, and "
+                    "`set_adapter` takes one for all. `Mixture.add_to(model, "
+                    "name)` makes an adapter of such a mixture, and sets it."
+                )
             if not is_number(weight):
                 raise ValueError(
                     "Each weight must be a finite number. Received: "

