@@ -48,6 +48,7 @@ FROM_REPOSITORY = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     f"{RESULTS}/compare.md": "benchmarks/steps.md",
+    f"{RESULTS}/study.md": "benchmarks/study.md",
     f"{RESULTS}/scale.md": "benchmarks/scale.md",
     f"{RESULTS}/distribution_gemma2_9b_v5e_2x4.md": "benchmarks/tpu_slice.md",
     f"{RESULTS}/distribution_llama3_small_cpu.md": "benchmarks/cpu_devices.md",

@@ -60,7 +60,6 @@ def percent(share: float) -> str:
 
 STUDY = {
     "pirate": "smollm2_135m, pirate, 120",
-    "letters": "smollm2_135m, letters, 120",
     "reviews": "minilm, reviews, 150",
 }
 
@@ -102,12 +101,6 @@ def study(task: str) -> Iterator[list[str]]:
 def study_pirate() -> Iterator[list[str]]:
     """A style."""
     yield from study("pirate")
-
-
-@table
-def study_letters() -> Iterator[list[str]]:
-    """A skill."""
-    yield from study("letters")
 
 
 @table
