@@ -16,13 +16,20 @@ from keras_svdtune.hosts import attach
 from keras_svdtune.hosts.replace_base import put_in_place, remember_value
 from keras_svdtune.hosts.target import Target
 from keras_svdtune.methods.base import Method
+from keras_svdtune.methods.data_method import DataMethod
 from keras_svdtune.model.beside import trained_beside
+from keras_svdtune.model.capture import (
+    check_data,
+    starts_from_data,
+    without_data,
+)
 from keras_svdtune.model.checks import (
     check_merged,
     checked_method,
     targets_for,
 )
 from keras_svdtune.model.commit import commit
+from keras_svdtune.model.for_a_while import adapter_disabled
 from keras_svdtune.model.freezing import freeze
 from keras_svdtune.model.named_adapters import check_name, join
 from keras_svdtune.model.names import add_untrained, check_alone
@@ -103,6 +110,7 @@ def enable_adapter(
     """
     root = adapted_part(model)
     method = checked_method(method)
+    check_data(model, method)
     if name is not None:
         check_name(name)
     beside_others = name is not None and bool(adapted_targets(root))
@@ -112,10 +120,26 @@ def enable_adapter(
     methods = methods_by_path(
         method, targets, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern
     )
+    known = None
+    what = "decomposing"
+    if isinstance(method, DataMethod):
+        methods = {
+            path: methods[path].for_shape(target.view.shape)
+            for path, target in targets.items()
+        }
+        without = (
+            adapter_disabled(model)
+            if beside_others
+            else contextlib.nullcontext()
+        )
+        with without:
+            known = starts_from_data(model, method, methods, targets)
+        method, what = dataclasses.replace(method, data=None), "planning"
+        methods = without_data(methods)
     if name is not None and beside_others:
-        add_untrained(model, name, method, methods)
+        add_untrained(model, name, method, methods, known)
         return
-    plans = plan_adapters(f"{method.title}: decomposing", targets, methods)
+    plans = plan_adapters(f"{method.title}: {what}", targets, methods, known)
 
     def join_what_trains(undo: contextlib.ExitStack) -> None:
         join(record_of(root), trained_beside(model), undo)
