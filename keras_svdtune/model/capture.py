@@ -330,7 +330,9 @@ def _of_arrays(
 ) -> Any:
     """Returns `function` of a batch like another one, with these arrays."""
     left = iter(arrays)
-    leaves = [None if x is None else next(left) for x in keras.tree.flatten(like)]
+    leaves = [
+        None if x is None else next(left) for x in keras.tree.flatten(like)
+    ]
     return function(keras.tree.pack_sequence_as(like, leaves))
 
 
