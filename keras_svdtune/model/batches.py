@@ -41,7 +41,9 @@ def read_batches(model: Model, data: Any, examples: int) -> list[Batch]:
     found: list[Batch] = []
     rows = 0
     for raw in _raw_batches(data):
-        parts = keras.utils.unpack_x_y_sample_weight(raw)
+        # A list is x: texts, or the arrays of a model with several inputs.
+        parts = raw if isinstance(raw, tuple) else (raw,)
+        parts = keras.utils.unpack_x_y_sample_weight(parts)
         count = _rows_of(parts[0], data)
         found.append(_preprocessed(model, parts))
         rows += count

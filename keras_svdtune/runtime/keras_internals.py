@@ -20,6 +20,7 @@ from keras.src.backend.common import global_state
 from keras.src.backend.common.variables import get_autocast_scope
 from keras.src.legacy.saving import legacy_h5_format
 
+from keras_svdtune.runtime.interrupts import run_to_the_end
 from keras_svdtune.runtime.types import (
     Layer,
     Model,
@@ -268,13 +269,16 @@ def without_remat(layers: Iterable[Layer]) -> Iterator[None]:
     can be taken out.
     """
     before = [(x, x._remat_mode) for x in layers if x._remat_mode is not None]
-    try:
+
+    def restore() -> None:
+        for layer, mode in before:
+            layer._remat_mode = mode
+
+    with contextlib.ExitStack() as at_end:
+        at_end.callback(run_to_the_end, [restore])
         for layer, _ in before:
             layer._remat_mode = None
         yield
-    finally:
-        for layer, mode in before:
-            layer._remat_mode = mode
 
 
 def float_kernel_shape(layer: Layer) -> tuple[int, ...] | None:
