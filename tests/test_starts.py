@@ -171,10 +171,13 @@ def test_a_frozen_kernel_has_a_gradient_too():
 
 
 def seen_by(model, data, examples=256, names=None):
-    method = EVA(rank=1, data=data, examples=examples)
     targets = find_targets(model, names)
     read = batches.read_batches(model, data, examples)
-    return capture._inputs(model, targets, read, method.title)
+    sums = capture.input_sums(model, targets, read, "reading")
+    return {
+        path: capture.as_inputs([numpy(x).astype("float64") for x in arrays])
+        for path, arrays in sums.items()
+    }
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
@@ -187,7 +190,9 @@ def test_the_inputs_of_every_host(policy):
         layer, seen = target.owner, found[path]
         norm = keras.Model(model.inputs, layer.input)
         x = norm(data, training=False)
-        plain = target.plain_layer(bias=None, activation=None)
+        kernel = ops.cast(layer._kernel.value, layer.compute_dtype)
+        options = dict(bias=None, activation=None, _kernel=kernel)
+        plain = target.plain_layer(**options)
         y = numpy(
             target.view.flatten_outputs(
                 plain.call(ops.cast(x, layer.compute_dtype))
@@ -261,6 +266,17 @@ def test_a_layer_that_is_called_twice():
     (seen,) = seen_by(model, X).values()
     assert seen.count == 40
     assert_close(seen.gram, X.T @ X + hidden.T @ hidden, 1e-5)
+
+
+def test_layers_with_one_input_share_what_is_held():
+    model, data = tiny_gemma(num_layers=1), tokens()
+    targets = find_targets(model)
+    read = batches.read_batches(model, data, 8)
+    sums = capture.input_sums(model, targets, read, "reading")
+    grams = {path.split("/")[-1]: id(x[-1]) for path, x in sums.items()}
+    assert grams["query"] == grams["key"] == grams["value"]
+    assert grams["ffw_gating"] == grams["ffw_gating_2"]
+    assert len(set(grams.values())) == 4
 
 
 def test_groups_of_layers_and_batches(monkeypatch):

@@ -35,10 +35,12 @@ from keras_svdtune.runtime.processes import processes, to_numpy
 from keras_svdtune.runtime.programs import compiled, with_gradients
 from keras_svdtune.runtime.types import Model, Tensor
 
-# What a group of layers may hold. A number is held in float64 on the host, and
-# in float32 where the model computes.
+# What a group of layers may hold: the sums over all batches so far and over one
+# more, in float32, where the model computes.
 GROUP_BYTES = 2**30
-_BYTES = 8 + 4
+_BYTES = 4 + 4
+# Between the paths of layers that share their sums: no path has it.
+_AND = "\n"
 
 # Takes (x, y, y_pred, sample_weight), and returns the loss of a batch.
 Loss = Callable[[Any, Any, Any, Any], Tensor]
@@ -85,14 +87,14 @@ def starts_from_data(
         part = f" ({i + 1} of {len(groups)})" if len(groups) > 1 else ""
         label = f"{method.title}: reading the data{part}"
         if method.statistic == "inputs":
-            seen: dict[str, Seen] = _inputs(model, group, batches, label)
+            sums = input_sums(model, group, batches, label)
         else:
             loss = loss_of(model, method)
-            seen = _gradients(model, group, batches, label, loss)
-        _check_seen(method, group, seen)
+            sums = _gradients(model, group, batches, label, loss)
+        _check_sums(method, group, sums)
         jobs = {
             path: functools.partial(
-                _start, methods[path], target, seen.pop(path)
+                _start, methods[path], target, sums.pop(path)
             )
             for path, target in group.items()
         }
@@ -100,9 +102,21 @@ def starts_from_data(
     return values
 
 
-def _start(method: Method, target: Target, seen: Seen) -> Values:
+def _start(method: Method, target: Target, sums: list[Tensor]) -> Values:
     assert isinstance(method, DataMethod)
+    arrays = [to_numpy(x).astype("float64") for x in sums]
+    seen: Seen
+    if method.statistic == "inputs":
+        seen = as_inputs(arrays)
+    else:
+        seen = target.view.to_matrix(arrays[0])
     return values_from_data(method, target.host_matrix(), seen, target.path)
+
+
+def as_inputs(sums: list[np.ndarray]) -> Inputs:
+    """Returns what `input_sums` found of one layer, in float64."""
+    count, total, gram = sums
+    return Inputs(round(float(count)), total, gram)
 
 
 def _groups(
@@ -123,15 +137,23 @@ def _groups(
     yield group
 
 
-def _check_seen(
-    method: DataMethod, group: dict[str, Target], seen: dict[str, Seen]
+def _check_sums(
+    method: DataMethod,
+    group: dict[str, Target],
+    sums: dict[str, list[Tensor]],
 ) -> None:
-    def largest(path: str) -> float:
-        found = seen.get(path)
-        numbers = found.gram if isinstance(found, Inputs) else found
-        return 0.0 if numbers is None else float(np.abs(numbers).max())
-
-    sizes = {path: largest(path) for path in group}
+    sizes = {
+        path: float(to_numpy(ops.max(ops.absolute(sums[path][-1]))))
+        if path in sums
+        else 0.0
+        for path in group
+    }
+    bad = [path for path, size in sizes.items() if not math.isfinite(size)]
+    if bad:
+        raise ValueError(
+            f"With `data`, layer '{bad[0]}' gets NaN or infinity. Check the "
+            "data and the weights of the model."
+        )
     nothing = [path for path, size in sizes.items() if size == 0.0]
     if nothing:
         what = (
@@ -144,53 +166,78 @@ def _check_seen(
             f"{' ...' if len(nothing) > 4 else ''}. Leave them out by "
             "`exclude`, or give data that uses them."
         )
-    bad = [path for path, size in sizes.items() if not math.isfinite(size)]
-    if bad:
-        raise ValueError(
-            f"With `data`, layer '{bad[0]}' gets NaN or infinity. Check the "
-            "data and the weights of the model."
-        )
 
 
 # What comes into the layers.
 
 
-def _inputs(
+def input_sums(
     model: Model, group: dict[str, Target], batches: list[Batch], label: str
-) -> dict[str, Seen]:
-    def sums(batch: Batch) -> dict[str, list[Tensor]]:
-        found: dict[str, list[Tensor]] = {}
-        paths = {id(target): path for path, target in group.items()}
-        masks = _padding_masks(batch.x)
+) -> dict[str, list[Tensor]]:
+    """Returns [count, Σx, XᵀX] of the inputs of each layer, float32, by path.
 
-        def note(target: Target, inputs: Tensor) -> None:
-            new = _sums(target, inputs, masks)
-            path = paths[id(target)]
-            before = found.get(path)
-            # A layer may be called several times.
-            found[path] = (
-                new
-                if before is None
-                else [ops.add(a, b) for a, b in zip(before, new, strict=True)]
-            )
+    Layers with the same input, such as query, key and value, share them.
+    """
 
-        with watched(group.values(), note):
+    def of_batch(batch: Batch) -> dict[str, list[Tensor]]:
+        watch = _Watch(group, _padding_masks(batch.x))
+        with watched(group.values(), watch.note):
             model(batch.x, training=False)
-        return found
+        return watch.sums()
 
-    total: dict[str, list[np.ndarray]] = {}
-    for found in _over_batches(model, batches, sums, label, compiled):
-        for path in list(found):
-            new = [to_numpy(x).astype("float64") for x in found.pop(path)]
-            if path in total:
-                for a, b in zip(total[path], new, strict=True):
-                    a += b
-            else:
-                total[path] = new
+    total: dict[str, list[Tensor]] = {}
+    for found in _over_batches(model, batches, of_batch, label, compiled):
+        for paths in list(found):
+            new = found.pop(paths)
+            if paths in total:
+                before = total.pop(paths)
+                new = [ops.add(a, b) for a, b in zip(before, new, strict=True)]
+            total[paths] = new
     return {
-        path: Inputs(round(float(count)), sum_, gram)
-        for path, (count, sum_, gram) in total.items()
+        path: sums
+        for paths, sums in total.items()
+        for path in paths.split(_AND)
     }
+
+
+class _Watch:
+    """What came into the layers of a group in one call of the model."""
+
+    def __init__(self, group: dict[str, Target], masks: dict[str, Tensor]):
+        self._paths = {id(target): path for path, target in group.items()}
+        self._masks = masks
+        # The sums of one input, and the input, so that its id stays its own.
+        self._found: dict[object, tuple[Tensor, list[Tensor]]] = {}
+        # Which inputs a layer had: several, if it was called several times.
+        self._keys: dict[str, list[object]] = {}
+
+    def note(self, target: Target, inputs: Tensor) -> None:
+        owner = target.owner
+        # Two layers that flatten one input alike have the same rows of it, in
+        # another order perhaps, which a sum does not show. Patches are others.
+        key: object = (id(inputs), target.view.contracted_axes)
+        dtype = keras.backend.standardize_dtype(inputs.dtype)
+        if hasattr(owner, "rank") or owner.compute_dtype != dtype:
+            key = (id(inputs), id(owner))
+        if key not in self._found:
+            sums = _sums(target, inputs, self._masks)
+            self._found[key] = (inputs, sums)
+        self._keys.setdefault(self._paths[id(target)], []).append(key)
+
+    def sums(self) -> dict[str, list[Tensor]]:
+        """Returns the sums by the paths that have them, joined by `_AND`."""
+        alike: dict[tuple[object, ...], list[str]] = {}
+        for path, keys in self._keys.items():
+            alike.setdefault(tuple(keys), []).append(path)
+        return {
+            _AND.join(paths): [
+                functools.reduce(ops.add, parts)
+                for parts in zip(
+                    *(self._found[key][1] for key in keys), strict=True
+                )
+            ]
+            for keys, paths in alike.items()
+        }
 
 
 def _sums(
@@ -286,7 +333,9 @@ def _gradients(
     batches: list[Batch],
     label: str,
     loss: Loss,
-) -> dict[str, Seen]:
+) -> dict[str, list[Tensor]]:
+    """Returns [gradient] of the kernel of each layer, float32, by path."""
+
     def of_loss(batch: Batch) -> tuple[Tensor, Tensor]:
         y_pred = model(batch.x, training=False)
         found = loss(batch.x, batch.y, y_pred, batch.sample_weight)
@@ -297,12 +346,13 @@ def _gradients(
         run = with_gradients(model, function, kernels)
         return lambda *arguments: run(*arguments)[2]
 
-    total: dict[str, Any] = {}
+    total: dict[str, list[Tensor]] = {}
     for found in _over_batches(model, batches, of_loss, label, program):
-        for path, target in group.items():
-            gradient = to_numpy(found.pop(0)).astype("float64")
-            matrix = target.view.to_matrix(gradient) / len(batches)
-            total[path] = total.get(path, 0.0) + matrix
+        for path in group:
+            new = ops.cast(found.pop(0), "float32") / len(batches)
+            if path in total:
+                new = ops.add(total.pop(path)[0], new)
+            total[path] = [new]
     return total
 
 
