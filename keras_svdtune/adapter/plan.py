@@ -226,7 +226,11 @@ def values_from_data(
         weight.name: np.zeros((*w.shape[:-2], *weight.shape))
         for weight in method.weights((rows, columns))
     }
-    return {k: np.asarray(x, "float32") for k, x in (first | values).items()}
+    # In order: torch keeps that of an array, and rounds products by it.
+    return {
+        k: np.ascontiguousarray(x, "float32")
+        for k, x in (first | values).items()
+    }
 
 
 def _random(method: Method, name: str) -> np.random.RandomState:
