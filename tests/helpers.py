@@ -99,7 +99,7 @@ class AnyData:
 
     def batches(self, model):
         rng = np.random.default_rng(4)
-        inputs = getattr(model, "input", None) or model.inputs
+        inputs = model.input
         return [
             batches.Batch(
                 keras.tree.map_structure_up_to(

@@ -115,8 +115,10 @@ class CorDA(DataMethod, StartedLoRA):
         part = "top" if self.goal == "learn" else "bottom"
         factors = computed(product, Needs(part, self.rank))
         assert factors.v is not None
-        s = factors.s.astype("float64") / self.scale
         v = factors.v.astype("float64")
+        # Of this v, which is rounded: where s is rounding alone, so is W·v, and
+        # A₀ stays small, since no |C·W·v| is below 0.01·|W·v|.
+        s = np.linalg.norm(product @ v, axis=0) / self.scale
         # A component with s = 0 has A₀ = B₀ = 0 and stays as it is.
         nonzero = s > 0.0
         root = np.sqrt(np.where(nonzero, s, 1.0))
