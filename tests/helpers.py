@@ -99,7 +99,9 @@ class AnyData:
 
     def batches(self, model):
         rng = np.random.default_rng(4)
-        inputs = model.input
+        inputs = getattr(model, "input", None)
+        if inputs is None:  # a Sequential that was built, and never called
+            inputs = model.inputs
         return [
             batches.Batch(
                 keras.tree.map_structure_up_to(
