@@ -56,7 +56,7 @@ FROM_REPOSITORY = {
 # The methods in README.md's order; others follow.
 ORDER = (
     *("lora", "svf", "svft", "lora_xs", "pissa", "milora", "dora", "adalora"),
-    *("mica", "psoft", "oplora"),
+    *("mica", "psoft", "oplora", "eva", "corda", "lora_ga"),
 )
 
 NAVIGATION: list[dict[str, str | list[str]]] = [

@@ -17,6 +17,7 @@ from keras_svdtune.hosts.attach import attach
 from keras_svdtune.hosts.host import HOSTS, AdapterHost
 from keras_svdtune.hosts.target import Target
 from keras_svdtune.methods.base import Method, for_every_method
+from keras_svdtune.methods.data_method import DataMethod
 from keras_svdtune.methods.replaced_base import ReplacesBase
 from keras_svdtune.model.checks import check_fit
 from keras_svdtune.model.freezing import freeze_own_variables
@@ -50,6 +51,13 @@ class DeclaredLayer(AdapterHost):
                 "A declared layer keeps its kernel; enable "
                 f"{self.method.title} on a plain model instead. Received: "
                 f"{self.method!r}"
+            )
+
+        if isinstance(self.method, DataMethod) and self.method.data is not None:
+            raise ValueError(
+                "A declared layer sees no data when it is built; enable "
+                f"{self.method.title} on a plain model instead. Received: "
+                f"data={str(self.method.data)[:100]!r}"
             )
 
     def build(self, input_shape: Any = None) -> None:

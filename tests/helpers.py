@@ -14,6 +14,8 @@ import keras_svdtune
 from keras_svdtune.adapter.adapter import Adapter
 from keras_svdtune.adapter.stepped import Stepped, variable_of
 from keras_svdtune.hosts.host import AdapterHost
+from keras_svdtune.methods.data_method import DataMethod
+from keras_svdtune.model import batches, capture
 
 POLICIES = ("float32", "bfloat16", "mixed_bfloat16")
 
@@ -45,6 +47,9 @@ VARIANTS = {
     "mica": [{"rank": 4}, {"rank": 3, "alpha": 6.0, "part": "top"}],
     "psoft": [{"rank": 4}, {"rank": 1}],
     "oplora": [{"rank": 4}, {"rank": 3, "keep": 2, "alpha": 6.0}],
+    "eva": [{"rank": 4}, {"rank": 3, "alpha": 6.0}],
+    "corda": [{"rank": 4}, {"rank": 3, "alpha": 6.0, "goal": "keep"}],
+    "lora_ga": [{"rank": 4}, {"rank": 2, "alpha": 4.0, "gamma": 4.0}],
 }
 
 
@@ -58,7 +63,13 @@ def default_method(name):
         and f.default_factory is dataclasses.MISSING
     ]
     assert set(wanted) <= {"rank"}, f"{name} has no default for {wanted}"
-    return cls(**dict.fromkeys(wanted, 4))
+    return of_settings(cls, dict.fromkeys(wanted, 4))
+
+
+def of_settings(cls, settings):
+    """The method with these settings, and with data if it starts from that."""
+    data = {"data": AnyData()} if issubclass(cls, DataMethod) else {}
+    return cls(**settings, **data)
 
 
 def default_methods():
@@ -69,7 +80,7 @@ def default_methods():
 def all_methods():
     """Configs for every method there is, several for some."""
     return [
-        keras_svdtune.METHODS[name](**settings)
+        of_settings(keras_svdtune.METHODS[name], settings)
         for name in keras_svdtune.METHODS
         for settings in VARIANTS.get(name, [default_method(name).settings()])
     ]
@@ -79,7 +90,70 @@ def of_rank(method, rank):
     """The method with another rank; as it is if it has none."""
     if getattr(method, "rank", None) is None:
         return method
-    return type(method)(**(method.settings() | {"rank": rank}))
+    return dataclasses.replace(method, rank=rank)
+
+
+class AnyData:
+    """Data for whatever model it meets, and a loss: so the tests of all methods
+    run on those too that start from data, on models of every kind."""
+
+    def batches(self, model):
+        rng = np.random.default_rng(4)
+        inputs = getattr(model, "input", None)
+        if inputs is None:  # a Sequential that was built, and never called
+            inputs = model.inputs
+        return [
+            batches.Batch(
+                keras.tree.map_structure_up_to(
+                    inputs,
+                    lambda x, name: self._array(x, name, rng),
+                    inputs,
+                    _names(inputs),
+                ),
+                None,
+                None,
+            )
+        ]
+
+    def _array(self, like, name, rng):
+        first, *others = like.shape
+        shape = (first or 4, *(5 if n is None else n for n in others))
+        if "int" not in like.dtype and like.dtype != "bool":
+            return rng.standard_normal(shape).astype("float32")
+        if "mask" in name:
+            return np.ones(shape, "int32")
+        return rng.integers(0, 2 if "segment" in name else 4, shape, "int32")
+
+    def loss(self, x, y, y_pred, sample_weight):
+        outputs = keras.tree.flatten(y_pred)
+        return sum(
+            ops.sum(ops.sin(ops.cast(y, "float32") + 1)) for y in outputs
+        )
+
+
+def _names(inputs):
+    if isinstance(inputs, dict):
+        return {k: k for k in inputs}
+    return keras.tree.map_structure(lambda x: x.name, inputs)
+
+
+def _meet_any_data():
+    read, loss = capture.read_batches, capture.loss_of
+
+    def read_batches(model, data, examples):
+        if isinstance(data, AnyData):
+            return data.batches(model)
+        return read(model, data, examples)
+
+    def loss_of(model, method):
+        if isinstance(method.data, AnyData):
+            return method.data.loss
+        return loss(model, method)
+
+    capture.read_batches, capture.loss_of = read_batches, loss_of
+
+
+_meet_any_data()
 
 
 def method_id(method):
@@ -88,7 +162,7 @@ def method_id(method):
     changed = [
         f"{f.name}={getattr(method, f.name)}"
         for f in dataclasses.fields(cls)
-        if getattr(method, f.name) != f.default
+        if f.compare and getattr(method, f.name) != f.default
     ]
     return "-".join([method.name, *changed])
 

@@ -34,6 +34,7 @@ CHANGES = [
 ]
 FILES = {str(path) for path in CHANGES}
 X = np.random.RandomState(0).normal(size=(4, 6)).astype("float32")
+Y = np.random.RandomState(1).normal(size=(4, 3)).astype("float32")
 
 
 class Raises:
@@ -135,6 +136,14 @@ VERBS = {
     "enable_quantized": (
         make,
         lambda m, _: keras_svdtune.enable_adapter(m, QPISSA, ["a", "c"]),
+    ),
+    "start_from_inputs": (
+        make,
+        lambda m, _: keras_svdtune.enable_eva(m, 2, data=X),
+    ),
+    "start_from_gradients": (
+        make,
+        lambda m, _: keras_svdtune.enable_lora_ga(m, 2, data=(X, Y)),
     ),
     "load": (make, lambda m, f: keras_svdtune.load_adapter(m, f)),
     "swap": (

@@ -198,6 +198,16 @@ def oplora(w, settings, start):
     return lambda t: w + k * left @ t["a"] @ t["b"] @ right
 
 
+def started(w, settings, start):
+    """CorDA, LoRA-GA: W + k·(A·B - A₀·B₀). Where they start from what data is
+    tested in test_starts.py."""
+    k = 1.0 if settings.alpha is None else settings.alpha / settings.rank
+    a0, b0 = start["a0"], start["b0"]
+    return lambda t: (
+        w + k * ((a0 + t["delta_a"]) @ (b0 + t["delta_b"]) - a0 @ b0)
+    )
+
+
 ORACLES = {
     "adalora": adalora,
     "svf": svf,
@@ -210,6 +220,9 @@ ORACLES = {
     "mica": mica,
     "psoft": psoft,
     "oplora": oplora,
+    "eva": lora,
+    "corda": started,
+    "lora_ga": started,
 }
 
 

@@ -4,6 +4,7 @@ PEFT holds W as (out, in), A as (r, in) and B as (out, r): everything is
 transposed on the way, here and back. alpha is 8 at rank 4, a scale of 2.
 """
 
+import functools
 import gc
 import types
 
@@ -12,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers import adapted, assert_close, gradients, numpy
+from keras import ops
 from test_methods_oracle import inner, one_program
 
 import keras_svdtune
@@ -285,6 +287,156 @@ def test_psoft(shape):
     theirs.merge()
     merged = theirs.base_layer.weight.detach().numpy().T
     assert_close(layer.merged_kernel(), merged, TOLERANCE)
+
+
+class Started:
+    """A layer of PEFT's that starts from the data of a case, and ours."""
+
+    def __init__(self, shape, method, prepare, **settings):
+        self.case = case = Case(shape)
+        # As many rows as PEFT's incremental components want.
+        case.x = case.normal(32, shape[0]) * 0.7 ** np.arange(shape[0])
+        case.x = (case.x + 0.5).astype("float32")
+        case.cotangent = case.normal(32, shape[1])
+        model = torch.nn.Sequential(case.linear())
+        config = peft.LoraConfig(
+            r=RANK, lora_alpha=ALPHA, target_modules=["0"], **settings
+        )
+        prepare(case, model, config)
+        model = peft.get_peft_model(model, config)
+        self.model, self.theirs = model, model.base_model.model[0]
+        self.method = method
+
+    def loss(self):
+        """Σ y·cotangent, as the loss of a model."""
+        cotangent = self.case.cotangent
+
+        def loss(y_true, y_pred):
+            return ops.sum(ops.multiply(y_pred, ops.cast(y_true, y_pred.dtype)))
+
+        return loss, cotangent
+
+    def ours(self):
+        case = self.case
+        model = keras.Sequential(
+            [keras.Input(case.shape[:1]), keras.layers.Dense(case.shape[1])]
+        )
+        model.layers[0].set_weights([case.w, case.bias])
+        loss, cotangent = self.loss()
+        model.compile(loss=loss)
+        data = [(case.x, cotangent)]  # one batch
+        keras_svdtune.enable_adapter(
+            model, self.method(rank=RANK, alpha=ALPHA, data=iter(data))
+        )
+        (layer,) = adapted(model).values()
+        return layer
+
+    def compare_trained(self, layer, factor=1.0):
+        """Both, moved by the same ΔA and ΔB from a start that is the same but
+        for a factor of A and 1 / factor of B."""
+        case = self.case
+        a, b = _factors(self.theirs)
+        with torch.no_grad():
+            their_a0, their_b0 = a.numpy().T.copy(), b.numpy().T.copy()
+        a0, b0 = numpy(layer.adapter.a0), numpy(layer.adapter.b0)
+        signs = np.sign(np.sum(a0 * their_a0, axis=0)) * factor
+        assert_close(a0 * signs, their_a0, 1e-4)
+        assert_close(b0 / signs[:, None], their_b0, 1e-4)
+        layer.adapter.delta_a.assign(case.a / signs)
+        layer.adapter.delta_b.assign(case.b * signs[:, None])
+        _set(a, (their_a0 + case.a).T)
+        _set(b, (their_b0 + case.b).T)
+        y = self.theirs(torch.from_numpy(case.x)).detach().numpy()
+        assert_close(layer(case.x), y, 1e-4)
+
+
+@every_shape
+def test_eva(shape):
+    """PEFT's components are those of what it has seen, the same batch twice."""
+
+    def prepare(case, model, config):
+        pass
+
+    both = Started(
+        shape,
+        keras_svdtune.EVA,
+        prepare,
+        init_lora_weights="eva",
+        eva_config=peft.EvaConfig(rho=1.0),
+    )
+    case = both.case
+    batches = torch.utils.data.DataLoader([case.x[i] for i in range(32)], 32)
+    peft.initialize_lora_eva_weights(
+        both.model,
+        batches,
+        forward_fn=lambda model, x: model(x),
+        prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=None,
+        show_progress_bar=False,
+    )
+    layer = both.ours()
+    a, b = _factors(both.theirs)
+    assert not b.any() and not numpy(layer.adapter.b).any()
+    signs = _signs(numpy(layer.adapter.a), a.detach().numpy().T)
+    layer.adapter.b.assign(case.b * signs[:, None])
+    _set(b, case.b.T)
+    y = both.theirs(torch.from_numpy(case.x)).detach().numpy()
+    assert_close(layer(case.x), y, TOLERANCE)
+
+
+@pytest.mark.parametrize("goal, mode", [("learn", "ipm"), ("keep", "kpm")])
+@every_shape
+def test_corda(shape, goal, mode):
+    corda = pytest.importorskip("peft.tuners.lora.corda")
+    lora_config = pytest.importorskip("peft.tuners.lora.config")
+
+    def prepare(case, model, config):
+        corda.preprocess_corda(
+            model, config, lambda: model(torch.from_numpy(case.x))
+        )
+
+    both = Started(
+        shape,
+        functools.partial(keras_svdtune.CorDA, goal=goal),
+        prepare,
+        init_lora_weights="corda",
+        corda_config=lora_config.CordaConfig(corda_method=mode),
+    )
+    layer = both.ours()
+    # C has another size: that moves a factor from A to B.
+    x = both.case.x
+    c = x.T @ x / np.max(x) ** 2
+    both.compare_trained(layer, 1 / np.sqrt(np.mean(np.diag(c))))
+
+
+# PEFT wants 2r components.
+@pytest.mark.parametrize("shape", [(12, 9), (8, 11)], ids=["tall", "wide"])
+def test_lora_ga(shape):
+    """PEFT's A has the r largest, its B the next ones, with other factors."""
+    loraga = pytest.importorskip("peft.tuners.lora.loraga")
+
+    def prepare(case, model, config):
+        def step():
+            y = model(torch.from_numpy(case.x))
+            (y * torch.from_numpy(case.cotangent)).sum().backward()
+
+        loraga.preprocess_loraga(model, config, step)
+
+    both = Started(
+        shape,
+        keras_svdtune.LoRAGA,
+        prepare,
+        init_lora_weights="lora_ga",
+        lora_ga_config=peft.LoraGAConfig(),
+    )
+    case = both.case
+    layer = both.ours()
+    their_a, their_b = (x.detach().numpy().T for x in _factors(both.theirs))
+    g = case.x.T @ case.cotangent
+    s = np.linalg.svd(g, compute_uv=False)[RANK : 2 * RANK]
+    c = shape[1] ** 0.25 / 4
+    _signs(numpy(layer.adapter.a0) / c, their_a)
+    _signs(numpy(layer.adapter.b0).T / c, their_b.T / (s * c))
 
 
 @every_shape

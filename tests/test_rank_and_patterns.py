@@ -9,6 +9,7 @@ import pytest
 import rich.console
 import tiny_backbones_vision
 from helpers import (
+    AnyData,
     adapted,
     assert_same,
     eager,
@@ -24,7 +25,18 @@ from helpers import (
 from keras import ops
 
 import keras_svdtune
-from keras_svdtune import SVFT, AdaLoRA, DoRA, LoRA, LoRAXS, MiLoRA, PiSSA
+from keras_svdtune import (
+    EVA,
+    SVFT,
+    AdaLoRA,
+    CorDA,
+    DoRA,
+    LoRA,
+    LoRAGA,
+    LoRAXS,
+    MiLoRA,
+    PiSSA,
+)
 from keras_svdtune.matrix import decompose
 from keras_svdtune.model.state import enabled_method
 from keras_svdtune.reports import cost as cost_report
@@ -556,6 +568,10 @@ POOR_METHODS = [
     keras_svdtune.MiCA(rank=3, part="top"),
     keras_svdtune.PSOFT(rank=4),
     keras_svdtune.OPLoRA(rank=2, keep=3, alpha=4.0),
+    EVA(rank=4, data=AnyData()),
+    CorDA(rank=4, alpha=8.0, data=AnyData()),
+    CorDA(rank=3, goal="keep", data=AnyData()),
+    LoRAGA(rank=3, data=AnyData()),
 ]
 
 

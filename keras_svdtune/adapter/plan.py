@@ -13,6 +13,7 @@ from keras_svdtune.matrix.decompose import check_finite, decompose
 from keras_svdtune.matrix.factors import Factors, Needs
 from keras_svdtune.matrix.rounding import noise, rounded
 from keras_svdtune.methods.base import Method
+from keras_svdtune.methods.data_method import DataMethod, Seen
 from keras_svdtune.methods.replaced_base import ReplacesBase
 from keras_svdtune.runtime.types import Array, Shape, Tensor
 
@@ -198,6 +199,47 @@ def _on_host(x: Array) -> np.ndarray:
     return array
 
 
+def values_from_data(
+    method: DataMethod, matrix: Array, seen: Seen, name: str
+) -> Values:
+    """Returns first values of all weights that start from data.
+
+    Args:
+        method: fits the matrix, `for_shape`.
+        matrix, name: as for `plan_adapter`.
+        seen: what the data gave for W; for a bank, stacked.
+    """
+    check_finite(matrix, name)
+    w = _on_host(matrix)
+    rows, columns = w.shape[-2:]
+    random = _random(method, name)
+    values: Values
+    if w.ndim == 2:
+        values = method.start(w, seen, random)
+    else:
+        assert isinstance(seen, np.ndarray)
+        each = [
+            method.start(*pair, random) for pair in zip(w, seen, strict=True)
+        ]
+        values = {k: np.stack([x[k] for x in each]) for k in each[0]}
+    first = {
+        weight.name: np.zeros((*w.shape[:-2], *weight.shape))
+        for weight in method.weights((rows, columns))
+    }
+    # In order: torch keeps that of an array, and rounds products by it.
+    return {
+        k: np.ascontiguousarray(x, "float32")
+        for k, x in (first | values).items()
+    }
+
+
+def _random(method: Method, name: str) -> np.random.RandomState:
+    # RandomState, since NumPy promises that its stream never changes: loading
+    # an adapter file draws the same numbers again.
+    seed = zlib.crc32(name.encode()) + getattr(method, "seed", 0)
+    return np.random.RandomState(seed % 2**32)
+
+
 def _start_matrix(
     method: Method, matrix: Array, name: str, rounds: bool
 ) -> tuple[Method, Values]:
@@ -209,10 +251,7 @@ def _start_matrix(
     if needs is not None:
         factors = _decomposed(matrix, needs, name, rounds)
     method = method.resolved(factors)
-    # RandomState, since NumPy promises that its stream never changes: loading
-    # an adapter file draws the same numbers again.
-    seed = zlib.crc32(name.encode()) + getattr(method, "seed", 0)
-    random = np.random.RandomState(seed % 2**32)
+    random = _random(method, name)
     with _naming(name):
         return method, method.initial_values(matrix, factors, random)
 

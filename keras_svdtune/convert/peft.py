@@ -71,10 +71,11 @@ def export_peft(
     """Writes the enabled adapter as a folder that PEFT loads.
 
     It is written as a LoRA by the rules of `to_lora`: exact for LoRA, PiSSA,
-    MiLoRA, LoRA-XS, AdaLoRA, MiCA, PSOFT and OPLoRA; the best approximation at
-    `rank` for SVF and SVFT. DoRA is written as DoRA, exactly, unless `rank` is
-    given. The model is not changed. The backbones of Gemma 1 to 3, Llama,
-    Mistral, Qwen 2 to 3 (the dense ones) and GPT-2 are known.
+    MiLoRA, LoRA-XS, AdaLoRA, MiCA, PSOFT, OPLoRA, EVA, CorDA and LoRA-GA; the
+    best approximation at `rank` for SVF and SVFT. DoRA is written as DoRA,
+    exactly, unless `rank` is given. The model is not changed. The backbones of
+    Gemma 1 to 3, Llama, Mistral, Qwen 2 to 3 (the dense ones) and GPT-2 are
+    known.
 
     Args:
         model: a KerasHub Backbone or Task of one of these, with an adapter.

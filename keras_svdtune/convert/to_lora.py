@@ -90,8 +90,8 @@ def to_lora(model: Model, rank: int | None = None) -> Conversion:
 
     | from | without `rank` |
     |---|---|
-    | PiSSA, MiLoRA of rank r | exact, of rank 2r |
-    | LoRA-XS, AdaLoRA, MiCA, PSOFT, OPLoRA | exact, of their own rank |
+    | PiSSA, MiLoRA, CorDA, LoRA-GA of rank r | exact, of rank 2r |
+    | EVA, LoRA-XS, AdaLoRA, MiCA, PSOFT, OPLoRA | exact, of their own rank |
     | LoRA | nothing is done |
     | SVF, SVFT, DoRA | an error: they need `rank` |
 

@@ -10,6 +10,7 @@ from keras_hub.models import CausalLM
 from keras_svdtune.demo import chat, fit, pirate, show
 from keras_svdtune.demo.result import Measured, Result
 from keras_svdtune.methods.base import METHODS, Method
+from keras_svdtune.methods.data_method import DataMethod
 
 # Not in the corpus.
 PROMPTS = (
@@ -113,7 +114,11 @@ def run(
         before = measure(task, data)
 
     show.step(f"Enabling {method}")
-    task.backbone.enable_adapter(method)
+    if isinstance(method, DataMethod):
+        pairs_to_see = (data.train.x, data.train.y, data.train.weight)
+        method = dataclasses.replace(method, data=pairs_to_see)
+    with fit.raw_tokens(task):
+        task.enable_adapter(method)
     cost = task.backbone.adapter_summary()
     fit.prepare(task, rate, steps)
     show.step(

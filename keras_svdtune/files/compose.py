@@ -130,11 +130,12 @@ def compose(
 
     SVF, SVFT, LoRA-XS and MiCA are linear in their trainable weights: these are
     added up, and the result is an adapter of the same method and size. PiSSA,
-    MiLoRA, LoRA and AdaLoRA become one LoRA, exactly: with ΔW_i = A_i·B_i
+    MiLoRA, CorDA, LoRA-GA, LoRA, EVA and AdaLoRA become one LoRA, exactly:
+    with ΔW_i = A_i·B_i
 
         ΔW = [w₁·A₁ w₂·A₂ ...]·[B₁; B₂; ...]
 
-    whose rank is the sum of the ranks (2r for PiSSA and MiLoRA), or the best
+    whose rank is the sum of the ranks (2r for the first four), or the best
     approximation of a given rank. A layer that a file does not have counts as
     unchanged there. A layer that Keras has numbered otherwise in another file
     (`conv2d_8` and `conv2d_21`) is known by its kernel, and has the path of the

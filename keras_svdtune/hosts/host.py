@@ -22,7 +22,12 @@ from keras_svdtune.hosts.linear_maps import (
     FrozenMap,
 )
 from keras_svdtune.hosts.target import Target, plain_layer
-from keras_svdtune.matrix.view import DENSE_EQUATION, GroupedView, MatrixView
+from keras_svdtune.matrix.view import (
+    DENSE_EQUATION,
+    GroupedView,
+    MatrixView,
+    Sizes,
+)
 from keras_svdtune.methods.base import Weights
 from keras_svdtune.runtime.keras_internals import float_kernel_shape
 from keras_svdtune.runtime.types import Layer, Tensor
@@ -50,6 +55,16 @@ class AdapterHost:
             ValueError: the kernel is no matrix, and why.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def input_rows(
+        layer: Layer, view: MatrixView, inputs: Tensor
+    ) -> tuple[Tensor, Sizes]:
+        """Returns the inputs of `layer` as the x (rows, in) that W multiplies.
+
+        And the sizes of the axes that are flattened to rows.
+        """
+        return view.flatten_inputs(inputs), view.batch_dims(inputs)
 
     @property
     def target(self) -> Target:
@@ -164,6 +179,19 @@ class AdaptedConvolution(AdapterHost):
         else:
             output = f"no{pixels}"
         return MatrixView(f"n{pixels}{window}i,{window}io->{output}", shape)
+
+    @staticmethod
+    def input_rows(
+        layer: Layer, view: MatrixView, inputs: Tensor
+    ) -> tuple[Tensor, Sizes]:
+        # The patches of the image: filters that each pick one number.
+        rows = view.shape[0]
+        shape = (*view.kernel_shape[:-1], rows)
+        pick = ops.reshape(ops.eye(rows, dtype=inputs.dtype), shape)
+        plain = plain_layer(layer, bias=None, activation=None, _kernel=pick)
+        patches = MatrixView(view.equation, shape)
+        y = plain.call(inputs)
+        return patches.flatten_outputs(y), patches.batch_dims_of_output(y)
 
     def _bias(self) -> Tensor:
         layer: Layer = self

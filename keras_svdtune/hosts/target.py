@@ -17,6 +17,7 @@ from keras_svdtune.adapter.stepped import Stepped, variable_of
 from keras_svdtune.hosts import quantized
 from keras_svdtune.matrix.view import MatrixView
 from keras_svdtune.methods.base import Method
+from keras_svdtune.methods.data_method import DataMethod
 from keras_svdtune.runtime.keras_internals import value_or_none
 from keras_svdtune.runtime.placement import placement_of
 from keras_svdtune.runtime.processes import to_numpy
@@ -256,8 +257,11 @@ class Target:
         """Computes the adapter's weights anew from the kernel that was read."""
         adapter = self.adapted
         new = self.planned(self.rounds(adapter.method))
-        for name, value in new.values.items():
-            getattr(adapter, name).assign(value)
+        # What started from data keeps that start: it suits any kernel, since
+        # what is computed is the change from it.
+        if adapter.self_contained or not isinstance(adapter.method, DataMethod):
+            for name, value in new.values.items():
+                getattr(adapter, name).assign(value)
         adapter.reset()
         adapter.base_fingerprint = new.base_fingerprint
         adapter.rounds = new.rounds

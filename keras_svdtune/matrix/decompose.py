@@ -28,13 +28,14 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_svdtune.matrix import cache
+from keras_svdtune.matrix import cache, lanczos, lapack
 from keras_svdtune.matrix.algorithms import (
     DEVICE,
     HOST,
     Numbers,
     components,
     randomised_top,
+    signs,
     small_side,
     to_float32,
 )
@@ -156,6 +157,28 @@ def _run(w: Array, needs: Needs, xp: Numbers) -> Factors:
 def top_on_host(w: np.ndarray, rank: int) -> Factors:
     """Returns the `rank` largest components of w (in, out), by LAPACK."""
     return _run(w, Needs("top", rank), HOST)
+
+
+def top_eigenvectors(gram: np.ndarray, rank: int) -> np.ndarray:
+    """Returns the eigenvectors of the largest eigenvalues, by LAPACK.
+
+    Args:
+        gram: (n, n) float64, symmetric, without negative eigenvalues.
+        rank: int, 1 to n. How many.
+
+    Returns:
+        (n, rank) float64, the largest first. The entry of largest magnitude of
+        each is positive.
+    """
+    n = len(gram)
+    found = lanczos.largest(gram, rank)
+    if found is None:
+        found = lapack.eigh_part(gram, n - rank, n)
+    if found is None:
+        found = np.linalg.eigh(gram)
+    vectors = np.flip(found[1], axis=1)[:, :rank]
+    signed: np.ndarray = vectors * signs(vectors, HOST)
+    return signed
 
 
 def _finite(factors: Factors) -> bool:

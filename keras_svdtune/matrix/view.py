@@ -110,6 +110,12 @@ class MatrixView:
         time_first = inputs[:2] == ("i", "b")
         return self.count is None and inputs[0] == outputs[0] and not time_first
 
+    @property
+    def contracted_axes(self) -> tuple[int, ...]:
+        """The axes of an input that W multiplies, counted from the last."""
+        labels = self._inputs
+        return tuple(labels.index(x) - len(labels) for x in self._contracted)
+
     def to_matrix(self, kernel: Array) -> Array:
         """Reshapes a kernel to W (in, out), or (count, in, out) of a bank."""
         labels = self._shared + self._contracted + self._produced

@@ -16,8 +16,7 @@ from keras_svdtune.methods.base import (
     register,
 )
 from keras_svdtune.methods.dropout import DropsInput
-from keras_svdtune.methods.lora import random_a
-from keras_svdtune.methods.low_rank import RankedMethod, branch
+from keras_svdtune.methods.low_rank import RankedMethod, branch, random_a
 from keras_svdtune.methods.picture import Block
 from keras_svdtune.methods.settings import check_seed
 from keras_svdtune.runtime.types import Shape, Tensor

@@ -1,30 +1,21 @@
 """LoRA: a trainable low-rank branch beside W, the baseline."""
 
 import dataclasses
-import math
 
 import numpy as np
-from keras import ops
 
 from keras_svdtune.matrix.factors import Factors
-from keras_svdtune.methods.base import (
-    IN,
-    OUT,
-    LinearMap,
-    Weight,
-    Weights,
-    register,
-)
+from keras_svdtune.methods.base import register
 from keras_svdtune.methods.dropout import DropsInput
-from keras_svdtune.methods.low_rank import RankedMethod, branch
+from keras_svdtune.methods.low_rank import TwoFactors, random_a
 from keras_svdtune.methods.picture import Block
 from keras_svdtune.methods.settings import check_seed
-from keras_svdtune.runtime.types import Shape, Tensor
+from keras_svdtune.runtime.types import Tensor
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class LoRA(DropsInput, RankedMethod):
+class LoRA(DropsInput, TwoFactors):
     """Low-rank adaptation: two thin trainable matrices beside W.
 
         y = x·W + (alpha / rank)·x·A·B,     A (in, r) random, B (r, out) = 0
@@ -83,13 +74,6 @@ class LoRA(DropsInput, RankedMethod):
         super().__post_init__()
         check_seed(self.seed)
 
-    def weights(self, shape: Shape) -> list[Weight]:
-        rows, columns = shape
-        return [
-            Weight("a", (rows, self.rank), trainable=True, axes=(IN, None)),
-            Weight("b", (self.rank, columns), trainable=True, axes=(None, OUT)),
-        ]
-
     def initial_values(
         self,
         matrix: Tensor,
@@ -97,23 +81,3 @@ class LoRA(DropsInput, RankedMethod):
         random: np.random.RandomState,
     ) -> dict[str, Tensor]:
         return {"a": random_a(matrix.shape[0], self.rank, random)}
-
-    def neutral(self, weights: Weights) -> dict[str, Tensor]:
-        return {"b": ops.zeros(weights.b.shape)}
-
-    def call(self, weights: Weights, base: LinearMap) -> Tensor:
-        return base() + branch(base, weights.a, weights.b, self.scale)
-
-    def merged(self, weights: Weights, matrix: Tensor) -> Tensor:
-        return matrix + self.scale * ops.matmul(weights.a, weights.b)
-
-    def low_rank_factors(
-        self, weights: Weights, matrix: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return ops.convert_to_tensor(weights.a), weights.b * self.scale
-
-
-def random_a(rows: int, rank: int, random: np.random.RandomState) -> np.ndarray:
-    """Draws A (in, r) uniformly in ±1/sqrt(in), as the paper's code does."""
-    bound = 1.0 / math.sqrt(rows)
-    return random.uniform(-bound, bound, (rows, rank))

@@ -1,12 +1,22 @@
 """What methods with a rank share: checks, the scale, the low-rank branch."""
 
 import dataclasses
+import math
 from typing import Any, ClassVar, Self
 
+import numpy as np
 from keras import ops
 
 from keras_svdtune.matrix.factors import Factors
-from keras_svdtune.methods.base import LinearMap, Method, ReverseMap, Weights
+from keras_svdtune.methods.base import (
+    IN,
+    OUT,
+    LinearMap,
+    Method,
+    ReverseMap,
+    Weight,
+    Weights,
+)
 from keras_svdtune.methods.settings import (
     check_alpha,
     check_rank_or_share,
@@ -73,6 +83,36 @@ class RankedMethod(Method):
         return base() + reversed_branch(base, *factors)
 
 
+class TwoFactors(RankedMethod):
+    """A method that trains A and B of W' = W + k·A·B; B is 0 at first.
+
+    Methods differ in where A starts. What they train is a LoRA.
+    """
+
+    rank: int
+
+    def weights(self, shape: Shape) -> list[Weight]:
+        rows, columns = shape
+        return [
+            Weight("a", (rows, self.rank), trainable=True, axes=(IN, None)),
+            Weight("b", (self.rank, columns), trainable=True, axes=(None, OUT)),
+        ]
+
+    def neutral(self, weights: Weights) -> dict[str, Tensor]:
+        return {"b": ops.zeros(weights.b.shape)}
+
+    def call(self, weights: Weights, base: LinearMap) -> Tensor:
+        return base() + branch(base, weights.a, weights.b, self.scale)
+
+    def merged(self, weights: Weights, matrix: Tensor) -> Tensor:
+        return matrix + self.scale * ops.matmul(weights.a, weights.b)
+
+    def low_rank_factors(
+        self, weights: Weights, matrix: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return ops.convert_to_tensor(weights.a), weights.b * self.scale
+
+
 class ProductMethod(RankedMethod):
     """A method that adds a product of two thin matrices, W' = W + A·B.
 
@@ -114,3 +154,9 @@ def reversed_branch(base: ReverseMap, a: Tensor, b: Tensor) -> Tensor:
     """Computes x·(A·B)ᵀ = (x·Bᵀ)·Aᵀ in the dtype of `base`."""
     xb = base.times(ops.transpose(ops.cast(b, base.dtype)))
     return ops.matmul(xb, ops.transpose(ops.cast(a, base.dtype)))
+
+
+def random_a(rows: int, rank: int, random: np.random.RandomState) -> np.ndarray:
+    """Draws A (in, r) uniformly in ±1/sqrt(in), as the paper's code does."""
+    bound = 1.0 / math.sqrt(rows)
+    return random.uniform(-bound, bound, (rows, rank))

@@ -14,8 +14,7 @@ from keras_svdtune.methods.base import (
     Weights,
     register,
 )
-from keras_svdtune.methods.lora import random_a
-from keras_svdtune.methods.low_rank import ProductMethod
+from keras_svdtune.methods.low_rank import ProductMethod, random_a
 from keras_svdtune.methods.picture import Block
 from keras_svdtune.methods.settings import check_seed, check_whole_number
 from keras_svdtune.runtime.types import Shape, Tensor

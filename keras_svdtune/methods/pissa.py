@@ -39,12 +39,12 @@ def components_picture(part: Literal["first", "last"]) -> Picture:
 
 
 @dataclasses.dataclass(frozen=True)
-class SpectralLoRA(RankedMethod):
-    """A low-rank adapter A·B that starts from components of W.
+class StartedLoRA(RankedMethod):
+    """A low-rank adapter A·B that starts from some A₀·B₀.
 
-    With k = alpha / rank, A₀ = U_r·√(s_r/k) and B₀ = √(s_r/k)·V_rᵀ hold r
-    components of W. In the papers W is replaced by W - k·A₀·B₀, and A, B train
-    from A₀, B₀. Here W stays, and the changes of A and B train, from zero:
+    In the papers W is replaced by W - k·A₀·B₀, with k = alpha / rank, and A, B
+    train from A₀, B₀. Here W stays, and the changes of A and B train, from
+    zero:
 
         y = x·W + k·(x·A·B - x·A₀·B₀),      A = A₀ + ΔA,  B = B₀ + ΔB
           = x·W + k·(x·ΔA·B + x·A₀·ΔB)
@@ -55,15 +55,10 @@ class SpectralLoRA(RankedMethod):
     draws A towards A₀, not towards zero.)
     """
 
-    part: ClassVar[Literal["top", "bottom"]] = "top"
     step: ClassVar[float] = 1.0  # of ΔA and ΔB, as in `Weight`
-    by_energy = True
 
     rank: int | float
     alpha: float | None = None
-
-    def needs(self, shape: Shape) -> Needs:
-        return Needs(self.part, self.rank)
 
     def weights(self, shape: Shape) -> list[Weight]:
         rows, columns = shape
@@ -88,17 +83,6 @@ class SpectralLoRA(RankedMethod):
             Weight("b0", (rank, columns), saved=True, axes=(None, OUT)),
         ]
 
-    def initial_values(
-        self,
-        matrix: Tensor,
-        factors: Factors | None,
-        random: np.random.RandomState,
-    ) -> dict[str, Tensor]:
-        assert factors is not None
-        assert factors.u is not None and factors.v is not None
-        root = np.sqrt(factors.s / self.scale)
-        return {"a0": factors.u * root, "b0": root[:, None] * factors.v.T}
-
     def call(self, weights: Weights, base: LinearMap) -> Tensor:
         # One product of rank 2r rather than two of rank r.
         return base() + branch(base, *self.low_rank_factors(weights), 1.0)
@@ -117,6 +101,31 @@ class SpectralLoRA(RankedMethod):
             ops.concatenate(a, axis=1),
             ops.concatenate([b, weights.delta_b], axis=0) * self.scale,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class SpectralLoRA(StartedLoRA):
+    """A low-rank adapter A·B that starts from components of W.
+
+    A₀ = U_r·√(s_r/k) and B₀ = √(s_r/k)·V_rᵀ hold r components of W.
+    """
+
+    part: ClassVar[Literal["top", "bottom"]] = "top"
+    by_energy = True
+
+    def needs(self, shape: Shape) -> Needs:
+        return Needs(self.part, self.rank)
+
+    def initial_values(
+        self,
+        matrix: Tensor,
+        factors: Factors | None,
+        random: np.random.RandomState,
+    ) -> dict[str, Tensor]:
+        assert factors is not None
+        assert factors.u is not None and factors.v is not None
+        root = np.sqrt(factors.s / self.scale)
+        return {"a0": factors.u * root, "b0": root[:, None] * factors.v.T}
 
 
 @register

@@ -10,6 +10,7 @@ from keras import ops
 from keras_svdtune.hosts.embeddings import is_reversible, why_not_adaptable
 from keras_svdtune.hosts.target import Target
 from keras_svdtune.methods.base import METHODS, Method, has_reverse, nearest
+from keras_svdtune.methods.data_method import DataMethod
 from keras_svdtune.methods.dropout import dropout_of
 from keras_svdtune.methods.pissa import QUANTIZATIONS
 from keras_svdtune.methods.replaced_base import ReplacesBase
@@ -185,6 +186,8 @@ def _problem_of(target: Target, method: Method) -> str:
         why := _not_to_replace(target, method)
     ):
         return f"{why}; enable {method.title} without `{method.option}`"
+    if isinstance(method, DataMethod) and (why := _unseen(target, method)):
+        return f"{why}; name it in `exclude`"
     if target.constraint is not None:
         return (
             "has a constraint on its kernel, which an adapter cannot respect; "
@@ -199,6 +202,21 @@ def _problem_of(target: Target, method: Method) -> str:
         return (
             f"multiplies by its table backwards too, and {method.title} has "
             "no `reverse`; write one for the method"
+        )
+    return ""
+
+
+def _unseen(target: Target, method: DataMethod) -> str:
+    """Returns why data says nothing of a kernel; empty if it does."""
+    if method.statistic == "inputs" and target.direct:
+        return (
+            "is a kernel that another layer reads, so that "
+            f"{method.title} does not see what comes into it"
+        )
+    if method.statistic == "gradient" and target.quantization_mode is not None:
+        return (
+            f"is quantized to {target.quantization_mode}, and has no gradient "
+            f"for {method.title} to start from"
         )
     return ""
 

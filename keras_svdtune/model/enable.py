@@ -16,13 +16,20 @@ from keras_svdtune.hosts import attach
 from keras_svdtune.hosts.replace_base import put_in_place, remember_value
 from keras_svdtune.hosts.target import Target
 from keras_svdtune.methods.base import Method
+from keras_svdtune.methods.data_method import DataMethod
 from keras_svdtune.model.beside import trained_beside
+from keras_svdtune.model.capture import (
+    check_data,
+    starts_from_data,
+    without_data,
+)
 from keras_svdtune.model.checks import (
     check_merged,
     checked_method,
     targets_for,
 )
 from keras_svdtune.model.commit import commit
+from keras_svdtune.model.for_a_while import adapter_disabled
 from keras_svdtune.model.freezing import biases_to_train, freeze
 from keras_svdtune.model.named_adapters import check_name, join
 from keras_svdtune.model.names import add_untrained, check_alone
@@ -41,7 +48,7 @@ from keras_svdtune.model.state import (
 )
 from keras_svdtune.model.targets import adapted_targets
 from keras_svdtune.runtime.interrupts import run_to_the_end
-from keras_svdtune.runtime.types import Model
+from keras_svdtune.runtime.types import Model, Variable
 
 
 def enable_adapter(
@@ -112,6 +119,7 @@ def enable_adapter(
     """
     root = adapted_part(model)
     method = checked_method(method)
+    check_data(model, method)
     if name is not None:
         check_name(name)
     beside_others = name is not None and bool(adapted_targets(root))
@@ -121,23 +129,27 @@ def enable_adapter(
     methods = methods_by_path(
         method, targets, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern
     )
-    if not isinstance(train_bias, bool):
-        raise ValueError(
-            "`train_bias` must be True or False. Received: "
-            f"train_bias={train_bias!r}"
+    biases = _biases(root, targets, train_bias, beside_others)
+    known = None
+    what = "decomposing"
+    if isinstance(method, DataMethod):
+        methods = {
+            path: methods[path].for_shape(target.view.shape)
+            for path, target in targets.items()
+        }
+        without = (
+            adapter_disabled(model)
+            if beside_others
+            else contextlib.nullcontext()
         )
+        with without:
+            known = starts_from_data(model, method, methods, targets)
+        method, what = dataclasses.replace(method, data=None), "planning"
+        methods = without_data(methods)
     if name is not None and beside_others:
-        record = enabled_record(root)
-        if train_bias and record is not None and not record.biases:
-            raise ValueError(
-                "All adapters of a model train the same variables, and the "
-                f"first of '{root.name}' was enabled without `train_bias`. "
-                f"Received: train_bias=True for '{name}'"
-            )
-        add_untrained(model, name, method, methods)
+        add_untrained(model, name, method, methods, known)
         return
-    biases = biases_to_train(root, targets) if train_bias else []
-    plans = plan_adapters(f"{method.title}: decomposing", targets, methods)
+    plans = plan_adapters(f"{method.title}: {what}", targets, methods, known)
 
     def join_what_trains(undo: contextlib.ExitStack) -> None:
         record = record_of(root)
@@ -154,6 +166,32 @@ def enable_adapter(
     attach_plans(
         root, method, targets, plans, join_what_trains, name or DEFAULT
     )
+
+
+def _biases(
+    root: Model,
+    targets: dict[str, Target],
+    train_bias: bool,
+    beside_others: bool,
+) -> list[Variable]:
+    """Returns the biases that are to train, and do not yet."""
+    if not isinstance(train_bias, bool):
+        raise ValueError(
+            "`train_bias` must be True or False. Received: "
+            f"train_bias={train_bias!r}"
+        )
+    if not train_bias:
+        return []
+    if not beside_others:
+        return biases_to_train(root, targets)
+    record = enabled_record(root)
+    if record is not None and not record.biases:
+        raise ValueError(
+            "All adapters of a model train the same variables, and the first "
+            f"of '{root.name}' was enabled without `train_bias`. Received: "
+            "train_bias=True"
+        )
+    return []
 
 
 def attach_plans(

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from keras_svdtune.adapter.plan import first_values
+from keras_svdtune.adapter.plan import Values, first_values
 from keras_svdtune.hosts.target import Target
 from keras_svdtune.methods.base import Method
 from keras_svdtune.methods.dropout import dropout_of
@@ -150,13 +150,18 @@ def check_alone(record: Enabled, what: str) -> None:
 
 
 def add_untrained(
-    model: Model, name: str, method: Method, methods: dict[str, Method]
+    model: Model,
+    name: str,
+    method: Method,
+    methods: dict[str, Method],
+    known: dict[str, Values] | None = None,
 ) -> None:
     """Adds an adapter that changes nothing yet, beside others, and sets it.
 
     Args:
         methods: the layers that it is to be on, by path, and the method of
             each. Those that have `method` itself take what they have.
+        known: the first values of the weights, if data gave them, by path.
 
     Raises:
         ValueError: the model has one of that name; or another method, other
@@ -195,14 +200,19 @@ def add_untrained(
                 "All adapters of a model have the same settings in each layer. "
                 f"Layer '{path}' has {ours}. Received: {wanted}"
             )
-    weights = {path: _first(x) for path, x in named.targets.items()}
+    weights = {
+        path: _first(x, (known or {}).get(path))
+        for path, x in named.targets.items()
+    }
     named.add(name, weights, {}, model)
 
 
-def _first(target: Target) -> dict[str, np.ndarray]:
+def _first(target: Target, known: Values | None) -> dict[str, np.ndarray]:
     """Returns the own weights of an adapter that was just enabled."""
     adapter = target.adapted
     method, own = adapter.method, dict(own_weights(adapter))
+    if known is not None:
+        return {k: x for k, x in known.items() if k in own}
     trained = {w.name for w in method.weights(adapter.shape) if w.trainable}
     neutral = neutral_values(adapter)
     if method.needs(adapter.shape) is not None and trained <= set(neutral):

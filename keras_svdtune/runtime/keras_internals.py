@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
-from keras.src.backend import set_keras_mask
+from keras.src.backend import get_keras_mask, set_keras_mask
 from keras.src.backend.common import global_state
 from keras.src.backend.common.variables import get_autocast_scope
 from keras.src.legacy.saving import legacy_h5_format
 
+from keras_svdtune.runtime.interrupts import run_to_the_end
 from keras_svdtune.runtime.types import (
     Layer,
     Model,
@@ -49,7 +50,7 @@ RELIED_ON = (
     ("a layer", "_trainable_variables", "freezing a layer's own variables"),
     ("a layer", "_non_trainable_variables", "thawing a layer's own variables"),
     ("a layer", "_untrack_variable", "quantizing a given kernel"),
-    ("a layer", "_remat_mode", "dropout where a layer is computed twice"),
+    ("a layer", "_remat_mode", "dropout, and seeing what comes into a layer"),
     ("a layer", "quantization_mode", "knowing whether a kernel is quantized"),
     ("a Dense layer", "_kernel", "reading and writing the kernel"),
     ("a Dense layer", "_int8_call", "computing on an int8 kernel"),
@@ -273,6 +274,31 @@ def recomputed(layer: Layer) -> bool:
 def set_mask(tensor: Tensor, mask: Tensor) -> None:
     """Attaches a mask to a tensor, as layers do to their outputs."""
     set_keras_mask(tensor, mask)
+
+
+def mask_of(tensor: Tensor) -> Tensor | None:
+    """Returns the mask that a layer attached to a tensor, or None."""
+    return get_keras_mask(tensor)
+
+
+@contextlib.contextmanager
+def without_remat(layers: Iterable[Layer]) -> Iterator[None]:
+    """Temporarily lets layers compute without `keras.RematScope`.
+
+    Within it a layer is a program of its own, of which nothing but its outputs
+    can be taken out.
+    """
+    before = [(x, x._remat_mode) for x in layers if x._remat_mode is not None]
+
+    def restore() -> None:
+        for layer, mode in before:
+            layer._remat_mode = mode
+
+    with contextlib.ExitStack() as at_end:
+        at_end.callback(run_to_the_end, [restore])
+        for layer, _ in before:
+            layer._remat_mode = None
+        yield
 
 
 def float_kernel_shape(layer: Layer) -> tuple[int, ...] | None:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
@@ -59,6 +59,15 @@ def run_all(
             pool.shutdown(cancel_futures=True)
         shown.update(task, layer="")
     return {path: future.result() for future, path in futures.items()}
+
+
+def in_turn(what: str, items: Sequence[T]) -> Iterator[T]:
+    """Yields items one by one, behind a bar like that of `run_all`."""
+    with _bar(True) as shown:
+        task = shown.add_task(what, total=len(items), layer="")
+        for item in items:
+            yield item
+            shown.update(task, advance=1)
 
 
 @contextlib.contextmanager

@@ -42,24 +42,28 @@ def compiled(model: Model, function: Function) -> Function:
     return lambda *arguments: found(*map(ops.convert_to_tensor, arguments))
 
 
-def with_gradients(model: Model, function: Function) -> Function:
+def with_gradients(
+    model: Model, function: Function, by: list[Variable] | None = None
+) -> Function:
     """Returns a compiled function that also computes gradients.
 
     Args:
-        model: the model whose trainable variables are differentiated by.
+        model: the model whose variables `function` reads.
         function: takes tensors, and returns (loss, other), a number and any
             further tensor.
+        by: the variables to differentiate by, frozen ones too; None for
+            `model.trainable_variables`.
 
     Returns:
         A function of the same arguments that returns (loss, other, gradients):
-        a list with ∂loss/∂v for each v of `model.trainable_variables`.
+        a list with ∂loss/∂v for each v of `by`.
     """
     backend = keras.backend.backend()
     if backend == "jax":
         import jax
 
         run = _on_jax(
-            model, function, lambda f: jax.value_and_grad(f, has_aux=True)
+            model, function, lambda f: jax.value_and_grad(f, has_aux=True), by
         )
 
         def on_jax(*arguments: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -68,24 +72,35 @@ def with_gradients(model: Model, function: Function) -> Function:
 
         return on_jax
     if backend == "tensorflow":
-        found = _on_tensorflow(model, function)
+        found = _on_tensorflow(model, function, by)
     else:
-        found = _on_torch(model, function)
+        found = _on_torch(model, function, by)
     return lambda *arguments: found(*map(ops.convert_to_tensor, arguments))
 
 
 def _on_jax(
-    model: Model, function: Function, transform: Callable[[Function], Function]
+    model: Model,
+    function: Function,
+    transform: Callable[[Function], Function],
+    by: list[Variable] | None = None,
 ) -> Function:
     import jax
+
+    def split() -> tuple[list[Variable], list[Variable]]:
+        """The variables to differentiate by, and the others."""
+        if by is None:
+            return model.trainable_variables, model.non_trainable_variables
+        chosen = {id(v) for v in by}
+        return by, [v for v in model.variables if id(v) not in chosen]
 
     def run(
         trained: list[Tensor], others: list[Tensor], arguments: list[Tensor]
     ) -> Any:
         def of(trained: list[Tensor]) -> Any:
+            ours, rest = split()
             pairs = [
-                *zip(model.trainable_variables, trained, strict=True),
-                *zip(model.non_trainable_variables, others, strict=True),
+                *zip(ours, trained, strict=True),
+                *zip(rest, others, strict=True),
             ]
             with keras.StatelessScope(state_mapping=pairs):
                 return function(*arguments)
@@ -93,18 +108,21 @@ def _on_jax(
         return transform(of)(trained)
 
     jitted = jax.jit(run)
-    return lambda *arguments: jitted(
-        [v.value for v in model.trainable_variables],
-        [v.value for v in model.non_trainable_variables],
-        list(arguments),
-    )
+
+    def on_values(*arguments: Tensor) -> Any:
+        trained, others = ([v.value for v in x] for x in split())
+        return jitted(trained, others, list(arguments))
+
+    return on_values
 
 
-def _on_tensorflow(model: Model, function: Function) -> Function:
+def _on_tensorflow(
+    model: Model, function: Function, by: list[Variable] | None
+) -> Function:
     import tensorflow as tf
 
     def run(*arguments: Tensor) -> Any:
-        values = [v.value for v in model.trainable_variables]
+        values = [v.value for v in _variables(model, by)]
         with tf.GradientTape() as tape:
             tape.watch(values)
             loss, other = function(*arguments)
@@ -117,17 +135,29 @@ def _on_tensorflow(model: Model, function: Function) -> Function:
     return found
 
 
-def _on_torch(model: Model, function: Function) -> Function:
+def _on_torch(
+    model: Model, function: Function, by: list[Variable] | None
+) -> Function:
     import torch
 
     def run(*arguments: Tensor) -> Any:
-        variables: list[Variable] = model.trainable_variables
-        values = [v.value for v in variables]
-        with torch.enable_grad():
-            loss, other = function(*arguments)
-        gradients = torch.autograd.grad(
-            loss, values, allow_unused=True, materialize_grads=True
-        )
+        values = [v.value for v in _variables(model, by)]
+        frozen = [x for x in values if not x.requires_grad]
+        try:
+            for x in frozen:
+                x.requires_grad_(True)
+            with torch.enable_grad():
+                loss, other = function(*arguments)
+            gradients = torch.autograd.grad(
+                loss, values, allow_unused=True, materialize_grads=True
+            )
+        finally:
+            for x in frozen:
+                x.requires_grad_(False)
         return loss.detach(), other.detach(), list(gradients)
 
     return run
+
+
+def _variables(model: Model, by: list[Variable] | None) -> list[Variable]:
+    return list(model.trainable_variables if by is None else by)

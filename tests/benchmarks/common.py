@@ -22,6 +22,7 @@ from rich.table import Table
 
 import keras_svdtune
 from keras_svdtune.demo.weights.weights import MODELS, load_model
+from keras_svdtune.methods.data_method import DataMethod
 
 KNOWN = [*MODELS, *shapes.MODELS]
 PACKAGES = (
@@ -124,12 +125,18 @@ def methods_for(
 
     Args:
         wanted: names, each perhaps with settings (`svft:pattern=random`);
-            None for every method.
+            None for every method, but for those that start from data: their
+            steps are those of LoRA and PiSSA.
         rank: for the methods that want one.
     """
     methods: dict[str, keras_svdtune.Method] = {}
     left_out: dict[str, str] = {}
-    for spec in keras_svdtune.METHODS if wanted is None else wanted:
+    every = [
+        name
+        for name, cls in keras_svdtune.METHODS.items()
+        if not issubclass(cls, DataMethod)
+    ]
+    for spec in every if wanted is None else wanted:
         name, _, rest = spec.partition(":")
         if name not in keras_svdtune.METHODS:
             known = ", ".join(keras_svdtune.METHODS)
