@@ -141,6 +141,7 @@ axes[1].plot(epochs, history["sigma_drift"], "o-", ms=4)
 axes[1].set(title="drift of the singular values", ylabel="‖s' - s‖ / ‖s‖", ylim=0)
 for ax in axes:
     ax.set_xlabel("epoch")
+    ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     ax.grid(alpha=0.3)
 plt.show()
 
