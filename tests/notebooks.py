@@ -78,7 +78,7 @@ def execute(name: str, folder: Path, cache: Path, steps: int | None) -> Any:
     if steps is not None:
         settings["STEPS"] = str(steps)
     client = nbclient.NotebookClient(
-        notebook, timeout=900, resources={"metadata": {"path": str(folder)}}
+        notebook, timeout=3600, resources={"metadata": {"path": str(folder)}}
     )
     client.execute(env=os.environ | settings)
     notebook.cells = cells
