@@ -259,6 +259,44 @@ def by_reward() -> Iterator[list[str]]:
 
 
 @table
+def mixtures_letters() -> Iterator[list[str]]:
+    """Mixtures found from a few examples of counting letters."""
+    yield from mixtures("letters", "right answers")
+
+
+@table
+def mixtures_speeches() -> Iterator[list[str]]:
+    """Mixtures found from a few examples of a pirate's speeches."""
+    yield from mixtures("speeches", "words in common")
+
+
+def mixtures(task: str, score: str) -> Iterator[list[str]]:
+    """What mixtures are worth on a task."""
+    yield [
+        "SmolLM2-135M, SVF",
+        "search, s",
+        "loss: searched by",
+        "chosen by",
+        "others",
+        "to the best expert",
+        f"{score}: searched by",
+        "chosen by",
+        "others",
+    ]
+    for name, x in read(f"mixtures_{task}_smollm2_135m")["rows"].items():
+        shots, held, others = (x[k] for k in ("shots", "held out", "others"))
+        yield [
+            name,
+            f"{x['seconds']:,.0f}" if x["seconds"] else "",
+            *(f"{part['loss'][0]:.2f}" for part in (shots, held)),
+            "{:.2f} ± {:.2f}".format(*others["loss"]),
+            "{:+.2f} ± {:.2f}".format(*x["to_expert"]),
+            *(percent(part["score"][0]) for part in (shots, held)),
+            "{:.1f} ± {:.1f} %".format(*(100 * y for y in others["score"])),
+        ]
+
+
+@table
 def generation() -> Iterator[list[str]]:
     """Tokens a second with an adapter on, merged, and without."""
     yield ["SmolLM2-135M, one prompt", "tokens a second", "seconds, to base"]

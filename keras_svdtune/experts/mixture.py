@@ -212,7 +212,9 @@ def search_mixture(
 
         L = -1/N · Σ log π(y),        ∂L/∂α_k = Σ ⟨∂L/∂δ, δ_k⟩
 
-    where δ = Σ α_k·δ_k is what the method trains, and Adam starts at α = 1/K.
+    where δ = Σ α_k·δ_k is what the method trains, and Adam starts at α = 1/K;
+    a weight may become negative, or larger than 1. Every token counts the same,
+    so that long answers count more than short ones.
 
     A `score` may be any Python function of an answer, such as whether it is
     the right one to the letter. Then it is searched by the cross-entropy
