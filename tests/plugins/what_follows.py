@@ -47,6 +47,7 @@ def test_names_of_the_package():
         "exclude",
         "rank_pattern",
         "alpha_pattern",
+        "train_bias",
     ]
 
 
