@@ -242,7 +242,9 @@ def test_a_mixture_is_an_adapter_like_any_other(tmp_path):
     with pytest.raises(ValueError, match="has an adapter 'mix' already"):
         found.add_to(lm, "mix")
     pytest.importorskip("matplotlib")
-    assert len(found.plot().axes[1].lines) == 3
+    (image,) = found.plot().axes[1].images
+    expected = [[*found.weights[name].values()] for name in NAMES]
+    assert_close(np.asarray(image.get_array()), np.array(expected), 1e-6)
     assert "to" in str(found)
 
 

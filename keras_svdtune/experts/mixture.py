@@ -171,15 +171,26 @@ class Mixture:
         left.plot(self.best, held_out[self.best], "o", color="C1")
         left.set(xlabel="iteration", ylabel="score")
         left.legend(frameon=False)
-        for name, weight in self.weights.items():
-            if isinstance(weight, dict):
-                right.plot([*weight.values()], label=name, linewidth=0.9)
-            else:
-                right.bar(name, weight)
-        if right.lines:
+        by_layer = [
+            [*x.values()] for x in self.weights.values() if isinstance(x, dict)
+        ]
+        if by_layer:
+            # Colours: the weights of neighbours differ too much for lines.
+            largest = float(np.abs(by_layer).max()) or 1.0
+            image = right.imshow(
+                by_layer,
+                aspect="auto",
+                interpolation="nearest",
+                cmap="RdBu_r",
+                vmin=-largest,
+                vmax=largest,
+            )
+            right.set_yticks(range(len(by_layer)), [*self.weights])
             right.set_xlabel("layer")
-            right.legend(frameon=False)
-        right.set_ylabel("weight")
+            figure.colorbar(image, ax=right, label="weight")
+        else:
+            right.bar([*self.weights], [*self.weights.values()])
+            right.set_ylabel("weight")
         for axis in (left, right):
             axis.spines[["top", "right"]].set_visible(False)
         plt.close(figure)  # or a notebook would show it twice
