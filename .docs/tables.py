@@ -69,7 +69,7 @@ def study(task: str) -> Iterator[list[str]]:
     found = read("study")[STUDY[task]]
     base = found["base"]
     yield [
-        *("", "trained", "best rate", "seeds", "test loss"),
+        *("", "trained", "file, KiB", "best rate", "seeds", "test loss"),
         "to LoRA, 95 %",
         "accuracy" if base is None else "exact",
         *(() if base is None else ("forgotten", "LoRA at this loss")),
@@ -77,11 +77,12 @@ def study(task: str) -> Iterator[list[str]]:
     if base is not None:
         loss = f"{base['test_loss']:.3f}"
         exact = f"{base['test_exact']:.0%}"
-        yield ["base model", "", "", "", loss, "", exact, "", ""]
+        yield ["base model", *4 * [""], loss, "", exact, "", ""]
     for x in found["methods"].values():
         row = [
             x["label"],
             f"{x['trained']:,}",
+            f"{x['file_bytes'] / 1024:,.0f}" if x["file_bytes"] else "",
             f"{x['rate']:.1g}" + ("" if x["inside"] else " (edge)"),
             str(x["seeds"]),
             f"{x['test_loss']:.3f}",
@@ -129,19 +130,6 @@ def study_pirate() -> Iterator[list[str]]:
 def study_reviews() -> Iterator[list[str]]:
     """Classification."""
     yield from study("reviews")
-
-
-@table
-def sizes() -> Iterator[list[str]]:
-    """Trained numbers and adapter files of the demo's model."""
-    yield ["SmolLM2-135M", "trained parameters", "adapter file, KiB"]
-    titles = {"lora": "LoRA, rank 8", "adalora": "AdaLoRA, rank 8"}
-    titles |= {"dora": "DoRA, rank 8", "lora_xs": "LoRA-XS, rank 8"}
-    titles |= {"pissa": "PiSSA, rank 8", "milora": "MiLoRA, rank 8"}
-    titles |= {"svf": "SVF", "svft": "SVFT, banded, d = 2"}
-    for name, x in read("demo_smollm2_135m")["methods"].items():
-        size = f"{x['file_bytes'] / 1024:,.0f}"
-        yield [titles[name], f"{x['trainable']:,}", size]
 
 
 @table

@@ -216,3 +216,23 @@ def test_an_export_says_that_it_leaves_them_out(tmp_path):
     backbone.enable_adapter(LoRA(2), train_bias=True)
     with pytest.warns(UserWarning, match="besides is not exported: .*bias"):
         backbone.export_peft(tmp_path / "folder")
+
+
+def test_what_becomes_a_lora_keeps_its_biases(tmp_path):
+    path = tmp_path / "lora.safetensors"
+    model = small_model()
+    before = biases(model)
+    keras_svdtune.enable_pissa(model, rank=2, train_bias=True)
+    fit(model)
+    trained, learned = biases(model), eager(model, X)
+    keras_svdtune.to_lora(model)
+    assert_same(biases(model), trained)
+    assert_close(eager(model, X), learned, 1e-5)
+    assert len(model.trainable_variables) == 6
+    keras_svdtune.save_adapter(model, path)
+    other = small_model()
+    keras_svdtune.load_adapter(other, path)
+    assert_same(biases(other), trained)
+    assert_close(eager(other, X), learned, 1e-5)
+    keras_svdtune.remove_adapter(model)
+    assert_same(biases(model), before)
