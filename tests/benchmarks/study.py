@@ -41,6 +41,7 @@ import keras_svdtune
 from keras_svdtune.demo import chat, show
 from keras_svdtune.demo.train import make_method
 from keras_svdtune.methods.adalora import AdaLoRA
+from keras_svdtune.methods.data_method import DataMethod
 
 RESULTS = Path(__file__).parent / "results" / "study.jsonl"
 FULL = "full"
@@ -64,6 +65,9 @@ METHODS = {
     "mica:rank=8": -4,
     "psoft:rank=32": -5,
     "oplora:rank=8": -5,
+    "eva:rank=8": -6,
+    "corda:rank=8": -7,
+    "lora_ga:rank=8": -6,
 }
 MAIN = [*itertools.islice(METHODS, 9)]
 # Whether less of SVF forgets less: the top singular values alone, all others,
@@ -137,14 +141,10 @@ class Session:
         self.data = study_tasks.data_for(model, task)
         self.batch = BATCH.get(task, 4)
         self.network = study_tasks.load(model, seed)
+        self.compile()
         if method != FULL:
-            chosen = method_for(method, seed)
-            self.network.backbone.enable_adapter(chosen)
-        self.network.compile(
-            optimizer=optimizer_for(method),
-            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-            weighted_metrics=[],
-        )
+            self.enable(method_for(method, seed))
+            self.compile()
         trained = self.network.trainable_variables
         self.network.optimizer.build(trained)
         self.trained = common.trained_numbers(trained)
@@ -155,6 +155,30 @@ class Session:
             if v.name.startswith("adalora")
         ]
         self.start = values_of(self.state)
+
+    def compile(self) -> None:
+        """With the optimizer of the method, and the loss of all."""
+        self.network.compile(
+            optimizer=optimizer_for(self.method),
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            weighted_metrics=[],
+        )
+
+    def enable(self, method: keras_svdtune.Method) -> None:
+        """Enables a method; one that starts from data has the first examples.
+
+        They are those that training begins with.
+        """
+        if isinstance(method, DataMethod):
+            data = self.data.train
+            order = example_order(len(data), method.examples, self.seed)
+            rows = data.rows(order)
+            method = dataclasses.replace(
+                method, data=(rows.x, rows.y, rows.weight)
+            )
+            self.network.enable_adapter(method)
+        else:
+            self.network.backbone.enable_adapter(method)
 
     def run(self, steps: int, rate: float) -> dict[str, Any]:
         """Trains from the start, and measures."""
