@@ -60,6 +60,7 @@ def percent(share: float) -> str:
 
 STUDY = {
     "pirate": "smollm2_135m, pirate, 120",
+    "letters": "smollm2_135m, letters, 120",
     "reviews": "minilm, reviews, 150",
 }
 
@@ -98,25 +99,43 @@ def study(task: str) -> Iterator[list[str]]:
         yield row
 
 
+def compared(x: Any) -> str:
+    """A difference to LoRA and its interval, bold where that leaves out 0."""
+    if not x.get("to_lora"):
+        return ""
+    mean, low, high = x["to_lora"]
+    text = f"{mean:+.3f}"
+    if round(low, 3) > 0 or round(high, 3) < 0:
+        text = f"**{text}**"
+    return f"{text} ({low:+.2f} to {high:+.2f})"
+
+
 @table
 def front_page() -> Iterator[list[str]]:
-    """The reviews, for README: what has three seeds or more."""
-    yield ["film reviews, MiniLM", "trained", "test loss", "to LoRA, 95 %", ""]
-    methods = read("study")[STUDY["reviews"]]["methods"].values()
-    for x in sorted(methods, key=lambda x: x["trained"]):
-        if x["seeds"] < 3:
-            continue
-        mean, low, high = x.get("to_lora") or (0.0, 0.0, 0.0)
-        verdict = "no difference shown"
-        if round(low, 3) > 0 or round(high, 3) < 0:
-            verdict = "worse" if mean > 0 else "better"
-        interval = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+    """For README: what has three seeds or more."""
+    yield [
+        *("", "trained", "style: loss", "to LoRA, 95 %", "forgotten"),
+        *("reviews: loss", "to LoRA, 95 %"),
+    ]
+    both = [
+        {
+            name: x
+            for name, x in read("study")[STUDY[task]]["methods"].items()
+            if x["seeds"] >= 3
+        }
+        for task in ("pirate", "reviews")
+    ]
+    style, reviews = both
+    for name in sorted(style, key=lambda name: style[name]["trained"]):
+        x, y = style[name], reviews.get(name)
         yield [
             x["label"],
             f"{x['trained']:,}",
             f"{x['test_loss']:.3f}",
-            interval if "to_lora" in x else "",
-            verdict if "to_lora" in x else "",
+            compared(x),
+            f"{x['forgotten']:+.2f}",
+            f"{y['test_loss']:.3f}" if y else "",
+            compared(y) if y else "",
         ]
 
 
@@ -130,6 +149,66 @@ def study_pirate() -> Iterator[list[str]]:
 def study_reviews() -> Iterator[list[str]]:
     """Classification."""
     yield from study("reviews")
+
+
+@table
+def study_letters() -> Iterator[list[str]]:
+    """A skill."""
+    yield from study("letters")
+
+
+@table
+def fewer() -> Iterator[list[str]]:
+    """SVF with the largest singular values alone."""
+    yield [
+        *("answers like a pirate", "trained", "best rate", "seeds"),
+        *("test loss", "forgotten", "LoRA at this loss"),
+    ]
+    for x in read("study")[STUDY["pirate"]]["fewer"].values():
+        other = x["lora_forgets"]
+        yield [
+            x["label"],
+            f"{x['trained']:,}",
+            f"{x['rate']:.1g}",
+            str(x["seeds"]),
+            f"{x['test_loss']:.3f}",
+            f"{x['forgotten']:+.2f}",
+            "" if other is None else f"{other:+.2f}",
+        ]
+
+
+@table
+def default_rate() -> Iterator[list[str]]:
+    """The style at the rate of `compile()` without arguments."""
+    found = read("study")[STUDY["pirate"]]
+    yield ["120 steps at 2e-5", "test loss", "of the base model's"]
+    before = found["base"]["test_loss"]
+    for x in found["methods"].values():
+        loss = x["at_keras_hub_rate"]
+        if loss is not None:
+            yield [x["label"], f"{loss:.3f}", f"{loss - before:+.3f}"]
+
+
+@table
+def claims() -> Iterator[list[str]]:
+    """What papers claim, as the study finds it."""
+    found = {task: read("study").get(key) for task, key in STUDY.items()}
+    tasks = {task: x["claims"] for task, x in found.items() if x}
+    yield ["difference, 95 %", *tasks]
+    for name in dict.fromkeys(name for x in tasks.values() for name in x):
+        cells = []
+        for x in tasks.values():
+            if name not in x:
+                cells.append("")
+                continue
+            mean, low, high = x[name]
+            verdict = "undecided"
+            if round(high, 3) < 0:
+                verdict = "yes"
+            elif round(low, 3) > 0:
+                verdict = "**no**"
+            cells.append(f"{verdict}: {mean:+.3f} ({low:+.3f} to {high:+.3f})")
+        yield [name, *cells]
 
 
 @table

@@ -26,7 +26,7 @@ from keras_svdtune.experts.language import a_third
 from keras_svdtune.experts.mixture import Experts
 from keras_svdtune.methods.svf import SVF as SVFMethod
 from keras_svdtune.model.named_adapters import named_adapters
-from keras_svdtune.model.state import record_of
+from keras_svdtune.model.state import open_blocks, record_of
 from keras_svdtune.model.targets import adapted_targets
 
 NAMES = ("a", "b", "c")
@@ -90,7 +90,7 @@ def everything(lm):
         "values": values(lm),
         "names": lm.backbone.adapter_names(),
         "chosen": str(record_of(lm.backbone).chosen),
-        "within": str(record_of(lm.backbone).within),
+        "within": str(open_blocks(lm.backbone)),
         "compiled": [str(id(lm.sampler)), str(id(lm.optimizer))],
         "functions": [
             str(id(lm.generate_function)),

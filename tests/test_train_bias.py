@@ -204,8 +204,9 @@ def test_clear_errors():
         tiny_gemma().enable_adapter(SVF(), train_bias=True)
 
 
-def test_an_export_says_that_it_leaves_them_out(tmp_path):
-    backbone = keras_hub.models.GPT2Backbone(
+def tiny_gpt2():
+    keras.utils.set_random_seed(0)
+    return keras_hub.models.GPT2Backbone(
         vocabulary_size=32,
         num_layers=1,
         num_heads=2,
@@ -213,6 +214,10 @@ def test_an_export_says_that_it_leaves_them_out(tmp_path):
         intermediate_dim=16,
         max_sequence_length=8,
     )
+
+
+def test_an_export_says_that_it_leaves_them_out(tmp_path):
+    backbone = tiny_gpt2()
     backbone.enable_adapter(LoRA(2), train_bias=True)
     with pytest.warns(UserWarning, match="besides is not exported: .*bias"):
         backbone.export_peft(tmp_path / "folder")
@@ -236,3 +241,140 @@ def test_what_becomes_a_lora_keeps_its_biases(tmp_path):
     assert_close(eager(other, X), learned, 1e-5)
     keras_svdtune.remove_adapter(model)
     assert_same(biases(model), before)
+
+
+def test_verbs_wait_for_the_end_of_a_block(tmp_path):
+    model = small_model()
+    before = values(model)
+    keras_svdtune.enable_svf(model, train_bias=True)
+    fit(model)
+    learned = eager(model, X)
+    blocks = (keras_svdtune.adapter_disabled, keras_svdtune.adapter_merged)
+    verbs = (
+        keras_svdtune.remove_adapter,
+        keras_svdtune.merge_adapter,
+        lambda x: keras_svdtune.to_lora(x, 2),
+        lambda x: keras_svdtune.save_adapter(x, tmp_path / "a.safetensors"),
+        lambda x: keras_svdtune.load_adapter(x, tmp_path / "a.safetensors"),
+        lambda x: keras_svdtune.enable_svf(x, name="b"),
+        lambda x: keras_svdtune.set_adapter(x, None),
+    )
+    for block in blocks:
+        with block(model):
+            for verb in verbs:
+                with pytest.raises(
+                    ValueError, match=f"Leave .*{block.__name__}"
+                ):
+                    verb(model)
+        assert_same(eager(model, X), learned)
+    assert not (tmp_path / "a.safetensors").exists()
+    keras_svdtune.remove_adapter(model)
+    assert_same(values(model), before)
+
+
+def test_what_is_trained_while_merged_is_lost():
+    model = small_model()
+    keras_svdtune.enable_svf(model, train_bias=True)
+    fit(model)
+    learned = eager(model, X)
+    with keras_svdtune.adapter_merged(model):
+        fit(model)
+    assert_same(eager(model, X), learned)
+
+
+def test_plain_weights_bring_their_biases_as_the_base(tmp_path):
+    path = tmp_path / "other.weights.h5"
+    other = small_model()
+    for variable in other.variables:
+        variable.assign(variable + 1.0)
+    other.save_weights(path)
+    model = small_model()
+    keras_svdtune.enable_svf(model, train_bias=True)
+    fit(model)
+    model.compile()  # the file has no optimizer
+    model.load_weights(path)
+    assert_same(eager(model, X), eager(other, X))
+    with keras_svdtune.adapter_disabled(model):
+        assert_same(eager(model, X), eager(other, X))
+    fit(model)
+    keras_svdtune.remove_adapter(model)
+    assert_same(values(model), values(other))
+
+
+def test_a_full_save_of_an_adapted_model_changes_no_base(tmp_path):
+    path = tmp_path / "all.weights.h5"
+    model = small_model()
+    before = values(model)
+    keras_svdtune.enable_svf(model, train_bias=True)
+    fit(model)
+    model.save_weights(path)
+    model.load_weights(path)
+    keras_svdtune.remove_adapter(model)
+    assert_same(values(model), before)
+
+
+def parts():
+    """A model of two, each of which can be adapted by itself."""
+    encoder = keras.Sequential(
+        [keras.Input((X.shape[1],)), keras.layers.Dense(4, name="e")],
+        name="enc",
+    )
+    decoder = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(Y.shape[1], name="d")],
+        name="dec",
+    )
+    x = keras.Input((X.shape[1],))
+    whole = keras.Model(x, decoder(encoder(x)))
+    random = np.random.default_rng(0)
+    for variable in whole.variables:
+        variable.assign(random.normal(size=variable.shape))
+    return encoder, decoder, whole
+
+
+def test_parts_that_were_adapted_one_by_one(tmp_path):
+    files = [tmp_path / f"{x}.safetensors" for x in ("e", "d", "whole", "e2")]
+    *both, whole = parts()
+    for part in both:
+        keras_svdtune.enable_svf(part, train_bias=True)
+    fit(whole)
+    learned = eager(whole, X)
+    for part, file in zip(both, files, strict=False):
+        keras_svdtune.save_adapter(part, file)
+
+    *both, whole = parts()
+    before = values(whole)
+    for part, file in zip(both, files, strict=False):
+        keras_svdtune.load_adapter(part, file)
+    assert_same(eager(whole, X), learned)
+    keras_svdtune.save_adapter(whole, files[2])
+    keras_svdtune.load_adapter(whole, files[2])
+    keras_svdtune.remove_adapter(whole)
+    assert_same(values(whole), before)
+
+    encoder, _, whole = parts()
+    keras_svdtune.load_adapter(whole, files[2])
+    assert_same(eager(whole, X), learned)
+    keras_svdtune.save_adapter(encoder, files[3])
+    again, *_ = parts()
+    keras_svdtune.load_adapter(again, files[3])
+    assert_same(eager(again, X), eager(encoder, X))
+
+
+def test_a_bias_that_is_not_finite_is_not_merged():
+    model = small_model()
+    keras_svdtune.enable_svf(model, train_bias=True)
+    bias = model.get_layer("first").bias
+    bias.assign(np.full(bias.shape, np.nan))
+    with pytest.raises(ValueError, match="bias.*NaN or infinity"):
+        keras_svdtune.merge_adapter(model)
+
+
+def test_an_export_says_that_it_leaves_out_those_of_a_file(tmp_path):
+    path = tmp_path / "a.safetensors"
+    trained = tiny_gpt2()
+    trained.enable_adapter(LoRA(2), train_bias=True)
+    trained.save_adapter(path)
+    backbone = tiny_gpt2()
+    backbone.load_adapter(path)
+    with pytest.warns(UserWarning, match="besides is not exported: .*bias"):
+        backbone.export_peft(tmp_path / "folder")

@@ -19,6 +19,7 @@ from keras_svdtune.methods.lora import LoRA
 from keras_svdtune.model.enable import replace_adapters
 from keras_svdtune.model.state import (
     adapted_part,
+    check_no_block,
     enabled_method,
     require_adapted,
 )
@@ -122,6 +123,7 @@ def to_lora(model: Model, rank: int | None = None) -> Conversion:
     ```
     """
     root = adapted_part(model)
+    check_no_block(root)
     method = enabled_method(root)
     targets = require_adapted(root)
     products = low_rank_products(targets, rank)

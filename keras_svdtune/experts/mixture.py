@@ -584,7 +584,7 @@ def _by_gradient(
     )
     progress = _Progress(iterations)
     best = to_numpy(alpha.value)
-    with values_back(experts.named, "search_mixture"):
+    with values_back(experts.named):
         for _ in range(iterations):
             now = to_numpy(alpha.value).copy()
             experts.put(now)

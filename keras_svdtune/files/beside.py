@@ -19,7 +19,12 @@ from keras import ops
 from keras_svdtune.files.format import BESIDE, SavedAdapter
 from keras_svdtune.files.renumbered import stem_of
 from keras_svdtune.model.beside import Beside, variables_beside
-from keras_svdtune.model.state import set_beside
+from keras_svdtune.model.state import (
+    belongs_to_adapter,
+    enabled_record,
+    record_of,
+)
+from keras_svdtune.runtime.keras_internals import layers_in
 from keras_svdtune.runtime.processes import to_numpy
 from keras_svdtune.runtime.types import Json, Model, Variable
 
@@ -39,12 +44,12 @@ def saved_beside(model: Model) -> tuple[dict[str, np.ndarray], Json]:
         ValueError: one of them holds NaN or infinity.
     """
     everything = variables_beside(model)
-    by_file = {id(x) for x, _ in set_beside(model).values()}
+    belongs = belongs_to_adapter()
     groups = _groups(everything)
     arrays, entry = {}, {}
     for key, beside in everything.items():
         variable = beside.variable
-        if not beside.trains and id(variable) not in by_file:
+        if not beside.trains and not belongs(variable):
             continue
         value = variable.value
         if variable.dtype in ("bfloat16", "float16"):
@@ -91,23 +96,30 @@ def find_beside(model: Model, adapter: SavedAdapter) -> Assignments:
 
 
 def assign_beside(
-    model: Model, values: Assignments, undo: contextlib.ExitStack
+    root: Model, values: Assignments, undo: contextlib.ExitStack
 ) -> None:
     """Assigns the values of a file; those of an earlier file are undone first.
 
     Says to `undo` how to undo that.
     """
-    kept = set_beside(model)
-    before = dict(kept)
-    undo.callback(kept.update, before)
-    undo.callback(kept.clear)
-    for variable, base in before.values():
-        undo.callback(variable.assign, ops.copy(variable.value))
-        variable.assign(base)
-    kept.clear()
+    owners = [x for x in layers_in(root) if enabled_record(x) is not None]
+    for owner in owners:
+        kept = record_of(owner).beside
+        before = dict(kept)
+        undo.callback(kept.update, before)
+        undo.callback(kept.clear)
+        for variable, base in before.values():
+            undo.callback(variable.assign, ops.copy(variable.value))
+            variable.assign(base)
+        kept.clear()
     for key, (variable, value) in values.items():
         undo.callback(variable.assign, ops.copy(variable.value))
-        kept[key] = (variable, to_numpy(variable.value).copy())
+        # The part that has it, if parts were adapted one by one; a head is in
+        # none. Layers that are declared with their method have no record.
+        holders = [x for x in owners if any(variable is v for v in x.variables)]
+        for owner in (holders or owners)[:1]:
+            base = to_numpy(variable.value).copy()
+            record_of(owner).beside[key] = (variable, base)
         variable.assign(value)
 
 

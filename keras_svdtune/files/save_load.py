@@ -68,11 +68,13 @@ from keras_svdtune.model.state import (
     DEFAULT,
     PER_EXAMPLE,
     adapted_part,
+    check_no_block,
     enabled_method,
     enabled_record,
     require_adapted,
 )
 from keras_svdtune.model.targets import adapted_targets, matrices_in
+from keras_svdtune.runtime.keras_internals import layers_in
 from keras_svdtune.runtime.processes import shared, to_numpy
 from keras_svdtune.runtime.types import Json, Model
 
@@ -132,6 +134,7 @@ def saved_adapter(
         with adapter_set(model, name):
             return saved_adapter(model, include_basis, adapter_only)
     root = adapted_part(model)
+    check_no_block(root, PER_EXAMPLE)  # which leaves the weights as they are
     check_trained(require_adapted(root), "saved")
     method = enabled_method(root)
     arrays: dict[str, np.ndarray] = {}
@@ -226,13 +229,10 @@ def load_adapter(
     if name is not None:
         check_name(name)
     root = adapted_part(model)
+    check_no_block(root)
     if not isinstance(adapter, SavedAdapter):
         adapter = _read(adapter, root)
     adapted = adapted_targets(root)
-    if any(x.adapted.examples is not None for x in adapted.values()):
-        raise ValueError(
-            f"Leave the `with {PER_EXAMPLE}(...):` first, then load."
-        )
     named = _beside_others(root, name) if adapted else None
     method, methods = methods_of(adapter)
     ours = adapted or matrices_in(root).targets
@@ -376,9 +376,11 @@ def _assign(
     """Assigns what a file holds besides the adapter, for one of this `name`."""
     root = adapted_part(model)
     assign_beside(root, beside, undo)
+    for owner in layers_in(root):
+        part = enabled_record(owner)
+        if part is not None:  # also where the file has no biases
+            join(part, part.biases, undo)
     record = enabled_record(root)
-    if record is not None:  # also where the file has no biases
-        join(record, record.biases, undo)
     if record is not None and name != DEFAULT and not adapter_only:
         join(record, trained_beside(model), undo)
 

@@ -42,7 +42,7 @@ class SavesMerged(MadePlain, AdapterHost):
                 f"Layer '{self.target.path}' is not called: another layer "
                 "reads its kernel, so that nothing of its input can be dropped "
                 f"in training. Enable {self.adapter.method.title} without "
-                f"`dropout`, or leave out `exclude=['{self.target.name}']`."
+                f"`dropout`, or with `exclude=['{self.target.name}']`."
             )
         return self.target.merged_in_compute_dtype()
 

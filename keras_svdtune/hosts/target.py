@@ -50,6 +50,10 @@ class Target:
     slot: str = "adapter"
     direct: bool = False
     index: int | None = None
+    # Whether the weights file that was read last is of a plain layer.
+    loaded_plain: bool = dataclasses.field(
+        default=False, init=False, repr=False
+    )
     # The kernel's variables as they were, while a weights file is read.
     _before: dict[str, Tensor] | None = dataclasses.field(
         default=None, init=False, repr=False
@@ -226,6 +230,7 @@ class Target:
             has_adapter: whether the file was saved from an adapted layer.
         """
         before, self._before = self._before, None
+        self.loaded_plain = not has_adapter
         adapter = self.adapted
         if adapter.self_contained:  # every file keeps kernel and adapter apart
             if not has_adapter:

@@ -14,7 +14,7 @@ from keras_svdtune.methods.data_method import DataMethod
 from keras_svdtune.methods.dropout import dropout_of
 from keras_svdtune.methods.pissa import QUANTIZATIONS
 from keras_svdtune.methods.replaced_base import ReplacesBase
-from keras_svdtune.model.state import enabled_method
+from keras_svdtune.model.state import OfAdapters, enabled_method
 from keras_svdtune.model.targets import (
     adapted_targets,
     find_targets,
@@ -239,12 +239,21 @@ def _not_to_replace(target: Target, method: ReplacesBase) -> str:
     return ""
 
 
-def check_merged(targets: dict[str, Target]) -> None:
-    """Raises a ValueError that names a layer whose merged kernel is not finite.
+def check_merged(targets: dict[str, Target], beside: OfAdapters) -> None:
+    """Raises a ValueError that names what would be merged and is not finite.
 
-    It goes through all of them: once the first is merged, its W is lost.
+    It goes through all layers: once the first is merged, its W is lost. And
+    through what trains besides, as `beside_of` has it.
     """
     check_trained(targets, "merged")
+    for key, variable, _ in beside:
+        if not _finite(variable.value):
+            raise ValueError(
+                f"'{key}', which trains besides the adapter, holds NaN or "
+                "infinity, so the adapter cannot be merged. The training "
+                "diverged: take a lower learning rate, or "
+                "`remove_adapter()`. The model is as it was."
+            )
     for path, target in targets.items():
         if not _finite(target.merged_kernel()):
             raise ValueError(

@@ -40,6 +40,8 @@ from keras_svdtune.model.state import (
     DEFAULT,
     Enabled,
     adapted_part,
+    beside_of,
+    check_no_block,
     enabled_models,
     enabled_record,
     keep_record,
@@ -96,12 +98,13 @@ def enable_adapter(
             `{"query": 16, ".*ffw.*": 4}`. The others have `method.rank`.
         alpha_pattern: the same for alpha.
         train_bias: bool. Whether the biases of the adapted layers train too, in
-            the dtype that they have. They belong to the adapter then, as the
-            head of a Task does to one with a `name`: they are in its file,
-            `adapter_summary` counts them, `adapter_disabled` and
-            `remove_adapter` give back what they were, and several named
-            adapters have each their own. To train on what a file holds, enable
-            the adapter with `train_bias` before you load it.
+            the dtype that they have; those of banks of experts stay frozen.
+            Beside other adapters, theirs train also without it. They belong to
+            the adapter then, as the head of a Task does to one with a `name`:
+            they are in its file, `adapter_summary` counts them,
+            `adapter_disabled` and `remove_adapter` give back what they were,
+            and several named adapters have each their own. To train on what a
+            file holds, enable the adapter with `train_bias` before you load it.
 
     Raises:
         ValueError: an adapter is enabled already, a name or an expression
@@ -118,6 +121,7 @@ def enable_adapter(
     ```
     """
     root = adapted_part(model)
+    check_no_block(root)
     method = checked_method(method)
     check_data(model, method)
     if name is not None:
@@ -282,7 +286,7 @@ def merge_adapter(model: Model) -> None:
     root = adapted_part(model)
     targets = require_adapted(root)
     owners = enabled_models(root, targets)
-    check_merged(targets)
+    check_merged(targets, beside_of(owners))
     # One layer after the other, so that no second copy of all kernels is held.
     # So it cannot be undone in the middle, and an interrupt waits for the end.
     steps: list[Callable[[], None]] = [
@@ -324,10 +328,9 @@ def remove_adapter(model: Model) -> None:
     targets = require_adapted(root)
     owners = enabled_models(root, targets)
     with commit(root) as undo:
-        for owner in owners:
-            for variable, base in record_of(owner).beside.values():
-                undo.callback(variable.assign, ops.copy(variable.value))
-                variable.assign(base)
+        for _, variable, base in beside_of(owners):
+            undo.callback(variable.assign, ops.copy(variable.value))
+            variable.assign(base)
         for target in targets.values():
             if target.replaced:
                 trained = target.adapted.variables_by_name(trainable=True)

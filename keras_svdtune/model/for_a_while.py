@@ -19,16 +19,20 @@ from keras_svdtune.model.recompile import (
     note_change_for_a_while,
 )
 from keras_svdtune.model.state import (
+    DISABLED,
+    MERGED,
     PER_EXAMPLE,
+    SEARCH,
+    Block,
     adapted_part,
+    beside_of,
     enabled_models,
-    record_of,
     require_adapted,
 )
 from keras_svdtune.runtime.interrupts import run_to_the_end
 from keras_svdtune.runtime.keras_internals import Structure
 from keras_svdtune.runtime.processes import to_numpy
-from keras_svdtune.runtime.types import Model, Tensor, Variable
+from keras_svdtune.runtime.types import Model
 
 # The weights of each row of a batch, by path and name: arrays (rows, ...).
 Tables = dict[str, dict[str, np.ndarray]]
@@ -66,30 +70,26 @@ def adapter_disabled(model: Model) -> Iterator[None]:
         for adapter in adapters
         for v in adapter.variables_by_name(trainable=True).values()
     ]
-    owners = enabled_models(adapted_part(model), targets)
+    root = adapted_part(model)
+    owners = enabled_models(root, targets, DISABLED, SEARCH)
     beside = [
         (variable, base, to_numpy(variable.value).copy())
-        for owner in owners
-        for variable, base in record_of(owner).beside.values()
+        for _, variable, base in beside_of(owners)
     ]
-
-    records = [record_of(owner) for owner in owners]
-    outer = [record.within for record in records]
+    block = Block((x.owner for x in targets.values()), DISABLED)
 
     def restore() -> None:
         for variable, value in trained:
             variable.assign(value)
         for variable, _, value in beside:
             variable.assign(value)
-        for record, within in zip(records, outer, strict=True):
-            record.within = within
+        block.leave()
 
     neutral: list[np.ndarray] = []
     after: list[np.ndarray] = []
     with contextlib.ExitStack() as at_end:
         at_end.callback(run_to_the_end, [restore])
-        for record in records:
-            record.within = "adapter_disabled"
+        block.enter()
         for adapter in adapters:
             adapter.reset()
         neutral = [to_numpy(v.value).copy() for v, _ in trained]
@@ -131,22 +131,25 @@ def adapter_merged(model: Model) -> Iterator[None]:
     """
     root = adapted_part(model)
     targets = require_adapted(root)
-    enabled_models(root, targets)  # or it is an error
-    check_merged(targets)
+    beside = beside_of(enabled_models(root, targets, DISABLED))
+    check_merged(targets, beside)
     owners = [x.owner for x in targets.values()]
     structure = Structure(owners)
-    before: list[tuple[Variable, Tensor]] = []
+    before = [(x, ops.copy(x.value)) for _, x, _ in beside]
     undone = note_change_for_a_while(owners, "merged")
+    block = Block(owners, MERGED)
 
     def restore() -> None:
         for variable, value in before:
             variable.assign(value)
         structure.restore()
+        block.leave()
         undone()
         bring_up_to_date(root)
 
     with contextlib.ExitStack() as at_end:
         at_end.callback(run_to_the_end, [restore])
+        block.enter()
         for target in targets.values():
             before += [
                 (variable, ops.copy(variable.value))
@@ -237,7 +240,6 @@ def weights_by_row(
         nothing is compiled anew.
     """
     names = "+".join(next(iter(tables.values())))
-    record = named.record
     structure = Structure(x.adapted for x in named.targets.values())
     undone = note_change_for_a_while(
         [x.owner for x in named.targets.values()],
@@ -245,10 +247,11 @@ def weights_by_row(
         again=keras.backend.backend() == "jax",
         training=False,
     )
+    block = Block((x.owner for x in named.targets.values()), PER_EXAMPLE)
 
     def restore() -> None:
         structure.restore()
-        record.within = None
+        block.leave()
         undone()
         bring_up_to_date(named.owner)
 
@@ -258,7 +261,7 @@ def weights_by_row(
 
     with contextlib.ExitStack() as at_end:
         at_end.callback(run_to_the_end, [restore])
-        record.within = PER_EXAMPLE
+        block.enter()
         for path, target in named.targets.items():
             target.adapted.give_each_example(tables.pop(path))
         bring_up_to_date(named.owner)
@@ -266,18 +269,16 @@ def weights_by_row(
 
 
 @contextlib.contextmanager
-def values_back(named: NamedAdapters, within: str) -> Iterator[None]:
-    """Puts back the values that the adapters' variables have, at the end.
-
-    `within` is the name of what sets others, for messages.
-    """
-    before, record = named.now(), named.record
+def values_back(named: NamedAdapters) -> Iterator[None]:
+    """Puts back the values that the adapters' variables have, at the end."""
+    before = named.now()
+    block = Block((x.owner for x in named.targets.values()), SEARCH)
 
     def restore() -> None:
         named.put(before)
-        record.within = None
+        block.leave()
 
     with contextlib.ExitStack() as at_end:
         at_end.callback(run_to_the_end, [restore])
-        record.within = within
+        block.enter()
         yield

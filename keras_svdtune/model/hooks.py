@@ -11,6 +11,8 @@ without a word. Once this package is imported they are these:
   of one for each variable. A plain model, which has as many trainables by
   chance, would take it for its own; now it leaves it out, as it does with that
   of Keras' LoRA. The adapted model reads it back.
+- `load_weights` of a plain model's file: what belongs to adapters besides their
+  layers, such as biases, has its values in the base from there.
 - `fit`: a warning, once, of a learning rate at which nothing is learned.
 
 Models without an adapter are not touched.
@@ -28,6 +30,7 @@ import numpy as np
 from keras_svdtune.model.for_a_while import adapter_merged
 from keras_svdtune.model.learning_rate import warn_of_rate
 from keras_svdtune.model.recompile import watch_models
+from keras_svdtune.model.state import take_as_base
 from keras_svdtune.model.targets import adapted_targets
 from keras_svdtune.runtime.keras_internals import built_for, h5_writer
 from keras_svdtune.runtime.processes import to_numpy
@@ -45,6 +48,7 @@ def watch() -> None:
             _wrap(cls, name, _refusing)
     _wrap(keras.Model, "quantize", _refusing)
     _wrap(keras.Model, "fit", _warning)
+    _wrap(keras.Model, "load_weights", _rebasing)
     for cls in (keras_hub.models.Backbone, keras_hub.models.CausalLM):
         _wrap(cls, "export_to_transformers", _merging)
     _wrap(h5_writer, "save_model_to_hdf5", _merging)
@@ -92,6 +96,19 @@ def _warning(original: Call) -> Call:
         return original(model, *args, **kwargs)
 
     return fit
+
+
+def _rebasing(original: Call) -> Call:
+    def load(model: Model, *args: Any, **kwargs: Any) -> Any:
+        targets = adapted_targets(model).values()
+        for target in targets:
+            target.loaded_plain = False
+        found = original(model, *args, **kwargs)
+        if any(target.loaded_plain for target in targets):
+            take_as_base(model)
+        return found
+
+    return load
 
 
 def _merging(original: Call) -> Call:

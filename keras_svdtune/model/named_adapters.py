@@ -58,13 +58,7 @@ def named_adapters(model: Model) -> "NamedAdapters":
             "one. Enable or load an adapter on a plain model as a whole."
         )
     (owner,) = owners
-    record = record_of(owner)
-    if record.within is not None:
-        raise ValueError(
-            f"Leave the `with {record.within}(...):` first, then load, enable, "
-            "set or delete an adapter."
-        )
-    return NamedAdapters(owner, record, require_adapted(owner))
+    return NamedAdapters(owner, record_of(owner), require_adapted(owner))
 
 
 @dataclasses.dataclass(frozen=True)

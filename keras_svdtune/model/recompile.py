@@ -172,29 +172,27 @@ class _UpToDate:
                 f"'{self._name}'"
             ) from None
         known = model.__dict__.get(_KNOWN)
-        if known is None or known.changes.isdisjoint(_NO_TRAINING):
+        if known is None or not known.changes:
             return value
-        return _without_training(model, self._name, value)
+        if self._name == "train_function":
+            if not known.changes.isdisjoint(_NO_TRAINING):
+                # Not in a step, which has taken the values from the variables.
+                raise ValueError(
+                    f"'{model.name}' cannot be trained within "
+                    "`adapter_per_example`. Leave the `with` block, and set "
+                    "the adapter to train."
+                )
+        elif self._name not in ("predict_function", "test_function"):
+            return value
+        if value is None:
+            return None
+        return functools.partial(keep_values, model, value)
 
     def __set__(self, model: Model, value: Any) -> None:
         model.__dict__[self._name] = value
 
     def __delete__(self, model: Model) -> None:
         model.__dict__.pop(self._name, None)
-
-
-def _without_training(model: Model, name: str, value: Any) -> Any:
-    """Returns an attribute of a model that must not be trained now."""
-    if name == "train_function":
-        # Not later: in a step Keras on JAX has taken the values from the
-        # variables.
-        raise ValueError(
-            f"'{model.name}' cannot be trained within `adapter_per_example`. "
-            "Leave the `with` block, and set the adapter to train."
-        )
-    if value is None or name not in ("predict_function", "test_function"):
-        return value
-    return functools.partial(keep_values, model, value)
 
 
 def _after_update(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import keras
 import keras_hub
@@ -12,10 +12,14 @@ from keras_svdtune.hosts.target import Target
 from keras_svdtune.methods.base import Method
 from keras_svdtune.model.targets import adapted_targets
 from keras_svdtune.runtime.keras_internals import layers_in
-from keras_svdtune.runtime.types import Model, Variable
+from keras_svdtune.runtime.processes import to_numpy
+from keras_svdtune.runtime.types import Layer, Model, Variable
 
-# The `with` block in which each example has its own adapter.
+# The `with` blocks in which layers compute what no adapter does, or otherwise.
+DISABLED = "adapter_disabled"
+MERGED = "adapter_merged"
 PER_EXAMPLE = "adapter_per_example"
+SEARCH = "search_mixture"
 # The name of an adapter that was enabled or loaded without one.
 DEFAULT = "default"
 
@@ -53,8 +57,6 @@ class Enabled:
         as_set: the values that were set, unless they are those of one adapter:
             if the variables have others, a sum of adapters, or the base, was
             trained.
-        within: the `with` block that is open, in which the variables hold what
-            no adapter does; or None.
     """
 
     method: Method
@@ -70,13 +72,18 @@ class Enabled:
         default_factory=lambda: {DEFAULT: 1.0}
     )
     as_set: StoredAdapter | None = None
-    within: str | None = None
 
+
+# What is in the `beside` of some models: key, variable, its value in the base.
+OfAdapters = list[tuple[str, Variable, np.ndarray]]
 
 # The models that have a record. It is kept on the model itself: it refers to
 # the model, so a dict from here would keep every model alive for ever.
 _ENABLED: weakref.WeakSet[Model] = weakref.WeakSet()
 _RECORD = "_svdtune_enabled"
+# The open `with` block of layers that compute in it what no adapter does, or
+# in another way.
+_WITHIN: weakref.WeakKeyDictionary[Layer, str] = weakref.WeakKeyDictionary()
 
 
 def record_of(model: Model) -> Enabled:
@@ -114,13 +121,53 @@ def remember_enabled() -> Callable[[], None]:
     return restore
 
 
-def enabled_models(root: Model, targets: dict[str, Target]) -> list[Model]:
+class Block:
+    """A `with` block that layers are in, from `enter` to `leave`."""
+
+    def __init__(self, layers: Iterable[Layer], name: str):
+        self._before = {layer: _WITHIN.get(layer) for layer in layers}
+        self._name = name
+
+    def enter(self) -> None:
+        """Notes that the layers are in the block."""
+        _WITHIN.update(dict.fromkeys(self._before, self._name))
+
+    def leave(self) -> None:
+        """Notes the block that they were in before, if any."""
+        for layer, outer in self._before.items():
+            if outer is None:
+                _WITHIN.pop(layer, None)
+            else:
+                _WITHIN[layer] = outer
+
+
+def open_blocks(root: Model) -> set[str]:
+    """Returns the `with` blocks that layers of `root` are in."""
+    return {_WITHIN[x] for x in layers_in(root) if x in _WITHIN}
+
+
+def check_no_block(root: Model, *allowed: str) -> None:
+    """Raises a ValueError if a `with` block of ours is open in `root`."""
+    for name in open_blocks(root) - set(allowed):
+        raise ValueError(
+            f"Leave the `with {name}(...):` first: within, '{root.name}' "
+            "does not have its adapter as it is."
+        )
+
+
+def enabled_models(
+    root: Model, targets: dict[str, Target], *allowed: str
+) -> list[Model]:
     """Returns the models in `root` on which adapters were enabled.
+
+    Args:
+        allowed: the `with` blocks in which this may be called.
 
     Raises:
         ValueError: the adapters are of a model that holds `root` and more, or
-            each example has its own at the moment.
+            a `with` block is open.
     """
+    check_no_block(root, *allowed)
     inside = {id(x) for x in layers_in(root)}
     ours = {id(x.owner) for x in targets.values()}
     for owner in list(_ENABLED):
@@ -131,13 +178,7 @@ def enabled_models(root: Model, targets: dict[str, Target]) -> list[Model]:
                 f"The adapter was enabled on '{owner.name}', which holds "
                 f"'{root.name}' and more. Call this on '{owner.name}'."
             )
-    found = [m for m in _ENABLED if id(m) in inside]
-    if any(record_of(x).within == PER_EXAMPLE for x in found):
-        raise ValueError(
-            f"Leave the `with {PER_EXAMPLE}(...):` first, in which each "
-            f"example has an adapter of its own in '{root.name}'."
-        )
-    return found
+    return [m for m in _ENABLED if id(m) in inside]
 
 
 def adapted_part(model: Model) -> Model:
@@ -154,6 +195,7 @@ def require_adapted(model: Model) -> dict[str, Target]:
     """Returns the adapted matrices by path; raises if there are none."""
     targets = adapted_targets(adapted_part(model))
     if not targets:
+        check_no_block(model)  # within `adapter_merged` there is none
         raise ValueError(
             f"Model '{model.name}' has no adapter. Enable one first, e.g. with "
             "`enable_svf()`."
@@ -169,12 +211,26 @@ def enabled_method(model: Model) -> Method:
     return next(iter(require_adapted(root).values())).adapted.method
 
 
-def set_beside(model: Model) -> dict[str, tuple[Variable, np.ndarray]]:
-    """Returns the `Enabled.beside` of a model, or of a part of it.
+def beside_of(owners: Iterable[Model]) -> OfAdapters:
+    """Returns what belongs to the adapters of models besides their layers."""
+    return [
+        (key, variable, base)
+        for owner in owners
+        for key, (variable, base) in record_of(owner).beside.items()
+    ]
 
-    Empty, and kept nowhere, if neither has a record: layers that are declared
-    with their method have none.
-    """
-    root = adapted_part(model)
-    records = [enabled_record(x) for x in layers_in(root)]
-    return next((x.beside for x in records if x is not None), {})
+
+def belongs_to_adapter() -> Callable[[Variable], bool]:
+    """Returns a function that says whether a variable is in a `beside`."""
+    found = {id(variable) for _, variable, _ in beside_of(_ENABLED)}
+    return lambda variable: id(variable) in found
+
+
+def take_as_base(model: Model) -> None:
+    """Takes what is in the `beside` of adapters in `model` for the base's."""
+    inside = {id(x) for x in model.variables}
+    for owner in _ENABLED:
+        beside = record_of(owner).beside
+        for key, (variable, _) in beside.items():
+            if id(variable) in inside:
+                beside[key] = (variable, to_numpy(variable.value).copy())

@@ -351,21 +351,24 @@ def built_for(optimizer: Optimizer) -> list[Variable]:
 def keep_values(
     model: Model, function: Callable[..., Any], state: Any, *args: Any
 ) -> Any:
-    """Returns `function(state, *args)`, a step of `predict` or `evaluate`.
+    """Returns `function(state, *args)`, a step of `fit` or `predict`, say.
 
     On JAX Keras takes the values from the variables before it calls the first
-    step. If that is an error, as where a batch has the wrong size, the model
+    step. If that is an error, as where a layer refuses its input, the model
     would lose them all; here it gets them back.
     """
     try:
         return function(state, *args)
     except Exception:
-        if isinstance(state, tuple):  # on JAX; elsewhere it is an iterator
-            variables = (
+        if keras.backend.backend() == "jax":
+            variables = [
                 model.trainable_variables,
                 model.non_trainable_variables,
-                model.metrics_variables,
-            )
+            ]
+            if len(state) == 4:  # `fit`
+                variables.append(model.optimizer.variables)
+            variables.append(model.metrics_variables)
+            # `predict` has no metrics.
             for ours, values in zip(variables, state, strict=False):
                 for variable, value in zip(ours, values, strict=True):
                     if value_or_none(variable) is None:
