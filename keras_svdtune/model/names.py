@@ -195,7 +195,7 @@ def add_untrained(
     for path, target in named.targets.items():
         wanted = methods[path].for_shape(target.view.shape)
         ours = target.adapted.method
-        if methods[path] != method and not ours.trains_like(wanted):
+        if not (methods[path].trains_like(method) or ours.trains_like(wanted)):
             raise ValueError(
                 "All adapters of a model have the same settings in each layer. "
                 f"Layer '{path}' has {ours}. Received: {wanted}"
