@@ -167,6 +167,25 @@ def test_a_frozen_kernel_has_a_gradient_too():
     assert_close(enabled(LoRAGA(rank=2, data=(X, Y)), model), expected, 1e-5)
 
 
+@pytest.mark.parametrize("policy", ["mixed_float16", "float16"])
+@pytest.mark.parametrize("size", [1e-8, 1.0, 1e4])
+def test_a_gradient_of_float16_neither_vanishes_nor_overflows(policy, size):
+    expected = enabled(LoRAGA(rank=1, data=(X, Y)))
+    model = small_model(policy, compiled=True)
+    weights = np.full(len(X), size, "float32")
+    found = enabled(LoRAGA(rank=1, data=(X, Y, weights)), model)
+    for name, values in expected.items():
+        a, b = values["lora_ga_a0"], found[name]["lora_ga_a0"]
+        assert_close(projection(b), projection(a), 1e-2, name)
+
+
+def test_a_gradient_too_small_for_float16():
+    model = small_model("mixed_float16", compiled=True)
+    data = (X, Y, np.full(len(X), 1e-20, "float32"))
+    with pytest.raises(ValueError, match="small for float16: small/first"):
+        keras_svdtune.enable_lora_ga(model, 1, data=data)
+
+
 # What comes into a layer.
 
 
