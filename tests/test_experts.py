@@ -26,6 +26,7 @@ from keras_svdtune.experts.language import a_third
 from keras_svdtune.experts.mixture import Experts
 from keras_svdtune.methods.svf import SVF as SVFMethod
 from keras_svdtune.model.named_adapters import named_adapters
+from keras_svdtune.model.names import adapter_set
 from keras_svdtune.model.state import open_blocks, record_of
 from keras_svdtune.model.targets import adapted_targets
 
@@ -343,6 +344,46 @@ def test_ties_are_broken_by_likelihood():
     assert better > mean_log_likelihood(lm, searched)
 
 
+@pytest.mark.parametrize("score", [None, same_tokens])
+def test_a_mixture_has_the_biases_of_the_base(score, monkeypatch):
+    """And not those of the adapter that is set."""
+    backbone = keras_hub.models.GPT2Backbone(
+        vocabulary_size=32,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=16,
+        max_sequence_length=16,
+    )
+    lm = keras_hub.models.GPT2CausalLM(backbone=backbone, preprocessor=None)
+    for name in NAMES:
+        backbone.enable_adapter(SVF(), name=name, train_bias=True)
+    beside = record_of(backbone).beside
+    for bias, _ in beside.values():  # of "c", which is set
+        bias.assign(bias + 0.3)
+    seen = []
+    before = Experts.mixed
+
+    def mixed(self, alpha):
+        seen.append({k: numpy(bias) for k, (bias, _) in beside.items()})
+        return before(self, alpha)
+
+    monkeypatch.setattr(Experts, "mixed", mixed)
+    was = everything(lm)
+    keras_svdtune.search_mixture(
+        lm,
+        ["a", "b"],
+        EXAMPLES,
+        score,
+        iterations=1,
+        population=4,
+        max_new_tokens=3,
+    )
+    assert beside
+    assert_same(seen[-1], {k: base for k, (_, base) in beside.items()})
+    assert_same(everything(lm), was)
+
+
 @pytest.mark.skipif(not compiles(), reason="torch compiles nothing")
 @pytest.mark.parametrize("score", [None, same_tokens])
 def test_nothing_is_compiled_anew_in_an_iteration(score, monkeypatch):
@@ -559,7 +600,8 @@ def test_a_classifier_learns_to_choose():
     assert lm.backbone.adapter_names() == ["sea", "law", "dispatcher"]
     assert_same(after | {"names": before["names"]}, before)
     new = [words(kinds[x]) for x in names]
-    right = [a == b for a, b in zip(ours.choose(new), names, strict=True)]
+    chosen = ours.choose(new)
+    right = [a == b for a, b in zip(chosen, names, strict=True)]
     assert np.mean(right) > 0.85
     assert_same(everything(lm), after)
     # Again, and interrupted.
@@ -569,7 +611,37 @@ def test_a_classifier_learns_to_choose():
     ):
         patch.setattr(dispatch, "_classifier", _interrupt)
         ours.fit(new, names)
-    assert_same(everything(lm), before)
+    assert_same(everything(lm), after)
+    assert ours.choose(new) == chosen
+    # Again, to the end.
+    ours.fit(new, names, 1)
+    assert lm.backbone.adapter_names() == ["sea", "law", "dispatcher_2"]
+
+
+def test_dispatchers_keep_what_is_not_theirs():
+    lm = language_model(names=("sea", "dispatcher"), text=True)
+    prompts, names = ["abc", "xyz", "cba", "zyx"], ["sea", None] * 2
+    experts = [
+        keras_svdtune.Dispatcher(lm, {"sea": "waves", "dispatcher": "trains"})
+        for _ in range(2)
+    ]
+    theirs = adapter_values(lm, "dispatcher")
+    experts[0].fit(prompts, names, 2, learning_rate=0.05)
+    first = adapter_values(lm, "dispatcher_2")
+    chosen = experts[0].choose(prompts)
+    experts[1].fit(prompts, names[::-1], 2, learning_rate=0.05)
+    assert_same(adapter_values(lm, "dispatcher"), theirs)
+    assert_same(adapter_values(lm, "dispatcher_2"), first)
+    assert experts[0].choose(prompts) == chosen
+    lm.backbone.delete_adapter("dispatcher_2")
+    with pytest.raises(ValueError, match="'dispatcher_2'.* was deleted"):
+        experts[0].choose(prompts)
+
+
+def adapter_values(lm, name):
+    """The own weights of one adapter, by path and name."""
+    with adapter_set(lm, name):
+        return named_adapters(lm).now().weights
 
 
 def test_what_a_dispatcher_refuses():

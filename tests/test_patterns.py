@@ -113,6 +113,13 @@ def test_a_second_adapter_has_the_same():
     assert [x.adapter.method.rank for x in adapted(model).values()] == [3, 2]
 
 
+def test_a_rank_of_none_is_refused():
+    model = small_model()
+    with pytest.raises(ValueError, match="Received: rank=None"):
+        keras_svdtune.enable_svf(model, rank=2, rank_pattern={"first": None})
+    assert not adapted(model)
+
+
 @pytest.mark.parametrize(
     "targets, exclude, left",
     [

@@ -11,6 +11,7 @@ import tiny_backbones_vision
 from helpers import (
     AnyData,
     adapted,
+    assert_close,
     assert_same,
     eager,
     gradient_function,
@@ -27,6 +28,7 @@ from keras import ops
 import keras_svdtune
 from keras_svdtune import (
     EVA,
+    SVF,
     SVFT,
     AdaLoRA,
     CorDA,
@@ -537,6 +539,34 @@ def test_numbers_of_numpy_count_as_pythons(integer, tmp_path):
 def rank_in(saved, path):
     entry = saved.about["layers"][path]
     return entry.get("settings", saved.about["settings"])["rank"]
+
+
+@pytest.mark.parametrize("cls", [SVF, PiSSA, MiLoRA, LoRAXS])
+def test_a_share_of_one_is_no_rank_of_one(cls, tmp_path):
+    kernels = {
+        "narrow": matrix(6, 1, lambda i: 1.0 + i),
+        "steep": KERNELS["steep"],
+    }
+    model, data = model_of(**kernels), data_for(kernels)
+    keras_svdtune.enable_adapter(model, cls(rank=1.0))
+    perturb(model)
+    y = eager(model, data)
+    keras_svdtune.save_adapter(model, tmp_path / "a.safetensors")
+    keras_svdtune.remove_adapter(model)
+    keras_svdtune.load_adapter(model, tmp_path / "a.safetensors")
+    assert_same(eager(model, data), y)
+    keras_svdtune.remove_adapter(model)
+    whole = keras_svdtune.compose({tmp_path / "a.safetensors": 1.0})
+    keras_svdtune.load_adapter(model, whole)
+    for found, expected in zip(eager(model, data), y, strict=True):
+        assert_close(found, expected, 1e-5)
+    for ranks in ((1, 1.0), (1.0, 1)):
+        keras_svdtune.remove_adapter(model)
+        keras_svdtune.enable_adapter(model, cls(rank=ranks[0]), name="a")
+        with pytest.raises(ValueError, match="same settings"):
+            keras_svdtune.enable_adapter(model, cls(rank=ranks[1]), name="b")
+    assert not cls(rank=1).trains_like(cls(rank=1.0))
+    assert cls(rank=2).trains_like(cls(rank=2))
 
 
 # Bad kernels.

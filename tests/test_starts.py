@@ -167,6 +167,25 @@ def test_a_frozen_kernel_has_a_gradient_too():
     assert_close(enabled(LoRAGA(rank=2, data=(X, Y)), model), expected, 1e-5)
 
 
+@pytest.mark.parametrize("policy", ["mixed_float16", "float16"])
+@pytest.mark.parametrize("size", [1e-8, 1.0, 1e4])
+def test_a_gradient_of_float16_neither_vanishes_nor_overflows(policy, size):
+    expected = enabled(LoRAGA(rank=1, data=(X, Y)))
+    model = small_model(policy, compiled=True)
+    weights = np.full(len(X), size, "float32")
+    found = enabled(LoRAGA(rank=1, data=(X, Y, weights)), model)
+    for name, values in expected.items():
+        a, b = values["lora_ga_a0"], found[name]["lora_ga_a0"]
+        assert_close(projection(b), projection(a), 1e-2, name)
+
+
+def test_a_gradient_too_small_for_float16():
+    model = small_model("mixed_float16", compiled=True)
+    data = (X, Y, np.full(len(X), 1e-20, "float32"))
+    with pytest.raises(ValueError, match="small for float16: small/first"):
+        keras_svdtune.enable_lora_ga(model, 1, data=data)
+
+
 # What comes into a layer.
 
 
@@ -306,6 +325,20 @@ def test_inputs_have_a_covariance():
 # The forms of data.
 
 
+class Listed(keras.utils.PyDataset):
+    """As `Pairs`, with a list for each batch."""
+
+    def __init__(self, x, y):
+        super().__init__()
+        self.pairs = Pairs(x, y)
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, i):
+        return list(self.pairs[i])
+
+
 class Pairs(keras.utils.PyDataset):
     def __init__(self, x, y):
         super().__init__()
@@ -316,6 +349,12 @@ class Pairs(keras.utils.PyDataset):
 
     def __getitem__(self, i):
         return self.x[4 * i : 4 * i + 4], self.y[4 * i : 4 * i + 4]
+
+
+def loader(x, y):
+    torch = pytest.importorskip("torch")
+    data = torch.utils.data.TensorDataset(torch.tensor(x), torch.tensor(y))
+    return torch.utils.data.DataLoader(data, batch_size=4)  # of lists
 
 
 def batches_of_4(x, y):
@@ -330,6 +369,8 @@ def batches_of_4(x, y):
         lambda x, y: (x.astype("float64"), y),
         lambda x, y: (x, y, np.ones(len(x), "float32")),
         Pairs,
+        Listed,
+        loader,
         batches_of_4,
         lambda x, y: list_of(batches_of_4(x, y)),
     ],
@@ -339,6 +380,8 @@ def batches_of_4(x, y):
         "float64",
         "weights",
         "py",
+        "py_of_lists",
+        "loader",
         "generator",
         "iterable",
     ],
@@ -377,6 +420,12 @@ def test_no_more_than_the_examples_are_read():
     model = small_model()
     keras_svdtune.enable_eva(model, 2, data=endless(), examples=20)
     assert len(read) == 3
+
+
+@pytest.mark.parametrize("examples", [4, 8, 13])
+def test_no_more_rows_of_an_array_are_read(examples):
+    found = enabled(EVA(rank=2, data=X, examples=examples))
+    assert_close(found, enabled(EVA(rank=2, data=X[:examples])), 1e-6)
 
 
 class Words(keras_hub.models.Preprocessor):
@@ -425,6 +474,21 @@ def test_texts_for_a_task(cls):
         task.backbone.enable_adapter(cls(rank=2, data=arrays))
 
 
+@pytest.mark.parametrize("labels", [None, [0, 1, 0, 1]])
+def test_texts_in_a_loader_of_torch(labels):
+    torch = pytest.importorskip("torch")
+    task = keras_hub.models.GemmaCausalLM(
+        backbone=tiny_gemma(), preprocessor=Words()
+    )
+    task.enable_adapter(EVA(rank=2, data=TEXTS))
+    expected = start_of(task.backbone)
+    task.remove_adapter()
+    texts = TEXTS if labels is None else list(zip(TEXTS, labels, strict=True))
+    data = torch.utils.data.DataLoader(texts, batch_size=2)
+    task.enable_adapter(EVA(rank=2, data=data))
+    assert_close(start_of(task.backbone), expected, 1e-5)
+
+
 # What follows from there being no data.
 
 
@@ -468,6 +532,46 @@ def test_beside_another_each_has_its_own_start(cls, tmp_path):
     assert_same(eager(model, X), base)
     keras_svdtune.set_adapter(model, "one")
     assert_same(eager(model, X), learned)
+
+
+def test_beside_another_each_layer_has_its_own_rank():
+    model = small_model()
+    first = enabled(EVA(rank=3, data=X), model, rank_pattern={"first": 2})
+    keras_svdtune.remove_adapter(model)
+    patterns = {"rank_pattern": {"first": 2}}
+    keras_svdtune.enable_eva(model, 3, data=X, name="a", **patterns)
+    perturb(model)
+    keras_svdtune.enable_eva(model, 3, data=X, name="b")
+    assert_close(start_of(model), first, 1e-5)
+    keras_svdtune.enable_eva(model, 3, data=X, name="c", **patterns)
+    assert_close(start_of(model), first, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "method, options, message",
+    [
+        (EVA(rank=2, data=iter([])), {"name": "a"}, "an adapter 'a' already"),
+        (CorDA(rank=2, data=iter([])), {"name": "b"}, "have one method"),
+        (EVA(rank=3, data=iter([])), {"name": "b"}, "have one method"),
+        (
+            EVA(rank=2, data=iter([])),
+            {"name": "b", "target_layer_names": ["first"]},
+            "on the same layers",
+        ),
+        (
+            EVA(rank=2, data=iter([])),
+            {"name": "b", "rank_pattern": {"first": 1}},
+            "same settings in each layer",
+        ),
+    ],
+)
+def test_what_does_not_fit_beside_another_reads_no_data(
+    method, options, message
+):
+    model = small_model()
+    keras_svdtune.enable_eva(model, 2, data=X, name="a")
+    with pytest.raises(ValueError, match=message):
+        keras_svdtune.enable_adapter(model, method, **options)
 
 
 @pytest.mark.parametrize("cls", [EVA, CorDA, LoRAGA])

@@ -32,7 +32,7 @@ from keras_svdtune.runtime.processes import to_numpy
 from keras_svdtune.runtime.programs import compiled
 from keras_svdtune.runtime.types import Model
 
-# The adapter that `Dispatcher.fit` trains.
+# The adapter that `Dispatcher.fit` trains, if no other has this name.
 CLASSIFIER = "dispatcher"
 TEMPLATE = """Which of these topics is the text about?
 {experts}
@@ -122,19 +122,20 @@ class Dispatcher:
         self._likelihoods = compiled(
             model, lambda *tokens: log_likelihoods(model, *tokens)
         )
-        self._classifier: Model | None = None
+        # The classifier and the name of its adapter, once there is one.
+        self._trained: tuple[Model, str] | None = None
 
     def choose(self, prompts: Sequence[str]) -> list[str | None]:
         """Returns the name of the adapter for each prompt; None for the base.
 
         Raises:
-            ValueError: an adapter was deleted since.
+            ValueError: the adapter of the classifier was deleted since.
         """
         prompts = _checked(prompts)
         scores = (
             self.scores(prompts)
-            if self._classifier is None
-            else self._logits(self._classifier, prompts)
+            if self._trained is None
+            else self._logits(*self._trained, prompts)
         )
         return [self._names[i] for i in scores.argmax(axis=-1)]
 
@@ -197,12 +198,14 @@ class Dispatcher:
 
         It is a Dense layer on the mean of the last hidden states of a prompt's
         tokens, and trains together with an adapter of its own beside the
-        experts, named `"dispatcher"`, of their method. A third of the
+        experts, named `"dispatcher"`, of their method; where the model has an
+        adapter of that name, `"dispatcher_2"`, and so on. A third of the
         prompts, drawn at random, is held out; the weights of the epoch with
         the least loss on those are kept, and five without a lesser one end it.
 
         What is set, and what the user has compiled, stays; if this is
-        interrupted, the model is as before. An earlier classifier is dropped.
+        interrupted, the model and an earlier classifier are as before. At the
+        end an earlier classifier of this Dispatcher is deleted.
 
         Args:
             prompts: texts.
@@ -239,21 +242,21 @@ class Dispatcher:
         inputs = self._inputs(prompts)
         labels = np.array([self._names.index(x) for x in names], "int32")
         held = a_third(len(prompts), seed=0)
-        if CLASSIFIER in adapter_names(self.model):
-            delete_adapter(self.model, CLASSIFIER)
-            self._classifier = None
+        own = _free_name(adapter_names(self.model))
+        earlier = self._trained
         named = named_adapters(self.model)
         methods = {k: x.adapted.method for k, x in named.targets.items()}
         chosen = dict(named.record.chosen) or None
 
         def forget() -> None:
-            if CLASSIFIER in adapter_names(self.model):
-                delete_adapter(self.model, CLASSIFIER)
+            self._trained = earlier
+            if own in adapter_names(self.model):
+                delete_adapter(self.model, own)
             set_adapter(self.model, chosen)
 
         with contextlib.ExitStack() as undo:
             undo.callback(run_to_the_end, [forget])
-            add_untrained(self.model, CLASSIFIER, method, methods)
+            add_untrained(self.model, own, method, methods)
             classifier = _classifier(self.model.backbone, len(self._names))
             classifier.compile(
                 keras.optimizers.Adam(learning_rate),
@@ -276,13 +279,22 @@ class Dispatcher:
                 ],
             )
             set_adapter(self.model, chosen)
-            self._classifier = classifier
+            self._trained = classifier, own
             undo.pop_all()
+        if earlier is not None and earlier[1] in adapter_names(self.model):
+            delete_adapter(self.model, earlier[1])
         return history
 
-    def _logits(self, classifier: Model, prompts: Sequence[str]) -> np.ndarray:
+    def _logits(
+        self, classifier: Model, name: str, prompts: Sequence[str]
+    ) -> np.ndarray:
         """Computes the logits of the trained classifier."""
-        with adapter_set(self.model, CLASSIFIER):
+        if name not in adapter_names(self.model):
+            raise ValueError(
+                f"The adapter '{name}', which chooses, was deleted. Call `fit` "
+                "again, or make another Dispatcher."
+            )
+        with adapter_set(self.model, name):
             found: np.ndarray = classifier.predict(
                 self._inputs(prompts), verbose=0
             )
@@ -301,6 +313,15 @@ def _checked(prompts: Sequence[str]) -> list[str]:
             f"{prompts!r}"
         )
     return [str(x) for x in prompts]
+
+
+def _free_name(taken: Sequence[str]) -> str:
+    """Returns a name for the classifier's adapter that no other has."""
+    name, count = CLASSIFIER, 1
+    while name in taken:
+        count += 1
+        name = f"{CLASSIFIER}_{count}"
+    return name
 
 
 def _length(lengths: Any) -> int:

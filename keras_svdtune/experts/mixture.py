@@ -53,6 +53,7 @@ from keras_svdtune.model.names import (
     delete_adapter,
     set_adapter,
 )
+from keras_svdtune.model.state import StoredAdapter
 from keras_svdtune.reports.plot_spectrum import matplotlib_module
 from keras_svdtune.runtime.interrupts import run_to_the_end
 from keras_svdtune.runtime.processes import to_numpy
@@ -392,13 +393,13 @@ class Experts:
         named: the adapters of the model.
         names: of those in the mixture.
         values: (K, ...) for each trained weight, by path and name.
-        others: what else is in a mixture, by path and name.
+        half: what the model has where the weight of each is 0.5.
     """
 
     named: NamedAdapters
     names: list[str]
     values: Tables
-    others: Tables
+    half: StoredAdapter
 
     @staticmethod
     def of(named: NamedAdapters, names: Iterable[str]) -> "Experts":
@@ -409,9 +410,9 @@ class Experts:
         """
         names = list(dict.fromkeys(names))
         # Not 1: that would be an adapter by itself, which need not add up.
-        half = named.checked(dict.fromkeys(names, 0.5))
+        weights = named.checked(dict.fromkeys(names, 0.5))
         stored = named.stored(named.now())
-        total = named.values_of(half, stored).weights
+        half = named.values_of(weights, stored)
         values: Tables = {}
         for path, target in named.targets.items():
             adapter = target.adapted
@@ -422,11 +423,7 @@ class Experts:
                 for weight in adapter.method.weights(adapter.shape)
                 if weight.trainable
             }
-        others = {
-            path: {k: x for k, x in own.items() if k not in values[path]}
-            for path, own in total.items()
-        }
-        return Experts(named, names, values, others)
+        return Experts(named, names, values, half)
 
     def mixed(self, alpha: np.ndarray) -> Tables:
         """Returns Σ_k α_k·δ_k by path and name.
@@ -448,7 +445,18 @@ class Experts:
     def whole(self, alpha: np.ndarray) -> Tables:
         """Returns all weights of the mixture as those of an adapter."""
         mixed = self.mixed(alpha)
-        return {path: x | self.others[path] for path, x in mixed.items()}
+        return {path: self.half.weights[path] | x for path, x in mixed.items()}
+
+    @contextlib.contextmanager
+    def searching(self) -> Iterator[None]:
+        """Temporarily sets a mixture, so that `put` changes only its weights.
+
+        What is set before may have biases or a head of its own, and a mixture
+        has those of the base.
+        """
+        with values_back(self.named):
+            self.named.put(self.half)
+            yield
 
     def put(self, alpha: np.ndarray) -> None:
         """Assigns a mixture to the variables of the model."""
@@ -584,7 +592,7 @@ def _by_gradient(
     )
     progress = _Progress(iterations)
     best = to_numpy(alpha.value)
-    with values_back(experts.named):
+    with experts.searching():
         for _ in range(iterations):
             now = to_numpy(alpha.value).copy()
             experts.put(now)
@@ -632,7 +640,10 @@ def _by_cross_entropy(
     progress = _Progress(iterations)
     best = mean
     zeros = experts.mixed(np.zeros((population, names, 1)))
-    with weights_by_row(experts.named, zeros) as assign:
+    with (
+        experts.searching(),
+        weights_by_row(experts.named, zeros) as assign,
+    ):
         for _ in range(iterations):
             drawn = random.standard_normal((population, names, count))
             candidates = np.clip(mean + sigma * drawn, 0.0, 1.0)

@@ -346,7 +346,7 @@ def _result(
         }
         if total.rounds:
             entry[BASIS] = ROUNDED
-        if total.method != method:
+        if not total.method.trains_like(method):
             entry["settings"] = total.method.settings()
         layers[layer] = entry
         fingerprints.append(part.row(FINGERPRINTS, layer))

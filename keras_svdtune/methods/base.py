@@ -297,7 +297,14 @@ class Method:
 
     def trains_like(self, other: "Method") -> bool:
         """Says whether both methods have weights of the same meaning."""
-        return self.name == other.name and self.settings() == other.settings()
+        ours, theirs = self.settings(), other.settings()
+        # `rank=1.0` is all components and `rank=1` is one, yet 1 == 1.0.
+        shares = [isinstance(x.get("rank"), float) for x in (ours, theirs)]
+        return (
+            self.name == other.name
+            and ours == theirs
+            and shares[0] == shares[1]
+        )
 
 
 def has_reverse(method: Method) -> bool:

@@ -55,7 +55,7 @@ class DataMethod(Method):
             compiled with, averaged over the batches, a float64 array.
         data: what `fit` takes. It is no setting: files and layers do not have
             it, and an enabled model keeps no reference to it.
-        examples: int. How many of them are read.
+        examples: int. How many of them are read; of ready batches, whole ones.
     """
 
     statistic: ClassVar[Literal["inputs", "gradient"]]

@@ -41,7 +41,8 @@ class EVA(DataMethod, TwoFactors):
             texts, for any other model arrays or a dict of them; `(x, y)` and
             `(x, y, sample_weight)` as a tuple; or a `tf.data.Dataset`, a
             `PyDataset` or another iterable of batches. Only x counts.
-        examples: by keyword only, int. How many of them are read.
+        examples: by keyword only, int. How many of them are read; of ready
+            batches, whole ones.
 
     Example:
 

@@ -47,7 +47,8 @@ class LoRAGA(DataMethod, StartedLoRA):
         data: by keyword only, as for `EVA`, with what the loss needs: texts for
             a causal language model, `(x, y)` for others. The model is a Task,
             or another one that was compiled with a loss, not a Backbone.
-        examples: by keyword only, int. How many of them are read.
+        examples: by keyword only, int. How many of them are read; of ready
+            batches, whole ones.
 
     Example:
 

@@ -13,6 +13,7 @@ from keras_svdtune.methods.base import (
     form_of,
     small_side,
 )
+from keras_svdtune.methods.settings import check_rank_or_share
 from keras_svdtune.methods.svf import SVF
 from keras_svdtune.runtime.types import Shape, Tensor
 
@@ -29,6 +30,10 @@ class TopSVF(SVF):
 
     Reference: Sun et al. 2024 (SVFit), https://arxiv.org/abs/2409.05926.
     """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rank_or_share(self.rank)  # None may come from a `rank_pattern`
 
     def __repr__(self) -> str:
         return f"SVF(rank={self.rank!r})"

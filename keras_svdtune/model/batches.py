@@ -32,15 +32,15 @@ def read_batches(model: Model, data: Any, examples: int) -> list[Batch]:
         data: arrays, or nested ones, with one row for each example; a list of
             texts; a tuple `(x, y)` or `(x, y, sample_weight)` of these; or an
             iterable of batches: a `tf.data.Dataset`, a `PyDataset`, a
-            generator.
-        examples: int. It reads no batch after this number of rows.
+            `DataLoader`, a generator.
+        examples: int. So many rows are read, or the batches that have as many.
 
     Raises:
         ValueError: `data` is none of these, is empty or does not fit the model.
     """
     found: list[Batch] = []
     rows = 0
-    for raw in _raw_batches(data):
+    for raw in _raw_batches(data, examples):
         # A list is x: texts, or the arrays of a model with several inputs.
         parts = raw if isinstance(raw, tuple) else (raw,)
         parts = keras.utils.unpack_x_y_sample_weight(parts)
@@ -54,17 +54,19 @@ def read_batches(model: Model, data: Any, examples: int) -> list[Batch]:
     return found
 
 
-def _raw_batches(data: Any) -> Iterator[Any]:
+def _raw_batches(data: Any, examples: int) -> Iterator[Any]:
     if isinstance(data, keras.utils.PyDataset):
         count = data.num_batches
         index = 0
         while count is None or index < count:
-            yield data[index]
+            yield _with_tuples(data[index])
             index += 1
+    elif _is_loader(data):
+        yield from map(_with_tuples, data)
     elif isinstance(data, (list, tuple, dict)) or hasattr(data, "shape"):
-        count = _rows_of(data, data)
+        count = min(_rows_of(data, data), examples)
         for first in range(0, count, _ROWS):
-            part = slice(first, first + _ROWS)
+            part = slice(first, min(first + _ROWS, count))
             yield _map(operator.itemgetter(part), data)
     elif isinstance(data, Iterable) and not isinstance(data, (str, bytes)):
         yield from data
@@ -74,6 +76,35 @@ def _raw_batches(data: Any) -> Iterator[Any]:
             "`(x, y)`, or an iterable of batches such as a `tf.data.Dataset`. "
             f"Received: data={str(data)[:100]!r}"
         )
+
+
+def _is_loader(data: Any) -> bool:
+    """Says whether this is a DataLoader of torch, or a dataset of Grain."""
+    return any(
+        cls.__name__ in ("DataLoader", "MapDataset", "IterDataset")
+        and cls.__module__.startswith(("torch.", "grain."))
+        for cls in type(data).__mro__
+    )
+
+
+def _with_tuples(batch: Any) -> Any:
+    """Returns a batch with a tuple for the list that `fit` takes for one.
+
+    But texts, or numbers, are in a list, also where a DataLoader has put those
+    of its examples into a tuple.
+    """
+    if isinstance(batch, (list, tuple)) and not _are_values(batch):
+        return tuple(
+            list(x) if isinstance(x, tuple) and _are_values(x) else x
+            for x in batch
+        )
+    return batch
+
+
+def _are_values(x: list[Any] | tuple[Any, ...]) -> bool:
+    """Says whether these are texts or numbers, one for each example."""
+    kinds = (str, bytes, int, float, np.generic)
+    return bool(x) and all(isinstance(v, kinds) for v in x)
 
 
 def _map(function: Callable[[Any], Any], x: Any) -> Any:

@@ -39,6 +39,9 @@ from keras_svdtune.runtime.types import Model, Tensor
 # more, in float32, where the model computes.
 GROUP_BYTES = 2**30
 _BYTES = 4 + 4
+# What a loss is multiplied by where a gradient of float16 might vanish, as in
+# Keras' training; by less, where that overflows.
+_LOSS_SCALE, _LESS = 2.0**15, 2.0**-5
 # Between the paths of layers that share their sums: no path has it.
 _AND = "\n"
 
@@ -161,6 +164,10 @@ def _check_sums(
             if method.statistic == "inputs"
             else "The loss of `data` does not depend on these layers"
         )
+        if method.statistic == "gradient" and any(
+            _in_float16(group[path].owner) for path in nothing
+        ):
+            what += ", or its gradient is too small for float16"
         raise ValueError(
             f"{what}: {', '.join(nothing[:4])}"
             f"{' ...' if len(nothing) > 4 else ''}. Leave them out by "
@@ -336,24 +343,47 @@ def _gradients(
 ) -> dict[str, list[Tensor]]:
     """Returns [gradient] of the kernel of each layer, float32, by path."""
 
-    def of_loss(batch: Batch) -> tuple[Tensor, Tensor]:
+    half = any(_in_float16(x) for x in layers_in(model))
+    scale = _LOSS_SCALE if half else 1.0
+
+    def of_loss(batch: Batch) -> Tensor:
         y_pred = model(batch.x, training=False)
-        found = loss(batch.x, batch.y, y_pred, batch.sample_weight)
-        return found, found
+        return loss(batch.x, batch.y, y_pred, batch.sample_weight)
 
     def program(model: Model, function: Any) -> Any:
+        def scaled(factor: Tensor, *arrays: Tensor) -> tuple[Tensor, Tensor]:
+            found = function(*arrays)
+            return found * ops.cast(factor, found.dtype), found
+
         kernels = [target.kernel for target in group.values()]
-        run = with_gradients(model, function, kernels)
-        return lambda *arguments: run(*arguments)[2]
+        run = with_gradients(model, scaled, kernels)
+
+        def gradients(*arrays: Tensor) -> list[Tensor]:
+            nonlocal scale
+            _, _, found = run(np.float32(scale), *arrays)
+            while scale > 1.0 and not all(map(_is_finite, found)):
+                scale *= _LESS
+                _, _, found = run(np.float32(scale), *arrays)
+            return [ops.cast(x, "float32") / scale for x in found]
+
+        return gradients
 
     total: dict[str, list[Tensor]] = {}
     for found in _over_batches(model, batches, of_loss, label, program):
         for path in group:
-            new = ops.cast(found.pop(0), "float32") / len(batches)
+            new = found.pop(0) / len(batches)
             if path in total:
                 new = ops.add(total.pop(path)[0], new)
             total[path] = [new]
     return total
+
+
+def _in_float16(layer: keras.layers.Layer) -> bool:
+    return bool(layer.compute_dtype == "float16")
+
+
+def _is_finite(x: Tensor) -> bool:
+    return bool(to_numpy(ops.all(ops.isfinite(x))))
 
 
 def _over_batches(

@@ -32,7 +32,11 @@ from keras_svdtune.model.commit import commit
 from keras_svdtune.model.for_a_while import adapter_disabled
 from keras_svdtune.model.freezing import biases_to_train, freeze
 from keras_svdtune.model.named_adapters import check_name, join
-from keras_svdtune.model.names import add_untrained, check_alone
+from keras_svdtune.model.names import (
+    add_untrained,
+    check_alone,
+    methods_beside,
+)
 from keras_svdtune.model.patterns import methods_by_path
 from keras_svdtune.model.planning import plan_adapters
 from keras_svdtune.model.recompile import bring_up_to_date, note_change
@@ -137,15 +141,17 @@ def enable_adapter(
     known = None
     what = "decomposing"
     if isinstance(method, DataMethod):
-        methods = {
-            path: methods[path].for_shape(target.view.shape)
-            for path, target in targets.items()
-        }
-        without = (
-            adapter_disabled(model)
-            if beside_others
-            else contextlib.nullcontext()
-        )
+        without: contextlib.AbstractContextManager[None]
+        without = contextlib.nullcontext()
+        if name is not None and beside_others:
+            # Checked before the data is read, which may take long.
+            methods = methods_beside(model, name, method, methods)
+            without = adapter_disabled(model)
+        else:
+            methods = {
+                path: methods[path].for_shape(target.view.shape)
+                for path, target in targets.items()
+            }
         with without:
             known = starts_from_data(model, method, methods, targets)
         method, what = dataclasses.replace(method, data=None), "planning"

@@ -159,13 +159,33 @@ def add_untrained(
     """Adds an adapter that changes nothing yet, beside others, and sets it.
 
     Args:
-        methods: the layers that it is to be on, by path, and the method of
-            each. Those that have `method` itself take what they have.
+        method, methods: as for `methods_beside`.
         known: the first values of the weights, if data gave them, by path.
 
     Raises:
+        ValueError: as for `methods_beside`. The model stays as it was.
+    """
+    methods_beside(model, name, method, methods)
+    named = named_adapters(model)
+    weights = {
+        path: _first(x, (known or {}).get(path))
+        for path, x in named.targets.items()
+    }
+    named.add(name, weights, {}, model)
+
+
+def methods_beside(
+    model: Model, name: str, method: Method, methods: dict[str, Method]
+) -> dict[str, Method]:
+    """Returns the method of each layer for an adapter beside others, by path.
+
+    Args:
+        methods: the layers that it is to be on, by path, and the method of
+            each. Those that have `method` itself take what they have.
+
+    Raises:
         ValueError: the model has one of that name; or another method, other
-            settings or other layers. The model stays as it was.
+            settings or other layers.
     """
     named = named_adapters(model)
     if name in named.record.names:
@@ -195,16 +215,12 @@ def add_untrained(
     for path, target in named.targets.items():
         wanted = methods[path].for_shape(target.view.shape)
         ours = target.adapted.method
-        if methods[path] != method and not ours.trains_like(wanted):
+        if not (methods[path].trains_like(method) or ours.trains_like(wanted)):
             raise ValueError(
                 "All adapters of a model have the same settings in each layer. "
                 f"Layer '{path}' has {ours}. Received: {wanted}"
             )
-    weights = {
-        path: _first(x, (known or {}).get(path))
-        for path, x in named.targets.items()
-    }
-    named.add(name, weights, {}, model)
+    return {path: x.adapted.method for path, x in named.targets.items()}
 
 
 def _first(target: Target, known: Values | None) -> dict[str, np.ndarray]:
