@@ -197,7 +197,8 @@ def adapter_per_example(
     Raises:
         ValueError: the model has no such adapter; or it has one in a bank of
             matrices, in a kernel that another layer reads, or in a layer whose
-            first axis is not that of the examples. Later, a batch has another
+            einsum equation says that its first axis is not that of the examples
+            (of other layers this cannot be known). Later, a batch has another
             number of rows, or the model is trained.
     """
     named = named_adapters(model)
