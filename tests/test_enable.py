@@ -644,7 +644,7 @@ changed = [k for k in changed if k[1] not in ("__doc__", "__abstractmethods__")]
 wrapped = {
     ("Backbone", "enable_lora"), ("Backbone", "export_to_transformers"),
     ("Backbone", "load_lora_weights"), ("CausalLM", "export_to_transformers"),
-    ("Model", "quantize"),
+    ("Model", "load_weights"), ("Model", "quantize"),
 }
 if keras.config.backend() == "torch":
     wrapped.add(("Model", "export"))
