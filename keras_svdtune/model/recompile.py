@@ -29,6 +29,7 @@ from keras_svdtune.runtime.keras_internals import (
 )
 from keras_svdtune.runtime.types import Layer, Model
 
+_STEPS = ("train_function", "test_function", "predict_function")
 _TORCH_METHODS = ("named_parameters", "state_dict", "load_state_dict", "export")
 
 _ticks = itertools.count(1)
@@ -172,23 +173,29 @@ class _UpToDate:
                 f"'{self._name}'"
             ) from None
         known = model.__dict__.get(_KNOWN)
-        if known is None or not known.changes:
-            return value
-        if self._name == "train_function":
-            if not known.changes.isdisjoint(_NO_TRAINING):
-                # Not in a step, which has taken the values from the variables.
-                raise ValueError(
-                    f"'{model.name}' cannot be trained within "
-                    "`adapter_per_example`. Leave the `with` block, and set "
-                    "the adapter to train."
-                )
-        elif self._name not in ("predict_function", "test_function"):
-            return value
-        if value is None:
-            return None
-        return functools.partial(keep_values, model, value)
+        if (
+            self._name == "train_function"
+            and known is not None
+            and not known.changes.isdisjoint(_NO_TRAINING)
+        ):
+            # Not in a step, which has taken the values from the variables.
+            raise ValueError(
+                f"'{model.name}' cannot be trained within "
+                "`adapter_per_example`. Leave the `with` block, and set the "
+                "adapter to train."
+            )
+        return value
 
     def __set__(self, model: Model, value: Any) -> None:
+        known = model.__dict__.get(_KNOWN)
+        if (
+            value is not None
+            and self._name in _STEPS
+            and known is not None
+            and known.changes
+            and keras.backend.backend() == "jax"
+        ):
+            value = functools.partial(keep_values, model, value)
         model.__dict__[self._name] = value
 
     def __delete__(self, model: Model) -> None:

@@ -351,28 +351,24 @@ def built_for(optimizer: Optimizer) -> list[Variable]:
 def keep_values(
     model: Model, function: Callable[..., Any], state: Any, *args: Any
 ) -> Any:
-    """Returns `function(state, *args)`, a step of `fit` or `predict`, say.
+    """Returns `function(state, *args)`, a step of `fit` or `predict` on JAX.
 
-    On JAX Keras takes the values from the variables before it calls the first
+    Keras takes the values from the variables before it calls the first
     step. If that is an error, as where a layer refuses its input, the model
     would lose them all; here it gets them back.
     """
     try:
         return function(state, *args)
     except Exception:
-        if keras.backend.backend() == "jax":
-            variables = [
-                model.trainable_variables,
-                model.non_trainable_variables,
-            ]
-            if len(state) == 4:  # `fit`
-                variables.append(model.optimizer.variables)
-            variables.append(model.metrics_variables)
-            # `predict` has no metrics.
-            for ours, values in zip(variables, state, strict=False):
-                for variable, value in zip(ours, values, strict=True):
-                    if value_or_none(variable) is None:
-                        variable._value = value
+        variables = [model.trainable_variables, model.non_trainable_variables]
+        if len(state) == 4:  # `fit`
+            variables.append(model.optimizer.variables)
+        variables.append(model.metrics_variables)
+        # `predict` has no metrics.
+        for ours, values in zip(variables, state, strict=False):
+            for variable, value in zip(ours, values, strict=True):
+                if value_or_none(variable) is None:
+                    variable._value = value
         raise
 
 
