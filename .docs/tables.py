@@ -193,7 +193,7 @@ def default_rate() -> Iterator[list[str]]:
 def claims() -> Iterator[list[str]]:
     """What papers claim, as the study finds it."""
     found = {task: read("study").get(key) for task, key in STUDY.items()}
-    tasks = {task: x["claims"] for task, x in found.items() if x}
+    tasks = {t: x["claims"] for t, x in found.items() if x and x["claims"]}
     yield ["difference, 95 %", *tasks]
     for name in dict.fromkeys(name for x in tasks.values() for name in x):
         cells = []

@@ -41,10 +41,9 @@ from keras_svdtune.convert.low_rank_change import (
 from keras_svdtune.convert.to_lora import Conversion
 from keras_svdtune.hosts.target import Target
 from keras_svdtune.methods.dora import DoRA
-from keras_svdtune.model.beside import variables_beside
+from keras_svdtune.model.beside import kept_beside
 from keras_svdtune.model.state import (
     adapted_part,
-    belongs_to_adapter,
     check_no_block,
     enabled_method,
     require_adapted,
@@ -112,13 +111,7 @@ def export_peft(
     method = enabled_method(root)
     targets = require_adapted(root)
     check_no_block(root)
-    belongs = belongs_to_adapter()
-    beside = [
-        key
-        for key, x in variables_beside(model).items()
-        if x.trains or belongs(x.variable)
-    ]
-    if beside:
+    if beside := kept_beside(model):
         warnings.warn(
             "The folder holds the adapter alone. What trains besides is not "
             f"exported: {', '.join(beside)}",

@@ -18,9 +18,8 @@ from keras import ops
 
 from keras_svdtune.files.format import BESIDE, SavedAdapter
 from keras_svdtune.files.renumbered import stem_of
-from keras_svdtune.model.beside import Beside, variables_beside
+from keras_svdtune.model.beside import Beside, kept_beside, variables_beside
 from keras_svdtune.model.state import (
-    belongs_to_adapter,
     enabled_record,
     record_of,
 )
@@ -43,14 +42,10 @@ def saved_beside(model: Model) -> tuple[dict[str, np.ndarray], Json]:
     Raises:
         ValueError: one of them holds NaN or infinity.
     """
-    everything = variables_beside(model)
-    belongs = belongs_to_adapter()
-    groups = _groups(everything)
+    groups = _groups(variables_beside(model))
     arrays, entry = {}, {}
-    for key, beside in everything.items():
+    for key, beside in kept_beside(model).items():
         variable = beside.variable
-        if not beside.trains and not belongs(variable):
-            continue
         value = variable.value
         if variable.dtype in ("bfloat16", "float16"):
             value = ops.cast(value, "float32")

@@ -71,9 +71,9 @@ class SVF(Method):
 
     With `rank=r` only the r largest singular values train, and only their r
     singular vectors are kept, r·n numbers: the cheap SVF. W' - W then has rank
-    r, so `to_lora` and `export_peft` give the same function as a LoRA. In the
-    study it learned less than all singular values did, and forgot more: take
-    it where their n² numbers do not fit.
+    r, so `to_lora` and `export_peft` give the same function as a LoRA. In
+    `tests/benchmarks/study.py` it learned less than all singular values did,
+    and forgot more (one seed): take it where their n² numbers do not fit.
 
     Args:
         rank: by keyword only, int or float or None: how many singular values

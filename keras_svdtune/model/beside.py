@@ -10,7 +10,7 @@ import dataclasses
 import keras
 
 from keras_svdtune.adapter.adapter import Adapter
-from keras_svdtune.model.state import adapted_part
+from keras_svdtune.model.state import adapted_part, every_beside
 from keras_svdtune.model.targets import layers_by_path, numbered
 from keras_svdtune.runtime.keras_internals import layers_in, own_variables
 from keras_svdtune.runtime.types import Model, Variable
@@ -59,6 +59,20 @@ def variables_beside(model: Model) -> dict[str, Beside]:
                 found.append((f"{path}/{variable.name}", beside))
     by_key = numbered(found, lambda x: x[0])
     return {key: beside for key, (_, beside) in by_key.items()}
+
+
+def kept_beside(model: Model) -> dict[str, Beside]:
+    """Returns what belongs to the adapters besides their layers, by key.
+
+    That is what trains in `model` now, and what is in the `Enabled.beside` of
+    any model: what an adapter file has set, though it may not train.
+    """
+    kept = {id(variable) for _, variable, _ in every_beside()}
+    return {
+        key: x
+        for key, x in variables_beside(model).items()
+        if x.trains or id(x.variable) in kept
+    }
 
 
 def trained_beside(model: Model) -> dict[str, Variable]:

@@ -220,10 +220,9 @@ def beside_of(owners: Iterable[Model]) -> OfAdapters:
     ]
 
 
-def belongs_to_adapter() -> Callable[[Variable], bool]:
-    """Returns a function that says whether a variable is in a `beside`."""
-    found = {id(variable) for _, variable, _ in beside_of(_ENABLED)}
-    return lambda variable: id(variable) in found
+def every_beside() -> OfAdapters:
+    """Returns the same of all models that have adapters."""
+    return beside_of(_ENABLED)
 
 
 def take_as_base(model: Model) -> None:
