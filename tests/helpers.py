@@ -528,6 +528,20 @@ def tiny_bert(dtype="float32", num_layers=2):
     return model
 
 
+def tiny_gpt2():
+    """A GPT2Backbone, whose layers have biases, and which PEFT knows."""
+    model = keras_hub.models.GPT2Backbone(
+        vocabulary_size=32,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=16,
+        max_sequence_length=16,
+    )
+    randomise(model)
+    return model
+
+
 def tiny_albert(dtype="float32"):
     """An AlbertBackbone: one block, held in a list, called twice."""
     model = keras_hub.models.AlbertBackbone(

@@ -14,6 +14,7 @@ from helpers import (
     numpy,
     perturb,
     tiny_gemma,
+    tiny_gpt2,
     values,
 )
 from keras import ops
@@ -347,14 +348,7 @@ def test_ties_are_broken_by_likelihood():
 @pytest.mark.parametrize("score", [None, same_tokens])
 def test_a_mixture_has_the_biases_of_the_base(score, monkeypatch):
     """And not those of the adapter that is set."""
-    backbone = keras_hub.models.GPT2Backbone(
-        vocabulary_size=32,
-        num_layers=1,
-        num_heads=2,
-        hidden_dim=8,
-        intermediate_dim=16,
-        max_sequence_length=16,
-    )
+    backbone = tiny_gpt2()
     lm = keras_hub.models.GPT2CausalLM(backbone=backbone, preprocessor=None)
     for name in NAMES:
         backbone.enable_adapter(SVF(), name=name, train_bias=True)

@@ -1,7 +1,6 @@
 """Biases of adapted layers that train with the adapter."""
 
 import keras
-import keras_hub
 import numpy as np
 import pytest
 from helpers import (
@@ -17,6 +16,7 @@ from helpers import (
     small_model,
     tiny_bert,
     tiny_gemma,
+    tiny_gpt2,
     values,
 )
 
@@ -202,18 +202,6 @@ def test_clear_errors():
         keras_svdtune.enable_svf(model, name="b", train_bias=True)
     with pytest.raises(ValueError, match="has a bias"):
         tiny_gemma().enable_adapter(SVF(), train_bias=True)
-
-
-def tiny_gpt2():
-    keras.utils.set_random_seed(0)
-    return keras_hub.models.GPT2Backbone(
-        vocabulary_size=32,
-        num_layers=1,
-        num_heads=2,
-        hidden_dim=8,
-        intermediate_dim=16,
-        max_sequence_length=8,
-    )
 
 
 def test_an_export_says_that_it_leaves_them_out(tmp_path):

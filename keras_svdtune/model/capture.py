@@ -24,6 +24,7 @@ from keras_svdtune.matrix.view import Sizes
 from keras_svdtune.methods.base import Method
 from keras_svdtune.methods.data_method import DataMethod, Inputs, Seen
 from keras_svdtune.model.batches import Batch, read_batches
+from keras_svdtune.model.checks import is_finite
 from keras_svdtune.runtime.keras_internals import (
     layers_in,
     mask_of,
@@ -361,7 +362,7 @@ def _gradients(
         def gradients(*arrays: Tensor) -> list[Tensor]:
             nonlocal scale
             _, _, found = run(np.float32(scale), *arrays)
-            while scale > 1.0 and not all(map(_is_finite, found)):
+            while scale > 1.0 and not all(map(is_finite, found)):
                 scale *= _LESS
                 _, _, found = run(np.float32(scale), *arrays)
             return [ops.cast(x, "float32") / scale for x in found]
@@ -380,10 +381,6 @@ def _gradients(
 
 def _in_float16(layer: keras.layers.Layer) -> bool:
     return bool(layer.compute_dtype == "float16")
-
-
-def _is_finite(x: Tensor) -> bool:
-    return bool(to_numpy(ops.all(ops.isfinite(x))))
 
 
 def _over_batches(

@@ -247,7 +247,7 @@ def check_merged(targets: dict[str, Target], beside: OfAdapters) -> None:
     """
     check_trained(targets, "merged")
     for key, variable, _ in beside:
-        if not _finite(variable.value):
+        if not is_finite(variable.value):
             raise ValueError(
                 f"'{key}', which trains besides the adapter, holds NaN or "
                 "infinity, so the adapter cannot be merged. The training "
@@ -255,7 +255,7 @@ def check_merged(targets: dict[str, Target], beside: OfAdapters) -> None:
                 "`remove_adapter()`. The model is as it was."
             )
     for path, target in targets.items():
-        if not _finite(target.merged_kernel()):
+        if not is_finite(target.merged_kernel()):
             raise ValueError(
                 f"The adapter of layer '{path}' gives a kernel too large for "
                 f"{target.base_dtype}. Load or train it again, or call "
@@ -267,7 +267,7 @@ def check_trained(targets: dict[str, Target], verb: str) -> None:
     """Raises a ValueError that names a layer whose adapter is not finite."""
     for path, target in targets.items():
         for name, variable in target.adapted.variables_by_name(True).items():
-            if not _finite(variable.value):
+            if not is_finite(variable.value):
                 raise ValueError(
                     f"'{name}' of layer '{path}' holds NaN or infinity, so the "
                     f"adapter cannot be {verb}. The training diverged: take a "
@@ -276,5 +276,6 @@ def check_trained(targets: dict[str, Target], verb: str) -> None:
                 )
 
 
-def _finite(x: Tensor) -> bool:
+def is_finite(x: Tensor) -> bool:
+    """Says whether a tensor holds neither NaN nor infinity."""
     return bool(to_numpy(ops.all(ops.isfinite(x))))
