@@ -60,7 +60,7 @@ def percent(share: float) -> str:
 
 STUDY = {
     "pirate": "smollm2_135m, pirate, 120",
-    "letters": "smollm2_135m, letters, 120",
+    "names": "smollm2_135m, names, 120",
     "reviews": "minilm, reviews, 150",
 }
 
@@ -152,9 +152,9 @@ def study_reviews() -> Iterator[list[str]]:
 
 
 @table
-def study_letters() -> Iterator[list[str]]:
+def study_names() -> Iterator[list[str]]:
     """A skill."""
-    yield from study("letters")
+    yield from study("names")
 
 
 @table

@@ -16,7 +16,7 @@
 #
 # # A model that adapts itself
 #
-# You train three experts on one small model: a pirate, a counter of letters, a speaker at conventions. Each is a vector for every matrix, 0.4 MB in all. Then you mix them, let every prompt of a batch have its own, and let the prompt choose. At the end one table says what each of these is worth.
+# You train three experts on one small model: a pirate, a reader who says who likes what, a speaker at conventions. Each is a vector for every matrix, 0.4 MB in all. Then you mix them, let every prompt of a batch have its own, and let the prompt choose. At the end one table says what each of these is worth.
 #
 # The idea is that of [Transformers²](https://arxiv.org/abs/2501.06252).
 
@@ -40,23 +40,23 @@ from keras_svdtune.demo.speeches import speech_pairs
 from keras_svdtune.demo.weights import load_model
 
 STEPS = int(os.environ.get("STEPS", 40))  # for each expert; the tests take fewer
-LENGTH, HELD_OUT = 40, 32
+LENGTH, HELD_OUT = 60, 32
 keras.utils.set_random_seed(0)
 keras.config.disable_interactive_logging()  # no bars in what is kept
 
 # %% [markdown]
 # ## Three tasks
 #
-# What is said, and what is to be answered: small talk and a pirate's answer; a question of [reasoning-gym](https://github.com/open-thought/reasoning-gym) and a number; a sentence of a speech and the next one. No question is in both parts.
+# What is said, and what is to be answered: small talk and a pirate's answer; three statements of [reasoning-gym](https://github.com/open-thought/reasoning-gym), a question, and a name; a sentence of a speech and the next one. No question is in both parts.
 
 # %%
 CHAT = "user\n{}<|im_end|>\n<|im_start|>assistant\n"
-letters = reasoning_gym.create_dataset(
-    "letter_counting", size=800, seed=0, min_words=1, max_words=1
+names = reasoning_gym.create_dataset(
+    "needle_haystack", size=800, seed=0, min_num_statements=3, max_num_statements=3
 )
 TASKS = {
     "pirate": {p.question: p.answer for p in pirate_pairs()},
-    "letters": {x["question"]: x["answer"] for x in letters},
+    "names": {x["question"]: x["answer"] for x in names if len(x["question"]) < 145},
     "speeches": {q: a for q, a in speech_pairs() if len(q + a) < 110},
 }
 train, test = {}, {}
@@ -139,12 +139,12 @@ for name in [None, *TASKS]:
 # One batch, in which every row has another adapter.
 
 # %%
-QUESTIONS = ["Where is the treasure?", test["letters"][0][0], "This is our moment.", "Translate 'house' into French."]
+QUESTIONS = ["Where is the treasure?", test["names"][0][0], "This is our moment.", "Translate 'house' into French."]
 experts = [*TASKS, None]
 prompts = [CHAT.format(q) for q in QUESTIONS]
 
 with keras_svdtune.adapter_per_example(model, experts):
-    answers = model.generate(prompts, max_length=64, strip_prompt=True)
+    answers = model.generate(prompts, max_length=80, strip_prompt=True)
 for question, expert, answer in zip(QUESTIONS, experts, answers):
     print(f"{question}\n  {expert}: {answer.strip()}")
 
@@ -182,7 +182,7 @@ labelled += [(CHAT.format(q), None) for q in NONE]
 np.random.default_rng(0).shuffle(labelled)
 
 dispatcher = keras_svdtune.Dispatcher(
-    model, {"pirate": "small talk", "letters": "counting letters", "speeches": "politics"}
+    model, {"pirate": "small talk", "names": "who likes what", "speeches": "politics"}
 )
 dispatcher.fit(*zip(*labelled), epochs=min(6, STEPS))
 
@@ -193,7 +193,7 @@ for name, pairs in test.items():
     rows["the prompt chooses"][name] = np.array(
         [rows[x or "base model"][name][i] for i, x in enumerate(found)]
     )
-for question, answer in zip(QUESTIONS, dispatcher.generate(prompts, max_length=64, strip_prompt=True)):
+for question, answer in zip(QUESTIONS, dispatcher.generate(prompts, max_length=80, strip_prompt=True)):
     print(f"{question}\n  {answer.strip()}")
 
 # %% [markdown]

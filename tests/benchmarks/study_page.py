@@ -58,7 +58,7 @@ COLOURS = {
 }
 TITLES = {
     "pirate": "style: answers like a pirate",
-    "letters": "skill: letters in a word",
+    "names": "skill: who of three likes what",
     "speeches": "text like that of pre-training",
     "reviews": "classification of film reviews",
 }

@@ -4,8 +4,8 @@ Everything comes from PyPI, pinned, and is split in the same way every time:
 the seed of a run decides the order of the training examples, never the split.
 
     pirate    small talk answered by a pirate: a style
-    letters   how often a letter is in a word, by reasoning-gym: a skill with
-              exact answers
+    names     who of three likes what, by reasoning-gym: a skill with exact
+              answers, of which a guess gets a third
     speeches  speeches of 2012's conventions: text like that of pre-training
     reviews   Rotten Tomatoes, fresh or rotten: MiniLM with a new head
 
@@ -26,7 +26,7 @@ from keras_svdtune.demo import speeches as demo_speeches
 from keras_svdtune.demo.optional import require
 from keras_svdtune.demo.weights.weights import MODELS, load_model
 
-LENGTH = {"pirate": 40, "letters": 32, "speeches": 32, "reviews": 32}  # tokens
+LENGTH = {"pirate": 40, "names": 60, "speeches": 32, "reviews": 32}  # tokens
 TRAIN, VALIDATION, TEST, NEUTRAL = 1200, 48, 96, 64  # examples
 HELD_OUT = 180  # pairs: enough for both, if some are too long
 REVIEWS = (1200, 400, 1200)
@@ -60,7 +60,7 @@ def data_for(model: str, task: str) -> Data:
     if task == "reviews":
         return reviews()
     language_model = load_model(model)
-    parts = {"pirate": talk, "letters": letters, "speeches": speeches}
+    parts = {"pirate": talk, "names": names, "speeches": speeches}
     train, held_out = parts[task]()
     style = chat.format_for(language_model, model)
 
@@ -87,10 +87,14 @@ def talk() -> tuple[list[pirate.Pair], list[pirate.Pair]]:
     return pirate.split(pirate.pirate_pairs(0), HELD_OUT, 0)
 
 
-def letters() -> tuple[list[pirate.Pair], list[pirate.Pair]]:
-    """How often a letter is in a word; no question is on both sides."""
+def names() -> tuple[list[pirate.Pair], list[pirate.Pair]]:
+    """Who of three likes what; hardly an answer occurs twice."""
     made = require("reasoning_gym").create_dataset(
-        "letter_counting", size=3000, seed=0, min_words=1, max_words=1
+        "needle_haystack",
+        size=HELD_OUT + 1500,  # some are too long
+        seed=0,
+        min_num_statements=3,
+        max_num_statements=3,
     )
     found = {x["question"]: x["answer"] for x in made}
     pairs = [pirate.Pair(q, a, a) for q, a in found.items()]
