@@ -313,16 +313,22 @@ def layers() -> Iterator[list[str]]:
                 ]
 
 
+def by_reward(task: str, reward: str) -> Iterator[list[str]]:
+    """What a task is answered like after steps by reward and by examples."""
+    found = read(f"by_reward_{task}_smollm2_135m")
+    start, more = (found["settings"][x] for x in ("warm_up", "steps"))
+    yield ["SmolLM2-135M, SVF", reward, "held-out loss"]
+    titles = {"the start": f"{start} steps by examples: the start"}
+    titles |= {x: f"{more} more {x}" for x in ("by reward", "by examples")}
+    for name, x in found["rows"].items():
+        mean = percent(x["reward"])
+        yield [titles.get(name, name), mean, f"{x['loss']:.2f}"]
+
+
 @table
-def by_reward() -> Iterator[list[str]]:
+def by_reward_pirate() -> Iterator[list[str]]:
     """Pirate speech by reward and by examples."""
-    yield ["SmolLM2-135M, SVF", "pirate words", "held-out loss"]
-    titles = {"the start": "24 steps by examples: the start"}
-    titles |= {"by reward": "12 more by reward"}
-    titles |= {"by examples": "12 more by examples"}
-    for name, x in read("by_reward_smollm2_135m")["rows"].items():
-        dialect = percent(x["dialect"])
-        yield [titles.get(name, name), dialect, f"{x['loss']:.2f}"]
+    yield from by_reward("pirate", "pirate words")
 
 
 @table

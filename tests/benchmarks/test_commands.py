@@ -144,19 +144,26 @@ def test_compose_tasks(
     assert rows["1 pirate"] != rows["base model"]
 
 
+@pytest.mark.parametrize("task", ["pirate", "names"])
 def test_by_reward(
-    tiny_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    task: str,
+    tiny_llama: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    pytest.importorskip("reasoning_gym")
     import by_reward
+    import study_tasks
 
     monkeypatch.setattr(by_reward, "load_model", tiny_llama)
-    arguments = ["--steps", "2", "--tokens", "3", "--asked", "2"]
+    monkeypatch.setitem(study_tasks.LENGTH, task, 200)  # a token is a letter
+    arguments = ["--task", task, "--steps", "2", "--asked", "2"]
     arguments += ["--warm-up", "2"]
     monkeypatch.setattr(
         sys, "argv", ["", *arguments, "--results", str(tmp_path)]
     )
     by_reward.main()
-    path = tmp_path / "by_reward_smollm2_135m.json"
+    path = tmp_path / f"by_reward_{task}_smollm2_135m.json"
     written = json.loads(path.read_text())
     assert list(written["rows"]) == [
         *("base model", "the start", "by reward", "by examples"),
