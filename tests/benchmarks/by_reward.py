@@ -167,7 +167,9 @@ def main() -> None:
     rows["by examples"] = measured(start)
 
     machine["load_at_end"] = common.load()
-    common.show(table_of(rows, f"SVF on {options.model}: {options.task}", machine))
+    common.show(
+        table_of(rows, f"SVF on {options.model}: {options.task}", machine)
+    )
     common.write_json(
         options.results,
         f"by_reward_{options.task}_{options.model}",

@@ -7,8 +7,8 @@ it, and the pictures of the documentation.
 
 Differences to LoRA are of the same test examples after the same order of
 training examples; their intervals are from 10,000 bootstrap samples of seeds
-and examples, each at 1 - 0.05 / 8, so that all eight of a task hold together in
-19 cases of 20.
+and examples, each at 1 - 0.05 / n, so that all n differences of a task hold
+together in 19 cases of 20.
 """
 
 import argparse
@@ -126,8 +126,17 @@ def validation_loss(run: Run) -> float:
     return math.inf if loss is None else loss
 
 
-def difference(ours: Group, lora: Group) -> tuple[float, float, float] | None:
-    """Mean of ours minus LoRA's test loss, and its interval."""
+def comparisons(groups: dict[str, Group]) -> int:
+    """How many differences of test losses are shown of a task."""
+    pairs = {(method, LORA) for method in groups if method != LORA}
+    pairs |= {pair for pair in LEARNS_MORE if set(pair) <= set(groups)}
+    return len(pairs)
+
+
+def difference(
+    ours: Group, lora: Group, of: int
+) -> tuple[float, float, float] | None:
+    """Mean of ours minus LoRA's test loss, and its interval, one `of` many."""
     theirs = {run["seed"]: run for run in lora.best}
     pairs = [(x, theirs[x["seed"]]) for x in ours.best if x["seed"] in theirs]
     if not pairs:
@@ -147,7 +156,7 @@ def difference(ours: Group, lora: Group) -> tuple[float, float, float] | None:
         runs = random.integers(0, seeds, seeds)
         total = change[runs][:, chosen].sum() / seeds
         means[i] = total / tokens[chosen].sum()
-    tail = 0.05 / len(LEARNS_MORE) / 2
+    tail = 0.05 / of / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(change.mean(0).sum() / tokens.sum()), low, high
 
@@ -175,7 +184,7 @@ def table(groups: dict[str, Group], base: Run | None) -> list[str]:
             near_best(group),
             str(len(group.best)),
             f"{group.test_loss:.3f}",
-            to_lora(group, lora),
+            to_lora(group, lora, comparisons(groups)),
             f"{group.mean('test_exact'):.0%}",
         ]
         if forgets:
@@ -226,7 +235,7 @@ def claims(groups: dict[str, Group], base: Run | None) -> dict[str, Any]:
             pair = groups[ours], groups[theirs]
             if min(len(group.best) for group in pair) > 1:
                 found[f"{pair[0].label} learns more than {pair[1].label}"] = (
-                    difference(*pair)
+                    difference(*pair, comparisons(groups))
                 )
     for ours in FORGETS_LESS:
         if base is None or not {ours, LORA} <= set(groups):
@@ -275,7 +284,7 @@ def summary(groups: dict[str, Group], base: Run | None) -> dict[str, Any]:
         found["test_loss"] = group.test_loss
         found["exact"] = group.mean("test_exact")
         if lora is not None and group is not lora:
-            found["to_lora"] = difference(group, lora)
+            found["to_lora"] = difference(group, lora, comparisons(groups))
         if base is not None:
             found["forgotten"] = forgotten(group, base)
             at = forgotten_at(lora, base, group.test_loss)
@@ -289,11 +298,11 @@ def summary(groups: dict[str, Group], base: Run | None) -> dict[str, Any]:
     }
 
 
-def to_lora(group: Group, lora: Group | None) -> str:
+def to_lora(group: Group, lora: Group | None, of: int) -> str:
     """The difference as text."""
     if lora is None or group is lora:
         return ""
-    found = difference(group, lora)
+    found = difference(group, lora, of)
     if found is None:
         return ""
     return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*found)
