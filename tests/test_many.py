@@ -667,11 +667,25 @@ def other_kinds(kind):
     return model, np.random.RandomState(0).normal(size=data), None
 
 
-@pytest.mark.parametrize("kind", ["bank", "embedding", "int8", "bfloat16"])
+@pytest.mark.parametrize("kind", ["bank", "embedding", "bfloat16"])
 @pytest.mark.parametrize(
     "method", [SVF(), LoRA(rank=2), PiSSA(rank=2)], ids=method_id
 )
 def test_other_layers(kind, method):
+    check_other_layers(kind, method)
+
+
+@pytest.mark.parametrize(
+    "method",
+    # LoRA-GA refuses it: there is no gradient of a quantized kernel.
+    [x for x in default_methods() if x.name != "lora_ga"],
+    ids=method_id,
+)
+def test_a_quantized_base(method):
+    check_other_layers("int8", method)
+
+
+def check_other_layers(kind, method):
     model, data, targets = other_kinds(kind)
     outputs = {None: eager(model, data)}
     for name in ("a", "b"):
