@@ -273,6 +273,29 @@ def steps() -> Iterator[list[str]]:
 
 
 @table
+def steps_of_largest() -> Iterator[list[str]]:
+    """That of SVF with the largest singular values alone."""
+    yield [
+        "",
+        "seconds, to `enable_lora`",
+        "seconds, to the frozen floor",
+        "GFLOP",
+        "beside the model, MB",
+    ]
+    found = read("step_time_gemma3_270m_jax_rank80")["results"]
+    floor = found["frozen floor"]["argument_bytes"]
+    for name in ("frozen floor", "LoRA (rank 8)", "SVF", "SVF (rank 80)"):
+        x = found[name]
+        yield [
+            name,
+            f"{x['seconds_to_lora']:.2f}",
+            f"{x['seconds_to_floor']:.2f}",
+            f"{x['flops'] / 1e9:,.0f}",
+            f"{(x['argument_bytes'] - floor) / 1e6:,.0f}",
+        ]
+
+
+@table
 def layers() -> Iterator[list[str]]:
     """One training step of single layers of larger models."""
     yield [
@@ -326,6 +349,12 @@ def by_reward(task: str, reward: str) -> Iterator[list[str]]:
 
 
 @table
+def by_reward_names() -> Iterator[list[str]]:
+    """Right names by reward and by examples."""
+    yield from by_reward("names", "right names")
+
+
+@table
 def by_reward_pirate() -> Iterator[list[str]]:
     """Pirate speech by reward and by examples."""
     yield from by_reward("pirate", "pirate words")
@@ -369,16 +398,28 @@ def mixtures(task: str, score: str) -> Iterator[list[str]]:
         ]
 
 
-@table
-def generation() -> Iterator[list[str]]:
+def generated(backend: str) -> Iterator[list[str]]:
     """Tokens a second with an adapter on, merged, and without."""
     yield ["SmolLM2-135M, one prompt", "tokens a second", "seconds, to base"]
-    for label, x in read("generation_smollm2_135m_jax")["results"].items():
+    run = read(f"generation_smollm2_135m_{backend}")
+    for label, x in run["results"].items():
         yield [
             label,
             f"{x['tokens_per_second']:.1f}",
             f"{x['of_base']:.2f}",
         ]
+
+
+@table
+def generation() -> Iterator[list[str]]:
+    """On JAX."""
+    yield from generated("jax")
+
+
+@table
+def generation_torch() -> Iterator[list[str]]:
+    """On torch, with PEFT in transformers."""
+    yield from generated("torch")
 
 
 @table

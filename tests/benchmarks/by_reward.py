@@ -1,7 +1,8 @@
-"""The same number of steps by reward and by examples, on one task.
+r"""The same number of steps by reward and by examples, on one task.
 
     python tests/benchmarks/by_reward.py --task pirate
-    python tests/benchmarks/by_reward.py --task names --steps 24
+    python tests/benchmarks/by_reward.py \
+        --task names --rate-after 3e-4 --asked 96
 
 The tasks are two of the study's. By reward, `train_policy` gets the questions
 alone, and a reward of each answer: the share of its words that are pirate
@@ -77,6 +78,9 @@ def main() -> None:
         "--warm-up", type=int, default=24, help="steps by examples before both"
     )
     parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument(
+        "--rate-after", type=float, help="of the steps by reward and after it"
+    )
     parser.add_argument("--answers", type=int, default=4, help="a prompt")
     parser.add_argument("--kl", type=float, default=0.05)
     parser.add_argument("--asked", type=int, default=16, help="held out")
@@ -109,9 +113,9 @@ def main() -> None:
             "seconds": seconds,
         }
 
-    def prepare() -> None:
+    def prepare(rate: float) -> None:
         task.compile(
-            keras.optimizers.Adam(options.rate),
+            keras.optimizers.Adam(rate),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             weighted_metrics=[],
             sampler="greedy",
@@ -127,7 +131,7 @@ def main() -> None:
 
     show.step(f"Training {options.warm_up} steps by examples")
     task.backbone.enable_svf()
-    prepare()
+    prepare(options.rate)
     start = time.perf_counter()
     fit.train(task, arrays, options.warm_up, options.seed)
     rows["the start"] = measured(start)
@@ -136,7 +140,7 @@ def main() -> None:
     task.backbone.save_adapter(begun)
 
     show.step(f"Training {options.steps} steps by reward")
-    prepare()
+    prepare(options.rate_after or options.rate)
     order = np.random.default_rng(options.seed).permutation(len(job.learnt))
     order = order[: options.steps * fit.BATCH]
     curve: list[dict[str, float]] = []
@@ -161,7 +165,7 @@ def main() -> None:
     show.step(f"Training {options.steps} steps by examples")
     task.backbone.load_adapter(begun)
     begun.unlink()
-    prepare()
+    prepare(options.rate_after or options.rate)
     start = time.perf_counter()
     fit.train(task, arrays, options.steps, options.seed + 1)
     rows["by examples"] = measured(start)

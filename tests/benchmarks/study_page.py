@@ -43,6 +43,7 @@ LEARNS_MORE = (
     ("dora:rank=8", LORA),
     ("adalora:rank=8", LORA),
 )
+DRAWN = 4  # methods that a task has, for there to be something to compare
 KERAS_HUB_RATE = 2e-5  # of `compile()` without arguments
 FORGETS_LESS = ("svf", "svft:pattern=banded", "pissa:rank=8", "milora:rank=8")
 COLOURS = {
@@ -503,6 +504,8 @@ def main() -> None:
             page += ["Less of SVF:", "", *table(first | fewer, base), ""]
             found_of = summaries[f"{model}, {task}, {steps}"]
             found_of["fewer"] = summary(first | fewer, base)["methods"]
+        if len(groups) < DRAWN:
+            continue
         for panels, of_weights in (
             (before_panels, True),
             (rate_panels, False),
