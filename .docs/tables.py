@@ -69,16 +69,17 @@ def study(task: str) -> Iterator[list[str]]:
     """Every method of the study on one task, at its own best rate."""
     found = read("study")[STUDY[task]]
     base = found["base"]
+    exact = any(x["exact"] for x in found["methods"].values())
     yield [
         *("", "trained", "file, KiB", "best rate", "seeds", "test loss"),
         "to LoRA, 95 %",
-        "accuracy" if base is None else "exact",
+        *(("accuracy" if base is None else "exact",) if exact else ()),
         *(() if base is None else ("forgotten", "LoRA at this loss")),
     ]
     if base is not None:
-        loss = f"{base['test_loss']:.3f}"
-        exact = f"{base['test_exact']:.0%}"
-        yield ["base model", *4 * [""], loss, "", exact, "", ""]
+        row = ["base model", *4 * [""], f"{base['test_loss']:.3f}", ""]
+        row += [f"{base['test_exact']:.0%}"] if exact else []
+        yield [*row, "", ""]
     for x in found["methods"].values():
         row = [
             x["label"],
@@ -90,8 +91,9 @@ def study(task: str) -> Iterator[list[str]]:
             "{:+.3f} ({:+.3f} to {:+.3f})".format(*x["to_lora"])
             if x.get("to_lora")
             else "",
-            f"{x['exact']:.0%}",
         ]
+        if exact:
+            row.append(f"{x['exact']:.0%}")
         if base is not None:
             row.append(f"{x['forgotten']:+.2f}")
             other = x["lora_forgets"]
