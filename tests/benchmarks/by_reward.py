@@ -16,6 +16,7 @@ of an answer token.
 
 import argparse
 import dataclasses
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -135,8 +136,8 @@ def main() -> None:
     start = time.perf_counter()
     fit.train(task, arrays, options.warm_up, options.seed)
     rows["the start"] = measured(start)
-    begun = options.results / "by_reward.safetensors"
-    options.results.mkdir(parents=True, exist_ok=True)
+    folder = tempfile.TemporaryDirectory()
+    begun = Path(folder.name) / "begun.safetensors"
     task.backbone.save_adapter(begun)
 
     show.step(f"Training {options.steps} steps by reward")
@@ -164,7 +165,7 @@ def main() -> None:
 
     show.step(f"Training {options.steps} steps by examples")
     task.backbone.load_adapter(begun)
-    begun.unlink()
+    folder.cleanup()
     prepare(options.rate_after or options.rate)
     start = time.perf_counter()
     fit.train(task, arrays, options.steps, options.seed + 1)

@@ -88,7 +88,7 @@ def talk() -> tuple[list[pirate.Pair], list[pirate.Pair]]:
 
 
 def names() -> tuple[list[pirate.Pair], list[pirate.Pair]]:
-    """Who of three likes what; hardly an answer occurs twice."""
+    """Who of three likes what; no question is on both sides."""
     made = require("reasoning_gym").create_dataset(
         "needle_haystack",
         size=HELD_OUT + 1500,  # some are too long
