@@ -62,6 +62,8 @@ STUDY = {
     "pirate": "smollm2_135m, pirate, 120",
     "names": "smollm2_135m, names, 120",
     "reviews": "minilm, reviews, 150",
+    "short": "smollm2_135m, pirate, 40",
+    "gemma": "gemma3_270m, pirate, 120",
 }
 
 
@@ -117,19 +119,18 @@ def front_page() -> Iterator[list[str]]:
     """For README: what has three seeds or more."""
     yield [
         *("", "trained", "style: loss", "to LoRA, 95 %", "forgotten"),
-        *("reviews: loss", "to LoRA, 95 %"),
+        *("reviews: loss", "to LoRA, 95 %", "skill: right"),
     ]
-    both = [
+    style, reviews, names = (
         {
             name: x
             for name, x in read("study")[STUDY[task]]["methods"].items()
             if x["seeds"] >= 3
         }
-        for task in ("pirate", "reviews")
-    ]
-    style, reviews = both
+        for task in ("pirate", "reviews", "names")
+    )
     for name in sorted(style, key=lambda name: style[name]["trained"]):
-        x, y = style[name], reviews.get(name)
+        x, y, z = style[name], reviews.get(name), names.get(name)
         yield [
             x["label"],
             f"{x['trained']:,}",
@@ -138,6 +139,7 @@ def front_page() -> Iterator[list[str]]:
             f"{x['forgotten']:+.2f}",
             f"{y['test_loss']:.3f}" if y else "",
             compared(y) if y else "",
+            f"{z['exact']:.0%}" if z else "",
         ]
 
 
@@ -185,7 +187,7 @@ def default_rate() -> Iterator[list[str]]:
     found = read("study")[STUDY["pirate"]]
     yield ["120 steps at 2e-5", "test loss", "of the base model's"]
     before = found["base"]["test_loss"]
-    for x in found["methods"].values():
+    for x in [found["enable_lora"], *found["methods"].values()]:
         loss = x["at_keras_hub_rate"]
         if loss is not None:
             yield [x["label"], f"{loss:.3f}", f"{loss - before:+.3f}"]

@@ -45,6 +45,7 @@ from keras_svdtune.methods.data_method import DataMethod
 
 RESULTS = Path(__file__).parent / "results" / "study.jsonl"
 FULL = "full"
+KERAS = "enable_lora"  # of KerasHub: rank 8, its own choice of layers
 DECAY = "+decay="  # by AdamW: a step takes rate·decay of the variable away
 # Each with the rate of its weights to start from, in half powers of ten: -5 is
 # 3.2e-3.
@@ -126,7 +127,7 @@ def grid(k: int, method: str) -> float:
 
 def step_of(method: str) -> float:
     """The largest step of what a method trains; 1 for full fine-tuning."""
-    if method == FULL:
+    if method in (FULL, KERAS):
         return 1.0
     weights = method_for(method, seed=0).weights((64, 64))
     return max(weight.step for weight in weights if weight.trainable)
@@ -142,9 +143,11 @@ class Session:
         self.batch = BATCH.get(task, 4)
         self.network = study_tasks.load(model, seed)
         self.compile()
-        if method != FULL:
+        if method == KERAS:
+            self.network.backbone.enable_lora(8)
+        elif method != FULL:
             self.enable(method_for(method, seed))
-            self.compile()
+        self.compile()
         trained = self.network.trainable_variables
         self.network.optimizer.build(trained)
         self.trained = common.trained_numbers(trained)
@@ -247,7 +250,7 @@ class Session:
 
     def file_bytes(self) -> int | None:
         """The size of the adapter's file, without a head."""
-        if self.method == FULL:
+        if self.method in (FULL, KERAS):
             return None
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "adapter.safetensors"

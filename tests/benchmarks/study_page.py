@@ -63,6 +63,7 @@ TITLES = {
     "speeches": "text like that of pre-training",
     "reviews": "classification of film reviews",
 }
+NAMES = {study.FULL: "full fine-tuning", study.KERAS: "Keras enable_lora(8)"}
 Run = dict[str, Any]
 
 
@@ -77,8 +78,8 @@ class Group:
 
     @property
     def label(self) -> str:
-        if self.method == study.FULL:
-            return "full fine-tuning"
+        if self.method in NAMES:
+            return NAMES[self.method]
         name, _, decay = self.method.partition(study.DECAY)
         label = common.label_of(name, study.method_for(name, seed=0))
         return f"{label}, decay {decay}" if decay else label
@@ -190,7 +191,7 @@ def table(groups: dict[str, Group], base: Run | None) -> list[str]:
         ]
         if forgets:
             row.append(signed(forgotten(group, base)))
-            row.append(signed(forgotten_at(lora, base, group.test_loss)))
+            row.append(signed(lora_forgets(group, lora, base)))
         row.append(f"{group.mean('seconds_per_step'):.2f}")
         rows.append(row)
     return [f"| {' | '.join(row)} |" for row in rows]
@@ -200,6 +201,13 @@ def forgotten(group: Group, base: Run | None) -> float:
     """How much the loss on neutral text rose, at the best rate."""
     before = base["neutral_loss"] if base else math.nan
     return group.mean("neutral_loss") - before
+
+
+def lora_forgets(group: Group, lora: Group | None, base: Run | None) -> float:
+    """What LoRA has forgotten at a method's loss; NaN for LoRA itself."""
+    if group is lora:
+        return math.nan
+    return forgotten_at(lora, base, group.test_loss)
 
 
 def forgotten_at(
@@ -288,7 +296,7 @@ def summary(groups: dict[str, Group], base: Run | None) -> dict[str, Any]:
             found["to_lora"] = difference(group, lora, comparisons(groups))
         if base is not None:
             found["forgotten"] = forgotten(group, base)
-            at = forgotten_at(lora, base, group.test_loss)
+            at = lora_forgets(group, lora, base)
             found["lora_forgets"] = None if math.isnan(at) else at
         methods[name] = found
     return {
@@ -497,8 +505,14 @@ def main() -> None:
                 "",
             ]
         fewer = {m: groups.pop(m) for m in study.FEWER if m in groups}
+        keras_lora = groups.pop(study.KERAS, None)
         page += [*table(groups, base), ""]
         summaries[f"{model}, {task}, {steps}"] = summary(groups, base)
+        if keras_lora:  # at KerasHub's rate alone, so in no other table
+            found_of = summaries[f"{model}, {task}, {steps}"]
+            found_of["enable_lora"] = summary({study.KERAS: keras_lora}, base)[
+                "methods"
+            ][study.KERAS]
         if fewer:
             first = {m: groups[m] for m in (LORA, "svf") if m in groups}
             page += ["Less of SVF:", "", *table(first | fewer, base), ""]
