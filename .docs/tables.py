@@ -162,6 +162,18 @@ def study_names() -> Iterator[list[str]]:
 
 
 @table
+def study_short() -> Iterator[list[str]]:
+    """A style, in a third of the steps."""
+    yield from study("short")
+
+
+@table
+def study_gemma() -> Iterator[list[str]]:
+    """A style, with the larger model."""
+    yield from study("gemma")
+
+
+@table
 def fewer() -> Iterator[list[str]]:
     """SVF with the largest singular values alone."""
     yield [

@@ -26,11 +26,11 @@ from keras_svdtune.methods.settings import (
 from keras_svdtune.runtime.processes import to_numpy
 from keras_svdtune.runtime.types import Shape, Tensor
 
-# How much further than LoRA's A and B one step of Adam moves P, λ and Q: the
-# branch is a product of three that start from 0.02 and 0, so it grows slowly.
-# With this one AdaLoRA's best rates in the study are within √10 of LoRA's, and
-# at KerasHub's 2e-5 it learns no less than Keras' `enable_lora`.
-_STEP = 16.0
+# How much further than LoRA's A and B one step of Adam moves them: the branch is
+# a product of three that start from 0.02 and 0, so it grows slowly. With these
+# AdaLoRA's best rates in the study are LoRA's, within a step of √10, and at
+# KerasHub's 2e-5 it learns no less than Keras' `enable_lora`.
+_STEPS = {"p": 8.0, "singular_values": 16.0, "q": 8.0}
 
 
 @register
@@ -61,7 +61,7 @@ class AdaLoRA(DropsInput, RankedMethod):
     ```
 
     Trainable: r·(in + out + 1) a matrix; for the importance, twice as many
-    frozen. The variables that train hold P, λ and Q over 16, so that AdaLoRA
+    frozen. The variables that train hold P / 8, λ / 16 and Q / 8, so that AdaLoRA
     learns at rates that suit LoRA (`tests/benchmarks/study.py`). The authors,
     in longer runs, used 5e-4 to 2.2e-3 for P, λ and Q.
 
@@ -157,7 +157,7 @@ class AdaLoRA(DropsInput, RankedMethod):
                 x,
                 shapes[x],
                 trainable=True,
-                step=_STEP,
+                step=_STEPS[x],
                 regularizer=penalties.get(x),
                 axes=axes[x],
             )

@@ -56,7 +56,7 @@ METHODS = {
     "milora:rank=8": -5,
     "svft:pattern=banded": -3,
     "lora_xs:rank=8": -3,
-    "adalora:rank=8": -4,
+    "adalora:rank=8": -3,
     FULL: -8,
     "dora:rank=8": -5,
     "lora:rank=1": -5,
