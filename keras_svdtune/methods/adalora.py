@@ -26,10 +26,10 @@ from keras_svdtune.methods.settings import (
 from keras_svdtune.runtime.processes import to_numpy
 from keras_svdtune.runtime.types import Shape, Tensor
 
-# How much further than LoRA's A and B one step of Adam moves them: the branch is
-# a product of three that start from 0.02 and 0, so it grows slowly. With these
-# AdaLoRA's best rates in the study are LoRA's, within a step of √10, and at
-# KerasHub's 2e-5 it learns no less than Keras' `enable_lora`.
+# How much further than LoRA's A and B one step of Adam moves them: the branch
+# is a product of three that start from 0.02 and 0, so it grows slowly. With
+# these AdaLoRA's best rates in the study are LoRA's, within a step of √10, and
+# at KerasHub's 2e-5 it learns no less than Keras' `enable_lora`.
 _STEPS = {"p": 8.0, "singular_values": 16.0, "q": 8.0}
 
 
@@ -61,9 +61,9 @@ class AdaLoRA(DropsInput, RankedMethod):
     ```
 
     Trainable: r·(in + out + 1) a matrix; for the importance, twice as many
-    frozen. The variables that train hold P / 8, λ / 16 and Q / 8, so that AdaLoRA
-    learns at rates that suit LoRA (`tests/benchmarks/study.py`). The authors,
-    in longer runs, used 5e-4 to 2.2e-3 for P, λ and Q.
+    frozen. The variables that train hold P / 8, λ / 16 and Q / 8, so that
+    AdaLoRA learns at rates that suit LoRA (`tests/benchmarks/study.py`). The
+    authors, in longer runs, used 5e-4 to 2.2e-3 for P, λ and Q.
 
     Args:
         rank: int, 1 or more, the average rank at the end. A layer with a
