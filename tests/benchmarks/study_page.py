@@ -415,7 +415,7 @@ def parameters(axes: Any, groups: dict[str, Group]) -> None:
             capsize=3,
             color=COLOURS.get(method, "#bbbbbb"),
             markersize=7,
-            label=group.label,
+            label=group.label if method in COLOURS else "others",
         )
     axes.set_xscale("log")
     axes.set_xlabel("trained numbers")
