@@ -64,6 +64,7 @@ STUDY = {
     "reviews": "minilm, reviews, 150",
     "short": "smollm2_135m, pirate, 40",
     "gemma": "gemma3_270m, pirate, 120",
+    "speeches": "smollm2_135m, speeches, 120",
 }
 
 
@@ -171,6 +172,12 @@ def study_short() -> Iterator[list[str]]:
 def study_gemma() -> Iterator[list[str]]:
     """A style, with the larger model."""
     yield from study("gemma")
+
+
+@table
+def study_speeches() -> Iterator[list[str]]:
+    """Text like that of pre-training."""
+    yield from study("speeches")
 
 
 @table
