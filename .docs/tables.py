@@ -6,6 +6,7 @@ rewrites what stands between `<!-- table: NAME -->` and `<!-- end -->` in
 both. A test compares them with the JSON.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -104,6 +105,10 @@ def study(task: str) -> Iterator[list[str]]:
         yield row
 
 
+for _task in STUDY:
+    TABLES[f"study_{_task}"] = functools.partial(study, _task)
+
+
 def compared(x: Any) -> str:
     """A difference to LoRA and its interval, bold where that leaves out 0."""
     if not x.get("to_lora"):
@@ -142,42 +147,6 @@ def front_page() -> Iterator[list[str]]:
             compared(y) if y else "",
             f"{z['exact']:.0%}" if z else "",
         ]
-
-
-@table
-def study_pirate() -> Iterator[list[str]]:
-    """A style."""
-    yield from study("pirate")
-
-
-@table
-def study_reviews() -> Iterator[list[str]]:
-    """Classification."""
-    yield from study("reviews")
-
-
-@table
-def study_names() -> Iterator[list[str]]:
-    """A skill."""
-    yield from study("names")
-
-
-@table
-def study_short() -> Iterator[list[str]]:
-    """A style, in a third of the steps."""
-    yield from study("short")
-
-
-@table
-def study_gemma() -> Iterator[list[str]]:
-    """A style, with the larger model."""
-    yield from study("gemma")
-
-
-@table
-def study_speeches() -> Iterator[list[str]]:
-    """Text like that of pre-training."""
-    yield from study("speeches")
 
 
 @table
