@@ -109,39 +109,22 @@ def test_qpissa_error(tmp_path: Path) -> None:
         assert result["all"]["nuclear"] < 1
 
 
-@pytest.fixture
-def tiny_llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Loads a Llama of a few thousand weights, for the demo's task."""
-    for module in ("arrr", "chatterbot_corpus", "gguf", "yaml"):
-        pytest.importorskip(module)
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "demo")
-    from tiny_llama_gguf import write_tiny_llama
-
-    from keras_svdtune.demo import train
-    from keras_svdtune.demo.weights import gguf_to_hf
-
-    write_tiny_llama(tmp_path / "tiny.gguf")
-    gguf_to_hf.convert(tmp_path / "tiny.gguf", tmp_path / "converted")
-    monkeypatch.setattr(train, "LENGTH", 160)  # a token is a letter here
-    monkeypatch.setattr(train, "HELD_OUT", 8)
-    return lambda _: gguf_to_hf.load(tmp_path / "converted")
-
-
 def test_compose_tasks(
-    tiny_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_study: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("reasoning_gym")
     import compose_tasks
 
-    monkeypatch.setattr(compose_tasks, "load_model", tiny_llama)
     monkeypatch.setattr(compose_tasks, "WEIGHTS", [(1.0, 0.0), (0.5, 0.5)])
     monkeypatch.setattr(
         sys, "argv", ["", "--steps", "4", "--results", str(tmp_path)]
     )
     compose_tasks.main()
     path = tmp_path / "compose_smollm2_135m_svf.json"
-    rows = json.loads(path.read_text())["held_out_loss"]
-    assert list(rows) == ["base model", "1 pirate", "0.5 pirate + 0.5 spanish"]
-    assert rows["1 pirate"] != rows["base model"]
+    rows = json.loads(path.read_text())["rows"]
+    assert list(rows) == ["base model", "1 pirate", "0.5 pirate + 0.5 names"]
+    of_base, of_pirate, of_sum = (x["pirate"]["loss"] for x in rows.values())
+    assert of_pirate < of_sum < of_base
 
 
 @pytest.mark.parametrize("task", ["pirate", "names"])
