@@ -236,10 +236,11 @@ def memory_of_svf() -> Iterator[list[str]]:
 
 @table
 def sums() -> Iterator[list[str]]:
-    """Held-out losses of two SVF adapters and of their sums."""
-    yield ["held-out loss", "pirate speech", "Spanish"]
-    for name, x in read("compose_smollm2_135m_svf")["held_out_loss"].items():
-        yield [name, f"{x['pirate']:.2f}", f"{x['spanish']:.2f}"]
+    """Test losses of two SVF adapters and of their sums."""
+    yield ["", "style: test loss", "skill: test loss", "skill: right"]
+    for name, x in read("compose_smollm2_135m_svf")["rows"].items():
+        losses = [f"{x[task]['loss']:.2f}" for task in ("pirate", "names")]
+        yield [name, *losses, f"{x['names']['exact']:.0%}"]
 
 
 def plain(label: str) -> str:

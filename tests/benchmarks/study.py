@@ -83,6 +83,7 @@ FEWER = {
     "svf+decay=16": -3,
     "lora:rank=8+decay=16": -5,
 }
+DECAYS = ["svf+decay=16", "lora:rank=8+decay=16"]
 BATCH = {"reviews": 16}
 # Model, task, steps, methods, seeds; in the order in which they are run.
 PLAN = (
@@ -92,6 +93,7 @@ PLAN = (
     ("smollm2_135m", "pirate", 120, MAIN, 3),
     ("smollm2_135m", "names", 120, MAIN[:6], 3),
     ("smollm2_135m", "pirate", 120, [*FEWER], 1),
+    ("smollm2_135m", "names", 120, DECAYS, 3),
     ("smollm2_135m", "names", 120, MAIN, 3),
     ("smollm2_135m", "speeches", 120, MAIN, 1),
     ("minilm", "reviews", 150, [*METHODS], 3),
