@@ -22,18 +22,19 @@ import study_tasks
 from rich.table import Table
 
 from keras_svdtune import compose
-from keras_svdtune.demo import show
+from keras_svdtune.demo import chat, show
 
 MODEL = "smollm2_135m"
 TASKS = ("pirate", "names")
 WEIGHTS = [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.7, 0.7), (1.0, 1.0)]
 
 
-def measure(network: keras.Model) -> dict[str, dict[str, float | None]]:
+def measure(
+    network: keras.Model, tests: dict[str, chat.Arrays]
+) -> dict[str, dict[str, float | None]]:
     """The test loss of each task, and the share of exact answers."""
     found = {}
-    for task in TASKS:
-        examples = study_tasks.data_for(MODEL, task).test
+    for task, examples in tests.items():
         sums, tokens, right = study.scores(network, examples)
         found[task] = {
             "loss": study.rounded(sums.sum() / tokens.sum()),
@@ -49,7 +50,7 @@ def main() -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--method", default="svf", help="one whose adapters add up"
+        "--method", default="svf", help="as in study.py; SVF, SVFT, LoRA-XS"
     )
     parser.add_argument("--steps", type=int, default=120, help="a task")
     parser.add_argument("--rate", type=float, default=1.25e-3)
@@ -60,6 +61,7 @@ def main() -> None:
     options = parser.parse_args()
     keras.config.disable_interactive_logging()
     machine = common.machine()
+    tests = {task: study_tasks.data_for(MODEL, task).test for task in TASKS}
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         files = {}
@@ -68,7 +70,7 @@ def main() -> None:
             network = session.network
             if not rows:
                 show.step("Measuring the base model")
-                rows["base model"] = measure(network)
+                rows["base model"] = measure(network, tests)
             show.step(f"Training {task}")
             session.train(options.steps, options.rate)
             files[task] = Path(folder) / f"{task}.safetensors"
@@ -80,7 +82,7 @@ def main() -> None:
             network.backbone.load_adapter(
                 compose({files[k]: w for k, w in parts.items() if w})
             )
-            rows[label] = measure(network)
+            rows[label] = measure(network, tests)
     machine["load_at_end"] = common.load()
     common.show(table_of(rows, f"{options.method} on {MODEL}", machine))
     options.results.mkdir(parents=True, exist_ok=True)

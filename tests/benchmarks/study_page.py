@@ -31,8 +31,8 @@ import matplotlib.pyplot as plt
 PICTURES = Path(__file__).parents[2] / ".docs" / "pages"
 LORA = "lora:rank=8"
 SAMPLES = 10_000
-# What papers say of their methods: the first has a lower test loss than the
-# second, or forgets less than LoRA does at the same test loss.
+# What papers say of their methods, and we of a decay: the first has a lower
+# test loss than the second, or forgets less than it at the same test loss.
 LEARNS_MORE = (
     ("svf", LORA),
     ("svft:pattern=banded", "svf"),
@@ -45,7 +45,15 @@ LEARNS_MORE = (
 )
 DRAWN = 4  # methods that a task has, for there to be something to compare
 KERAS_HUB_RATE = 2e-5  # of `compile()` without arguments
-FORGETS_LESS = ("svf", "svft:pattern=banded", "pissa:rank=8", "milora:rank=8")
+DECAYED = tuple(study.DECAYS)
+FORGETS_LESS = (
+    ("svf", LORA),
+    ("svft:pattern=banded", LORA),
+    ("pissa:rank=8", LORA),
+    ("milora:rank=8", LORA),
+    *((method, LORA) for method in DECAYED),
+    DECAYED,
+)
 COLOURS = {
     LORA: "#000000",
     "svf": "#D55E00",
@@ -246,8 +254,8 @@ def claims(groups: dict[str, Group], base: Run | None) -> dict[str, Any]:
                 found[f"{pair[0].label} learns more than {pair[1].label}"] = (
                     difference(*pair, comparisons(groups))
                 )
-    for ours in FORGETS_LESS:
-        if base is None or not {ours, LORA} <= set(groups):
+    for ours, theirs in FORGETS_LESS:
+        if base is None or not {ours, theirs} <= set(groups):
             continue
         if len(groups[ours].best) == 1:
             continue
@@ -255,14 +263,16 @@ def claims(groups: dict[str, Group], base: Run | None) -> dict[str, Any]:
             run["neutral_loss"]
             - base["neutral_loss"]
             - forgotten_at(
-                groups[LORA], base, run["test_loss"], seed=run["seed"]
+                groups[theirs], base, run["test_loss"], seed=run["seed"]
             )
             for run in groups[ours].best
         ]
         mean, half = float(np.mean(rises)), half_width(rises)
-        name = f"{groups[ours].label} forgets less than LoRA at one loss"
+        pair = groups[ours].label, groups[theirs].label
         if not math.isnan(half):
-            found[name] = (mean, mean - half, mean + half)
+            found["{} forgets less than {} at one loss".format(*pair)] = (
+                *(mean, mean - half, mean + half),
+            )
     return found
 
 
@@ -372,25 +382,33 @@ def valleys(
 
 
 def front(axes: Any, groups: dict[str, Group], base: Run) -> None:
-    """Forgetting over test loss: every rate a point, the best ones large."""
+    """Forgetting over test loss: every rate a point, the best ones large.
+
+    With a decay the points are open squares.
+    """
+    drawn = {}
     for method, group in groups.items():
-        if method not in COLOURS:
+        name, _, decay = method.partition(study.DECAY)
+        if name not in COLOURS:
             continue
+        drawn[method] = group
+        colour = COLOURS[name]
+        marker = {"marker": "s" if decay else "o", "color": colour}
+        marker["markerfacecolor"] = "white" if decay else colour
         runs = [r for r in group.rates if r["test_loss"] is not None]
         x = [run["test_loss"] for run in runs]
         y = [run["neutral_loss"] - base["neutral_loss"] for run in runs]
-        colour = COLOURS[method]
         axes.plot(x, y, "-", color=colour, linewidth=0.8, alpha=0.6)
-        axes.plot(x, y, "o", color=colour, markersize=3)
+        axes.plot(x, y, linestyle="", markersize=3, **marker)
         axes.plot(
             group.test_loss,
             group.mean("neutral_loss") - base["neutral_loss"],
-            "o",
-            color=colour,
+            linestyle="",
             markersize=9,
             label=group.label,
+            **marker,
         )
-    losses = [group.test_loss for group in groups.values()]
+    losses = [group.test_loss for group in drawn.values()]
     wide = max(max(losses) - min(losses), 0.02 * base["test_loss"])
     axes.set_xlim(min(losses) - 0.1 * wide, max(losses) + 0.4 * wide)
     axes.set_ylim(-0.1, 2.0)
@@ -504,6 +522,7 @@ def main() -> None:
                 f"{base['neutral_loss']:.3f}.",
                 "",
             ]
+        decayed = {m: groups[m] for m in DECAYED if m in groups}
         fewer = {m: groups.pop(m) for m in study.FEWER if m in groups}
         keras_lora = groups.pop(study.KERAS, None)
         page += [*table(groups, base), ""]
@@ -517,7 +536,10 @@ def main() -> None:
             first = {m: groups[m] for m in (LORA, "svf") if m in groups}
             page += ["Less of SVF:", "", *table(first | fewer, base), ""]
             found_of = summaries[f"{model}, {task}, {steps}"]
-            found_of["fewer"] = summary(first | fewer, base)["methods"]
+            of_fewer = summary(first | fewer, base)
+            found_of["fewer"] = of_fewer["methods"]
+            for name, claim in of_fewer["claims"].items():
+                found_of["claims"].setdefault(name, claim)
         if len(groups) < DRAWN:
             continue
         for panels, of_weights in (
@@ -534,8 +556,9 @@ def main() -> None:
             )
         count_panels.append((title, lambda axes, g=groups: parameters(axes, g)))
         if base:
+            of_front = groups | decayed
             front_panels.append(
-                (title, lambda axes, g=groups, b=base: front(axes, g, b))
+                (title, lambda axes, g=of_front, b=base: front(axes, g, b))
             )
     page += ["## Best rates in units of LoRA's", "", *ratios(found), ""]
     (folder / "study.md").write_text("\n".join(page), encoding="utf-8")
