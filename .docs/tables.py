@@ -151,7 +151,7 @@ def front_page() -> Iterator[list[str]]:
 
 @table
 def fewer() -> Iterator[list[str]]:
-    """SVF with the largest singular values alone."""
+    """What might make SVF forget less."""
     yield [
         *("answers like a pirate", "trained", "best rate", "seeds"),
         *("test loss", "forgotten", "LoRA at this loss"),
@@ -240,7 +240,8 @@ def sums() -> Iterator[list[str]]:
     yield ["", "style: test loss", "skill: test loss", "skill: right"]
     for name, x in read("compose_smollm2_135m_svf")["rows"].items():
         losses = [f"{x[task]['loss']:.2f}" for task in ("pirate", "names")]
-        yield [name, *losses, f"{x['names']['exact']:.0%}"]
+        label = name.replace("pirate", "style").replace("names", "skill")
+        yield [label, *losses, f"{x['names']['exact']:.0%}"]
 
 
 def plain(label: str) -> str:
