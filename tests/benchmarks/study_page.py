@@ -45,14 +45,9 @@ LEARNS_MORE = (
 )
 DRAWN = 4  # methods that a task has, for there to be something to compare
 KERAS_HUB_RATE = 2e-5  # of `compile()` without arguments
-DECAYED = tuple(study.DECAYS)
 FORGETS_LESS = (
-    ("svf", LORA),
-    ("svft:pattern=banded", LORA),
-    ("pissa:rank=8", LORA),
-    ("milora:rank=8", LORA),
-    *((method, LORA) for method in DECAYED),
-    DECAYED,
+    *("svf", "svft:pattern=banded", "pissa:rank=8", "milora:rank=8"),
+    *study.DECAYS,
 )
 COLOURS = {
     LORA: "#000000",
@@ -254,8 +249,8 @@ def claims(groups: dict[str, Group], base: Run | None) -> dict[str, Any]:
                 found[f"{pair[0].label} learns more than {pair[1].label}"] = (
                     difference(*pair, comparisons(groups))
                 )
-    for ours, theirs in FORGETS_LESS:
-        if base is None or not {ours, theirs} <= set(groups):
+    for ours in FORGETS_LESS:
+        if base is None or not {ours, LORA} <= set(groups):
             continue
         if len(groups[ours].best) == 1:
             continue
@@ -263,16 +258,14 @@ def claims(groups: dict[str, Group], base: Run | None) -> dict[str, Any]:
             run["neutral_loss"]
             - base["neutral_loss"]
             - forgotten_at(
-                groups[theirs], base, run["test_loss"], seed=run["seed"]
+                groups[LORA], base, run["test_loss"], seed=run["seed"]
             )
             for run in groups[ours].best
         ]
         mean, half = float(np.mean(rises)), half_width(rises)
-        pair = groups[ours].label, groups[theirs].label
+        name = f"{groups[ours].label} forgets less than LoRA at one loss"
         if not math.isnan(half):
-            found["{} forgets less than {} at one loss".format(*pair)] = (
-                *(mean, mean - half, mean + half),
-            )
+            found[name] = (mean, mean - half, mean + half)
     return found
 
 
@@ -522,7 +515,7 @@ def main() -> None:
                 f"{base['neutral_loss']:.3f}.",
                 "",
             ]
-        decayed = {m: groups[m] for m in DECAYED if m in groups}
+        decayed = {m: groups[m] for m in study.DECAYS if m in groups}
         fewer = {m: groups.pop(m) for m in study.FEWER if m in groups}
         keras_lora = groups.pop(study.KERAS, None)
         page += [*table(groups, base), ""]
