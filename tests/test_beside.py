@@ -184,7 +184,8 @@ def test_what_the_user_thawed(tmp_path):
     model.fit(X, Y, epochs=3, verbose=0)
     file = tmp_path / "a.safetensors"
     keras_svdtune.save_adapter(model, file)
-    wanted = {"m/a/bias", "m/n/moving_mean", "m/n/moving_variance"}
+    of_norm = ("gamma", "beta", "moving_mean", "moving_variance")
+    wanted = {"m/a/bias", *(f"m/n/{name}" for name in of_norm)}
     assert {
         key if key[:2] == "m/" else f"m/{key}"
         for key in read_adapter(file).beside
@@ -194,6 +195,56 @@ def test_what_the_user_thawed(tmp_path):
     assert_same(fresh.predict(X, verbose=0), model.predict(X, verbose=0))
     keras_svdtune.remove_adapter(fresh)
     assert_same(fresh.predict(X, verbose=0), base)
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_a_layer_that_was_thawed(around, tmp_path):
+    """It trains until all is frozen, and again after that; nothing else does."""
+
+    def make():
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((6,))
+        x = keras.layers.Dense(5, name="a")(inputs)
+        x = keras.layers.BatchNormalization(name="n")(x)
+        x = keras.layers.LayerNormalization(name="l")(x)
+        inner = keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
+        return inner, keras.Sequential([inner]) if around else inner
+
+    inner, model = make()
+    base = model.predict(X, verbose=0)
+    keras_svdtune.enable_svf(inner, ["a"])
+    alone = [id(v) for v in inner.trainable_variables]
+    head = inner.get_layer("head")
+    head.trainable = True
+    both = [id(v) for v in inner.trainable_variables]
+    assert set(both) == {*alone, id(head.kernel), id(head.bias)}
+
+    model.trainable = True
+    assert [id(v) for v in model.trainable_variables] == both
+    model.trainable = False
+    assert not model.trainable_variables and not inner.trainable_variables
+    model.trainable = True
+    assert [id(v) for v in model.trainable_variables] == both
+    assert not inner.get_layer("n").trainable
+
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    others = {v.path: numpy(v) for v in inner.get_layer("l").weights}
+    model.fit(X, Y, epochs=2, verbose=0)
+    for variable in inner.get_layer("l").weights:
+        assert_same(numpy(variable), others[variable.path])
+    keras_svdtune.save_adapter(inner, tmp_path / "a.safetensors")
+    fresh, whole = make()
+    keras_svdtune.load_adapter(fresh, tmp_path / "a.safetensors")
+    assert_same(whole.predict(X, verbose=0), model.predict(X, verbose=0))
+    keras_svdtune.remove_adapter(fresh)
+    assert_same(whole.predict(X, verbose=0), base)
+    head.trainable = False
+    model.trainable = True
+    assert [id(v) for v in inner.trainable_variables] == alone
+
+    keras_svdtune.remove_adapter(inner)
+    assert len(inner.trainable_variables) == 8
+    assert all(layer.trainable is True for layer in inner.layers)
 
 
 def test_nothing_besides_is_nothing_in_the_file(tmp_path):

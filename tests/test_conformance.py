@@ -250,9 +250,10 @@ def test_only_its_variables_train(method, policy):
         assert sorted(v.path for v in steps) == sorted(trainables(model))
 
     check()
-    model.trainable = True
+    for flag in (True, False, True):
+        model.trainable = flag
     check()
-    for layer in flat(model):
+    for layer in adapted_layers(model).values():
         layer.trainable = True
     check()
     # None of them is there twice, and none of the base's is missing.

@@ -653,7 +653,7 @@ added = {k for k in after if k not in before}
 assert ("Backbone", "enable_svf") in added
 on_models = {name for owner, name in added if owner == "Model"}
 watched = {"fit", "generate_function", "optimizer", "predict_function",
-           "test_function", "train_function"}
+           "test_function", "train_function", "trainable"}
 torch = {"load_state_dict", "named_parameters", "state_dict"}
 if keras.config.backend() == "torch":
     watched |= torch

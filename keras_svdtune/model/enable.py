@@ -78,7 +78,8 @@ def enable_adapter(
     Functions that the model, or a Task around it, had compiled are dropped. An
     optimizer in use stays the same object with the same settings, and begins
     anew with the new trainables. BatchNormalization is frozen too, as Keras'
-    LoRA freezes it; `layer.trainable = True` thaws a layer by hand.
+    LoRA freezes it. `layer.trainable = True` thaws a layer that holds no
+    adapter, such as a new head; of a whole model it thaws nothing.
 
     With a `name` an adapter can be put beside others, of the same method on the
     same layers; it shares their frozen weights, and is set (`set_adapter`).
@@ -225,7 +226,7 @@ def attach_plans(
             if base is not None and base.kernel is not None:
                 undo.callback(remember_value(target, base.kernel))
                 put_in_place(target, base.kernel)
-        unfreeze = freeze(root)
+        unfreeze = freeze(root, [x.owner for x in targets.values()])
         for path, target in targets.items():
             # pop, so that no value is held beside the variable made of it.
             adapter = attach.attach_plan(target, plans.pop(path))

@@ -1,22 +1,30 @@
 """Freezes all of a model but its adapters, until the model is given back.
 
 `model.trainable = False` will not do: a later `model.trainable = True` would
-thaw the base. So each variable moves, within its layer, from the list of
-trainables to that of non-trainables, where the `trainable` setter does not
-reach it. The order of `layer.weights`, which weights files rely on, stays.
+thaw the base. Two things keep it frozen.
+
+A layer that holds an adapter never trains anything else: its own variables
+move, within the layer, from the list of trainables to that of non-trainables,
+where the `trainable` setter does not reach them. The order of `layer.weights`,
+which weights files rely on, stays.
+
+Any other layer is thawed by `layer.trainable = True`, such as a new head. But
+the same of the whole model, or of one around it, gives back what trained before
+and thaws nothing.
 
 BatchNormalization is frozen too, as Keras' LoRA freezes it: in training it
 computes by its moving statistics, which stay. Few small batches make poor
-statistics, and an adapter does not hold them. `layer.trainable = True` thaws
-one.
+statistics, and an adapter does not hold them.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 
 import keras
 
 from keras_svdtune.hosts.target import Target
 from keras_svdtune.runtime.keras_internals import (
+    TRUE_BUT_FROZEN,
     layers_in,
     move_variable,
     own_trainables,
@@ -25,33 +33,86 @@ from keras_svdtune.runtime.keras_internals import (
 )
 from keras_svdtune.runtime.types import Layer, Model, Variable
 
+# It is kept on the model itself, as its layers may refer to the model.
+_FROZEN = "_svdtune_frozen"
 
-def freeze(model: Model) -> Callable[[], None]:
+
+class _Frozen:
+    """The layers of a model that can be thawed, and those that were."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._layers: list[Layer] = []
+        self._thawed: set[int] = set()
+
+    def freeze(self, layer: Layer) -> None:
+        """Freezes a layer's own variables, and how it normalizes a batch."""
+        self._layers.append(layer)
+        _thaw(layer, set())
+
+    def thawed(self) -> set[int]:
+        """Returns the ids of what trains, or did until all was frozen."""
+        for layer in self._layers:
+            trained = [x for x in own_trainables(layer) if x.trainable]
+            if _normalizes(layer) and layer.trainable:
+                trained.append(layer)
+            self._thawed.update(id(x) for x in trained)
+        return set(self._thawed)
+
+    def thaw(self, thawed: set[int]) -> None:
+        """Lets train what has these ids, and nothing else."""
+        for layer in self._layers:
+            _thaw(layer, thawed)
+        set_own_trainable_flag(self._model, True)
+        self._thawed.clear()
+
+
+def _thaw(layer: Layer, thawed: set[int]) -> None:
+    for variable in own_trainables(layer):
+        variable.trainable = id(variable) in thawed
+    if _normalizes(layer):
+        set_own_trainable_flag(layer, id(layer) in thawed)
+    elif layer.trainable:
+        set_own_trainable_flag(layer, TRUE_BUT_FROZEN)
+
+
+def _normalizes(layer: Layer) -> bool:
+    return isinstance(layer, keras.layers.BatchNormalization)
+
+
+def freeze(model: Model, owners: Iterable[Layer]) -> Callable[[], None]:
     """Freezes every variable of `model`, biases and all.
 
     Args:
         model: a `keras.Model`. Its own `trainable` is set to True: a frozen
             root would hide the adapters from the optimizer.
+        owners: the layers that are to hold adapters.
 
     Returns:
         A function that puts everything back as it was.
     """
-    layers_before: list[tuple[Layer, bool]] = []
+    flags_before: list[tuple[Layer, bool]] = []
     moved: list[tuple[Layer, list[Variable]]] = []
-    flags: dict[int, tuple[Variable, bool]] = {}
+    trainable: dict[int, tuple[Variable, bool]] = {}
+    adapted = {id(x) for owner in owners for x in own_variables(owner)}
+    frozen = _Frozen(model)
     for layer in layers_in(model):
         variables = own_trainables(layer)
         for variable in variables:
-            flags.setdefault(id(variable), (variable, variable.trainable))
-        moved.append((layer, variables))
-        freeze_own_variables(layer)
-        if isinstance(layer, keras.layers.BatchNormalization):
-            before = set_own_trainable_flag(layer, False)
-            layers_before.append((layer, before))
-    layers_before.append((model, set_own_trainable_flag(model, True)))
+            trainable.setdefault(id(variable), (variable, variable.trainable))
+        flags_before.append((layer, layer.trainable))
+        # A kernel may belong to a layer that is not adapted, too.
+        if adapted.isdisjoint(id(x) for x in variables):
+            frozen.freeze(layer)
+        else:
+            moved.append((layer, variables))
+            freeze_own_variables(layer)
+    set_own_trainable_flag(model, True)
+    model.__dict__[_FROZEN] = frozen
 
     def restore() -> None:
-        for layer, flag in layers_before:
+        model.__dict__.pop(_FROZEN, None)
+        for layer, flag in flags_before:
             set_own_trainable_flag(layer, flag)
         for layer, variables in moved:
             # Only those it still has: Keras' `quantize` replaces kernels.
@@ -59,10 +120,31 @@ def freeze(model: Model) -> Callable[[], None]:
             for variable in variables:
                 if id(variable) in held:
                     move_variable(layer, variable, trainable=True)
-        for variable, trainable in flags.values():
-            variable.trainable = trainable
+        for variable, flag in trainable.values():
+            variable.trainable = flag
 
     return restore
+
+
+@functools.cache
+def guard_trainable() -> None:
+    """Lets `model.trainable = True` thaw nothing of an adapted model."""
+    plain = keras.Model.trainable
+
+    def setter(model: Model, value: bool) -> None:
+        try:
+            layers = layers_in(model)
+        except AttributeError:
+            layers = []  # its constructor has not come to its layers yet
+        frozen = [x.__dict__[_FROZEN] for x in layers if _FROZEN in x.__dict__]
+        # Of each its own copy: a model inside this one clears what is noted.
+        before = [each.thawed() for each in frozen]
+        plain.fset(model, value)
+        if value:
+            for each, thawed in zip(frozen, before, strict=True):
+                each.thaw(thawed)
+
+    keras.Model.trainable = plain.setter(setter)
 
 
 def biases_to_train(model: Model, targets: dict[str, Target]) -> list[Variable]:

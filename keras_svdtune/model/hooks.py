@@ -14,6 +14,7 @@ without a word. Once this package is imported they are these:
 - `load_weights` of a plain model's file: what belongs to adapters besides their
   layers, such as biases, has its values in the base from there.
 - `fit`: a warning, once, of a learning rate at which nothing is learned.
+- `model.trainable = True`: gives back what trained before, and thaws nothing.
 
 Models without an adapter are not touched.
 """
@@ -28,6 +29,7 @@ import keras_hub
 import numpy as np
 
 from keras_svdtune.model.for_a_while import adapter_merged
+from keras_svdtune.model.freezing import guard_trainable
 from keras_svdtune.model.learning_rate import warn_of_rate
 from keras_svdtune.model.recompile import watch_models
 from keras_svdtune.model.state import take_as_base
@@ -43,6 +45,7 @@ _STATE = "state_with_an_adapter"
 def watch() -> None:
     """Installs what this module describes, once."""
     watch_models()
+    guard_trainable()
     for cls in (keras_hub.models.Backbone, keras_hub.models.Task):
         for name in ("enable_lora", "enable_dora", "load_lora_weights"):
             _wrap(cls, name, _refusing)

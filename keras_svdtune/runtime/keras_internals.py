@@ -179,6 +179,12 @@ def move_variable(layer: Layer, variable: Variable, trainable: bool) -> None:
     tracker.stored_ids[store].add(id(variable))
 
 
+# A flag that reads as True. TensorFlow leaves an attribute alone that is set to
+# the very value that it has, so that after True `layer.trainable = True` would
+# not reach the variables.
+TRUE_BUT_FROZEN: Any = 1
+
+
 def set_own_trainable_flag(layer: Layer, flag: bool) -> bool:
     """Sets a layer's own flag, not its sublayers'; returns the old value."""
     before: bool = layer._trainable
