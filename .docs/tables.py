@@ -186,7 +186,8 @@ def claims() -> Iterator[list[str]]:
     """What papers claim, as the study finds it."""
     found = {task: read("study").get(key) for task, key in STUDY.items()}
     tasks = {t: x["claims"] for t, x in found.items() if x and x["claims"]}
-    yield ["difference, 95 %", *tasks]
+    heads = {"pirate": "style", "names": "skill"}
+    yield ["difference, 95 %", *(heads.get(task, task) for task in tasks)]
     for name in dict.fromkeys(name for x in tasks.values() for name in x):
         cells = []
         for x in tasks.values():
@@ -236,12 +237,17 @@ def memory_of_svf() -> Iterator[list[str]]:
 
 @table
 def sums() -> Iterator[list[str]]:
-    """Test losses of two SVF adapters and of their sums."""
-    yield ["", "style: test loss", "skill: test loss", "skill: right"]
-    for name, x in read("compose_smollm2_135m_svf")["rows"].items():
-        losses = [f"{x[task]['loss']:.2f}" for task in ("pirate", "names")]
-        label = name.replace("pirate", "style").replace("names", "skill")
-        yield [label, *losses, f"{x['names']['exact']:.0%}"]
+    """Two SVF adapters and their sums, without a decay and with it."""
+    head = ("style: loss", "skill: loss", "skill: right")
+    yield ["", *head, *(f"{name}, decay" for name in head)]
+    files = [f"compose_smollm2_135m_svf{x}" for x in ("", "_decay_16")]
+    found = [read(file)["rows"] for file in files]
+    for name in found[0]:
+        row = [name.replace("pirate", "style").replace("names", "skill")]
+        for tasks in (x[name] for x in found):
+            row += [f"{tasks[x]['loss']:.2f}" for x in ("pirate", "names")]
+            row.append(f"{tasks['names']['exact']:.0%}")
+        yield row
 
 
 def plain(label: str) -> str:

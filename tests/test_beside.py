@@ -199,7 +199,7 @@ def test_what_the_user_thawed(tmp_path):
 
 @pytest.mark.parametrize("around", [False, True])
 def test_a_layer_that_was_thawed(around, tmp_path):
-    """It trains until all is frozen, and again after that; nothing else does."""
+    """It trains until all is frozen, and again after; nothing else does."""
 
     def make():
         keras.utils.set_random_seed(0)

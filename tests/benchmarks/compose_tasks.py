@@ -10,6 +10,7 @@ weights.
 """
 
 import argparse
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def main() -> None:
     options.results.mkdir(parents=True, exist_ok=True)
     common.write_json(
         options.results,
-        f"compose_{MODEL}_{options.method.partition(':')[0]}",
+        f"compose_{MODEL}_{re.sub('[^a-z0-9]+', '_', options.method)}",
         {
             "model": MODEL,
             "method": options.method,

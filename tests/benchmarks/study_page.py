@@ -35,6 +35,7 @@ SAMPLES = 10_000
 # test loss than the second, or forgets less than it at the same test loss.
 LEARNS_MORE = (
     ("svf", LORA),
+    ("svf", "lora:rank=1"),
     ("svft:pattern=banded", "svf"),
     ("svft:pattern=banded", LORA),
     ("pissa:rank=8", LORA),
