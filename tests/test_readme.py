@@ -271,7 +271,7 @@ def test_methods_and_their_papers():
 def test_figures_of_the_readme():
     path = ROOT / "tests/benchmarks/results/study.json"
     task = json.loads(path.read_text())["smollm2_135m, pirate, 120"]
-    for name in ("svf", "lora:rank=8"):
+    for name in ("svf", "lora:rank=8", "lora:rank=1"):
         found = task["methods"][name]
         assert f"{found['trained']:,}" in README
         assert f"{found['file_bytes'] / 1024:,.0f}" in README

@@ -52,6 +52,7 @@ FORGETS_LESS = (
 )
 COLOURS = {
     LORA: "#000000",
+    "lora:rank=1": "#8C564B",
     "svf": "#D55E00",
     "svft:pattern=banded": "#E69F00",
     "pissa:rank=8": "#0072B2",
