@@ -215,6 +215,7 @@ def test_a_layer_that_was_thawed(around, tmp_path):
     keras_svdtune.enable_svf(inner, ["a"])
     alone = [id(v) for v in inner.trainable_variables]
     head = inner.get_layer("head")
+    assert all(x.get_config()["trainable"] is True for x in inner.layers[3:])
     head.trainable = True
     both = [id(v) for v in inner.trainable_variables]
     assert set(both) == {*alone, id(head.kernel), id(head.bias)}

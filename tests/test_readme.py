@@ -275,6 +275,8 @@ def test_figures_of_the_readme():
         found = task["methods"][name]
         assert f"{found['trained']:,}" in README
         assert f"{found['file_bytes'] / 1024:,.0f}" in README
+    at_its_loss = task["methods"]["svf"]["lora_forgets"]
+    assert f"LoRA forgets {at_its_loss:.2f}." in README
 
 
 def test_tables_of_the_benchmarks_are_those_of_the_results(monkeypatch):

@@ -24,8 +24,9 @@ import keras
 
 from keras_svdtune.hosts.target import Target
 from keras_svdtune.runtime.keras_internals import (
-    TRUE_BUT_FROZEN,
+    forget_trainable_was_set,
     layers_in,
+    let_trainable_be_set,
     move_variable,
     own_trainables,
     own_variables,
@@ -68,12 +69,13 @@ class _Frozen:
 
 
 def _thaw(layer: Layer, thawed: set[int]) -> None:
-    for variable in own_trainables(layer):
+    variables = own_trainables(layer)
+    for variable in variables:
         variable.trainable = id(variable) in thawed
     if _normalizes(layer):
         set_own_trainable_flag(layer, id(layer) in thawed)
-    elif layer.trainable:
-        set_own_trainable_flag(layer, TRUE_BUT_FROZEN)
+    elif variables and thawed.isdisjoint(id(x) for x in variables):
+        let_trainable_be_set(layer)
 
 
 def _normalizes(layer: Layer) -> bool:
@@ -114,6 +116,7 @@ def freeze(model: Model, owners: Iterable[Layer]) -> Callable[[], None]:
         model.__dict__.pop(_FROZEN, None)
         for layer, flag in flags_before:
             set_own_trainable_flag(layer, flag)
+            forget_trainable_was_set(layer)
         for layer, variables in moved:
             # Only those it still has: Keras' `quantize` replaces kernels.
             held = {id(v) for v in own_variables(layer)}

@@ -11,6 +11,7 @@ those that the classes of `hosts/` define or read because Keras asks for them.
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -179,17 +180,32 @@ def move_variable(layer: Layer, variable: Variable, trainable: bool) -> None:
     tracker.stored_ids[store].add(id(variable))
 
 
-# A flag that reads as True. TensorFlow leaves an attribute alone that is set to
-# the very value that it has, so that after True `layer.trainable = True` would
-# not reach the variables.
-TRUE_BUT_FROZEN: Any = 1
-
-
 def set_own_trainable_flag(layer: Layer, flag: bool) -> bool:
     """Sets a layer's own flag, not its sublayers'; returns the old value."""
     before: bool = layer._trainable
     layer._trainable = flag
     return before
+
+
+def let_trainable_be_set(layer: Layer) -> None:
+    """Lets `layer.trainable = True` reach variables that are frozen.
+
+    TensorFlow leaves an attribute alone that is set to the very value that it
+    has. So the flag is False there, but for the layer's config.
+    """
+    if keras.backend.backend() != "tensorflow" or not layer.trainable:
+        return
+    set_own_trainable_flag(layer, False)
+    layer.__dict__["get_config"] = functools.partial(_trainable_config, layer)
+
+
+def forget_trainable_was_set(layer: Layer) -> None:
+    """Undoes `let_trainable_be_set`, but for the flag."""
+    layer.__dict__.pop("get_config", None)
+
+
+def _trainable_config(layer: Layer) -> dict[str, Any]:
+    return type(layer).get_config(layer) | {"trainable": True}
 
 
 class Structure:

@@ -1,9 +1,21 @@
 """A tiny language model in place of those that the benchmarks load."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from keras_svdtune import METHODS
+
+
+@pytest.fixture(autouse=True)
+def methods_as_they_were() -> Iterator[None]:
+    """What the study tries is registered where it is imported."""
+    before = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
 
 
 @pytest.fixture
