@@ -6,16 +6,18 @@ from typing import Any
 
 import pytest
 
-from keras_svdtune import METHODS
+from keras_svdtune.layers import LAYERS
+from keras_svdtune.methods.base import METHODS
 
 
 @pytest.fixture(autouse=True)
 def methods_as_they_were() -> Iterator[None]:
     """What the study tries is registered where it is imported."""
-    before = dict(METHODS)
+    before = [(found, dict(found)) for found in (METHODS, LAYERS)]
     yield
-    METHODS.clear()
-    METHODS.update(before)
+    for found, known in before:
+        found.clear()
+        found.update(known)
 
 
 @pytest.fixture
