@@ -33,7 +33,6 @@ def tiny_llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     write_tiny_llama(tmp_path / "tiny.gguf")
     gguf_to_hf.convert(tmp_path / "tiny.gguf", tmp_path / "converted")
-    monkeypatch.setattr(train, "LENGTH", 160)  # a token is a letter here
     monkeypatch.setattr(train, "HELD_OUT", 8)
     return lambda _: gguf_to_hf.load(tmp_path / "converted")
 

@@ -72,13 +72,12 @@ METHODS = {
 }
 MAIN = [*itertools.islice(METHODS, 9)]
 # Whether less of SVF forgets less: the top singular values alone, all others,
-# a limit on |δ|, and a decay of δ towards 0, which LoRA may have as well.
+# and a decay of δ towards 0, which LoRA may have as well.
 FEWER = {
     "svf:rank=144": -3,
     "svf:rank=72": -3,
     "svf:rank=36": -3,
     "svf_tail:skip=8": -3,
-    "svf_bounded:limit=0.1": -3,
     "svf+decay=4": -3,
     "svf+decay=16": -3,
     "lora:rank=8+decay=16": -5,

@@ -529,7 +529,7 @@ def main() -> None:
             ][study.KERAS]
         if fewer:
             first = {m: groups[m] for m in (LORA, "svf") if m in groups}
-            page += ["Less of SVF:", "", *table(first | fewer, base), ""]
+            page += ["Against forgetting:", "", *table(first | fewer, base), ""]
             found_of = summaries[f"{model}, {task}, {steps}"]
             of_fewer = summary(first | fewer, base)
             found_of["fewer"] = of_fewer["methods"]
